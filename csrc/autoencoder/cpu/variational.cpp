@@ -1,0 +1,271 @@
+#include "autoencoder/variational.h"
+
+#include "common/cpu/memory.h"
+#include "common/cpu/normal.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kTile = GaussianTiles::kElements;
+
+template <class T>
+struct alignas(64) Buffer {
+  T data[kTile + kNormalSlack];
+  operator T*() { return data; }
+};
+
+// e^x, expm1(x) and expm1(x) − x of one argument, taken at x/2: then e^(x/2), which scales the noise, costs no second
+// exponential. Near zero neither of the last two cancels: with m = expm1(x/2) they are m·(2 + m) and 2·(m − x/2) + m².
+template <class T>
+struct HalfExp {
+  Vec<T> root;          // e^(x/2)
+  Vec<T> expm1;         // e^x − 1
+  Vec<T> expm1_less_x;  // e^x − 1 − x
+};
+
+inline HalfExp<float> half_exp(Vec<float> x) {
+  const Vec<float> one(1.0f), two(2.0f);
+  const ReducedExp e = reduced_exp(x * Vec<float>(0.5f));
+  const Vec<float> root = ldexp(e.em1 + one, e.n);
+  const Vec<float> square_less_1 = at::vec::fmsub(root, root, one);
+  const Vec<float> near = e.n == Vec<float>(0.0f);
+  return {root, Vec<float>::blendv(square_less_1, e.em1 * (two + e.em1), near),
+          Vec<float>::blendv(square_less_1 - x, at::vec::fmadd(two, e.tail, e.em1 * e.em1), near)};
+}
+
+inline HalfExp<double> half_exp(Vec<double> x) {
+  const Vec<double> expm1 = x.expm1();
+  return {(x * Vec<double>(0.5)).exp(), expm1, expm1 - x};
+}
+
+inline Vec<float> root_exp(Vec<float> x) { return exp(x * Vec<float>(0.5f)); }
+inline Vec<double> root_exp(Vec<double> x) { return (x * Vec<double>(0.5)).exp(); }
+
+// The operands of one tile, as the arithmetic's type.
+template <class T>
+class Tile {
+ public:
+  Tile(const Gaussian& args, int64_t start, int64_t n, Buffer<T>* buffers)
+      : args_(args), prior_(args.prior_mean.data != nullptr) {
+    mean_ = fetch<T>(args.shape, args.mean, start, n, buffers[0]);
+    logvar_ = fetch<T>(args.shape, args.logvar, start, n, buffers[1]);
+    if (!prior_) return;
+    prior_mean_ = fetch<T>(args.shape, args.prior_mean, start, n, buffers[2]);
+    prior_logvar_ = fetch<T>(args.shape, args.prior_logvar, start, n, buffers[3]);
+  }
+
+  Vec<T> mean(int64_t i) const { return Vec<T>::loadu(mean_ + i); }
+
+  struct Element {
+    Vec<T> scale;         // e^(logvar/2)
+    Vec<T> kl;            // before free bits
+    Vec<T> d_mean;        // ∂kl/∂mean
+    Vec<T> d_logvar;      // ∂kl/∂logvar
+    Vec<T> d_prior_logvar;
+    Vec<T> inside;        // all ones where logvar was not clamped
+  };
+
+  // PriorGiven is a template argument so that the common case has no branch inside the loop.
+  template <bool PriorGiven>
+  Element element(int64_t i) const {
+    const Vec<T> half(T(0.5));
+    Element e;
+    const Vec<T> raw = Vec<T>::loadu(logvar_ + i);
+    Vec<T> logvar = raw, u = mean(i);
+    if (args_.clamps) {
+      logvar = at::vec::clamp(raw, Vec<T>(T(args_.low)), Vec<T>(T(args_.high)));
+      e.inside = raw == logvar;
+    }
+    if constexpr (PriorGiven) {
+      const Vec<T> prior_logvar = Vec<T>::loadu(prior_logvar_ + i);
+      const HalfExp<T> d = half_exp(logvar - prior_logvar);
+      const Vec<T> precision_root = root_exp(prior_logvar.neg());
+      u = u - Vec<T>::loadu(prior_mean_ + i);
+      const Vec<T> t = u * precision_root;
+      e.scale = root_exp(logvar);
+      e.kl = half * at::vec::fmadd(t, t, d.expm1_less_x);
+      e.d_mean = t * precision_root;
+      e.d_logvar = half * d.expm1;
+      e.d_prior_logvar = (half * at::vec::fmadd(t, t, d.expm1)).neg();
+    } else {
+      const HalfExp<T> d = half_exp(logvar);
+      e.scale = d.root;
+      e.kl = half * at::vec::fmadd(u, u, d.expm1_less_x);
+      e.d_mean = u;
+      e.d_logvar = half * d.expm1;
+    }
+    return e;
+  }
+
+ private:
+  const Gaussian& args_;
+  bool prior_;
+  const T *mean_, *logvar_, *prior_mean_ = nullptr, *prior_logvar_ = nullptr;
+};
+
+// First element of tile number t, and how many it has.
+inline int64_t tile_range(const GaussianTiles& tiles, int64_t t, int64_t* n) {
+  if (tiles.tiles_per_row > 1) {
+    const int64_t within = t % tiles.tiles_per_row * kTile;
+    *n = std::min(kTile, tiles.cols - within);
+    return t / tiles.tiles_per_row * tiles.cols + within;
+  }
+  const int64_t row = t * tiles.rows_per_tile;
+  *n = std::min(tiles.rows_per_tile, tiles.rows - row) * tiles.cols;
+  return row * tiles.cols;
+}
+
+// Sum in a fixed order: a vector of partial sums, then its lanes, then what did not fill a vector.
+template <class T>
+T row_sum(const T* values, int64_t n) {
+  T sum = 0;
+  int64_t i = 0;
+  if (n >= kLanes<T>) {
+    Vec<T> partial(T(0));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) partial = partial + Vec<T>::loadu(values + i);
+    T lanes[kLanes<T>];
+    partial.store(lanes);
+    for (int lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
+  }
+  for (; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+template <class T>
+void store_kl(const GaussianForward& args, int64_t t, int64_t start, int64_t n, const T* kl) {
+  T* out = static_cast<T*>(args.kl);
+  if (args.kl_elements) return std::copy(kl, kl + n, out + start), void();
+  if (args.tiles.tiles_per_row > 1) {
+    out[t] = row_sum(kl, n);
+    return;
+  }
+  for (int64_t i = 0, row = t * args.tiles.rows_per_tile; i < n; i += args.tiles.cols, ++row) {
+    out[row] = row_sum(kl + i, args.tiles.cols);
+  }
+}
+
+template <class T, bool PriorGiven>
+void forward(const GaussianForward& args, int64_t begin, int64_t end) {
+  Buffer<T> operands[4], noise, scale, kl, staged;
+  const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
+  const Vec<T> free_bits(T(args.free_bits));
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t n;
+    const int64_t start = tile_range(args.tiles, t, &n);
+    const Tile<T> tile(args, start, n, operands);
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const auto e = tile.template element<PriorGiven>(i);
+      e.scale.store(scale + i);
+      const Vec<T> raised = args.free_bits > 0 ? Vec<T>::blendv(e.kl, free_bits, e.kl < free_bits) : e.kl;
+      raised.store(kl + i);
+    }
+    store_kl<T>(args, t, start, n, kl);
+    for (int64_t k = 0; k < args.samples; ++k) {
+      const int64_t first = k * args.shape.numel + start;
+      const T* eps = normals(seed, offset, first, n, noise.data);
+      T* z = target<T>(args.z, args.z_dtype, first, n, staged);
+      for (int64_t i = 0; i < n; i += kLanes<T>) {
+        at::vec::fmadd(Vec<T>::loadu(scale + i), Vec<T>::loadu(eps + i), tile.mean(i)).store(z + i);
+      }
+      flush<T>(args.z, args.z_dtype, first, n, z, staged);
+    }
+  }
+}
+
+// Sums over the samples of grad_z and of grad_z·ε.
+template <class T>
+struct SampleSums {
+  const T* plain;
+  const T* noisy;
+};
+
+template <class T>
+SampleSums<T> sum_samples(const GaussianBackward& args, int64_t start, int64_t n, Buffer<T>* buffers) {
+  Buffer<T>&fetched = buffers[0], &noise = buffers[1], &plain = buffers[2], &noisy = buffers[3];
+  const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
+  const T* only = nullptr;
+  for (int64_t k = 0; k < args.samples; ++k) {
+    const int64_t first = k * args.shape.numel + start;
+    const T* grad = fetch<T>(args.grad_z_shape, args.grad_z, first, n, fetched);
+    if (args.samples == 1) only = grad;
+    const T* eps = args.grad_logvar != nullptr ? normals(seed, offset, first, n, noise.data) : grad;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Vec<T> g = Vec<T>::loadu(grad + i), product = g * Vec<T>::loadu(eps + i);
+      if (args.samples > 1) (k == 0 ? g : g + Vec<T>::loadu(plain + i)).store(plain + i);
+      (k == 0 ? product : product + Vec<T>::loadu(noisy + i)).store(noisy + i);
+    }
+  }
+  return {only != nullptr ? only : plain.data, noisy};
+}
+
+template <class T, bool PriorGiven>
+void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
+  Buffer<T> operands[4], sums[4], weights, staged_mean, staged_logvar, staged_prior_mean, staged_prior_logvar;
+  const Vec<T> zero(T(0)), half(T(0.5)), free_bits(T(args.free_bits)), scale(T(args.grad_kl_scale));
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t n;
+    const int64_t start = tile_range(args.tiles, t, &n);
+    const Tile<T> tile(args, start, n, operands);
+    const bool sampled = args.grad_z.data != nullptr, diverges = args.grad_kl.data != nullptr;
+    SampleSums<T> sum{};
+    if (sampled) sum = sum_samples<T>(args, start, n, sums);
+    const T* weight = diverges ? fetch<T>(args.shape, args.grad_kl, start, n, weights) : nullptr;
+    T* grad_mean = target<T>(args.grad_mean, args.grad_mean_dtype, start, n, staged_mean);
+    T* grad_logvar = target<T>(args.grad_logvar, args.grad_logvar_dtype, start, n, staged_logvar);
+    T* grad_prior_mean = target<T>(args.grad_prior_mean, kDType<T>, start, n, staged_prior_mean);
+    T* grad_prior_logvar = target<T>(args.grad_prior_logvar, kDType<T>, start, n, staged_prior_logvar);
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const auto e = tile.template element<PriorGiven>(i);
+      Vec<T> d_mean = zero, d_logvar = zero, w = zero;
+      if (sampled) {
+        d_mean = Vec<T>::loadu(sum.plain + i);
+        d_logvar = half * e.scale * Vec<T>::loadu(sum.noisy + i);
+      }
+      if (diverges) {
+        w = scale * Vec<T>::loadu(weight + i);
+        if (args.free_bits > 0) w = Vec<T>::blendv(zero, w, e.kl >= free_bits);
+        d_mean = at::vec::fmadd(w, e.d_mean, d_mean);
+        d_logvar = at::vec::fmadd(w, e.d_logvar, d_logvar);
+      }
+      if (args.clamps) d_logvar = Vec<T>::blendv(zero, d_logvar, e.inside);
+      if (args.grad_mean != nullptr) d_mean.store(grad_mean + i);
+      if (args.grad_logvar != nullptr) d_logvar.store(grad_logvar + i);
+      if constexpr (PriorGiven) {
+        if (args.grad_prior_mean != nullptr) (w * e.d_mean).neg().store(grad_prior_mean + i);
+        if (args.grad_prior_logvar != nullptr) (w * e.d_prior_logvar).store(grad_prior_logvar + i);
+      }
+    }
+    if (args.grad_mean != nullptr) flush<T>(args.grad_mean, args.grad_mean_dtype, start, n, grad_mean, staged_mean);
+    if (args.grad_logvar != nullptr) {
+      flush<T>(args.grad_logvar, args.grad_logvar_dtype, start, n, grad_logvar, staged_logvar);
+    }
+    if (args.grad_prior_mean != nullptr) {
+      flush<T>(args.grad_prior_mean, kDType<T>, start, n, grad_prior_mean, staged_prior_mean);
+    }
+    if (args.grad_prior_logvar != nullptr) {
+      flush<T>(args.grad_prior_logvar, kDType<T>, start, n, grad_prior_logvar, staged_prior_logvar);
+    }
+  }
+}
+
+}  // namespace
+
+void gaussian_forward_kernel(const GaussianForward& args, int64_t begin, int64_t end) {
+  const bool prior = args.prior_mean.data != nullptr;
+  if (args.compute_double) {
+    prior ? forward<double, true>(args, begin, end) : forward<double, false>(args, begin, end);
+  } else {
+    prior ? forward<float, true>(args, begin, end) : forward<float, false>(args, begin, end);
+  }
+}
+
+void gaussian_backward_kernel(const GaussianBackward& args, int64_t begin, int64_t end) {
+  const bool prior = args.prior_mean.data != nullptr;
+  if (args.compute_double) {
+    prior ? backward<double, true>(args, begin, end) : backward<double, false>(args, begin, end);
+  } else {
+    prior ? backward<float, true>(args, begin, end) : backward<float, false>(args, begin, end);
+  }
+}
+
+}  // namespace lect11ext::CPU_CAPABILITY

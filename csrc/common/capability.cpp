@@ -1,0 +1,58 @@
+#include "common/capability.h"
+
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace lect11ext {
+namespace {
+
+constexpr std::array<const char*, kCapabilities> kNames{"default", "avx2", "avx512", "avx512_bf16"};
+
+Capability detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::AVX512_BF16;
+  if (avx512) return Capability::AVX512;
+  if (avx2) return Capability::AVX2;
+#endif
+  return Capability::DEFAULT;
+}
+
+Capability parse(const char* name) {
+  for (int i = 0; i < kCapabilities; ++i) {
+    if (std::strcmp(name, kNames[i]) != 0) continue;
+    TORCH_CHECK_VALUE(i <= static_cast<int>(best_capability()), "CPU capability '", name,
+                      "' is beyond this machine, whose best is '", capability_name(best_capability()), "'");
+    return static_cast<Capability>(i);
+  }
+  TORCH_CHECK_VALUE(false, "CPU capability must be one of default, avx2, avx512, avx512_bf16, but got '", name, "'");
+}
+
+std::atomic<Capability>& in_use() {
+  static std::atomic<Capability> value = [] {
+    const char* forced = std::getenv("LECT11EXT_CPU_CAPABILITY");
+    return forced != nullptr && *forced != '\0' ? parse(forced) : best_capability();
+  }();
+  return value;
+}
+
+}  // namespace
+
+const char* capability_name(Capability capability) { return kNames[static_cast<int>(capability)]; }
+
+Capability best_capability() {
+  static const Capability best = detect();
+  return best;
+}
+
+Capability capability() { return in_use().load(std::memory_order_relaxed); }
+
+void set_capability(const char* name) { in_use().store(parse(name), std::memory_order_relaxed); }
+
+}  // namespace lect11ext

@@ -1,0 +1,123 @@
+// Elementary functions on vectors, as far as at::vec has none or has only a call into Sleef, which costs more than all
+// the arithmetic around it. Polynomial coefficients: Cephes (S. Moshier), single precision.
+#pragma once
+
+#include "common/cpu/namespace.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+
+using VecI = Vec<int32_t>;
+
+inline VecI bits(Vec<float> x) { return at::vec::cast<int32_t>(x); }
+inline Vec<float> from_bits(VecI x) { return at::vec::cast<float>(x); }
+
+// 2^n · x for integral n in [-252, 254], in two steps, so that neither scale leaves the range of a float.
+inline Vec<float> ldexp(Vec<float> x, Vec<float> n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(x, n);
+#else
+  const VecI whole = at::vec::convert_to_int_of_same_size(n);
+  const VecI half = whole >> VecI(1);
+  const VecI bias(127), shift(23);
+  return x * from_bits((half + bias) << shift) * from_bits((whole - half + bias) << shift);
+#endif
+}
+
+// What exp, expm1 and expm1(x) − x share: x = n·ln 2 + r with |r| ≤ ln(2)/2.
+struct ReducedExp {
+  Vec<float> n;    // integral; NaN where x is
+  Vec<float> r;
+  Vec<float> em1;  // e^r − 1
+  Vec<float> tail; // e^r − 1 − r, free of cancellation
+};
+
+inline ReducedExp reduced_exp(Vec<float> x) {
+  // Beyond these bounds exp is 0 or inf whatever x; at::vec::clamp keeps NaN.
+  x = at::vec::clamp(x, Vec<float>(-104.0f), Vec<float>(89.0f));
+  ReducedExp e;
+  e.n = (x * Vec<float>(1.44269504088896341f)).round();
+  e.r = at::vec::fmadd(e.n, Vec<float>(-0.693359375f), x);
+  e.r = at::vec::fmadd(e.n, Vec<float>(2.12194440e-4f), e.r);
+  Vec<float> p(1.9875691500e-4f);
+  p = at::vec::fmadd(p, e.r, Vec<float>(1.3981999507e-3f));
+  p = at::vec::fmadd(p, e.r, Vec<float>(8.3334519073e-3f));
+  p = at::vec::fmadd(p, e.r, Vec<float>(4.1665795894e-2f));
+  p = at::vec::fmadd(p, e.r, Vec<float>(1.6666665459e-1f));
+  p = at::vec::fmadd(p, e.r, Vec<float>(5.0000001201e-1f));
+  e.tail = p * e.r * e.r;
+  e.em1 = e.r + e.tail;
+  return e;
+}
+
+inline Vec<float> exp(Vec<float> x) {
+  const ReducedExp e = reduced_exp(x);
+  return ldexp(e.em1 + Vec<float>(1.0f), e.n);
+}
+
+// σ(x) = 1 / (1 + e^−x); NaN survives, ±inf gives 1 and 0.
+inline Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> one(1.0f);
+  return one / (one + exp(x.neg()));
+}
+
+// tanh(x) = sign(x) · (1 − q) / (1 + q) with q = e^−2|x|; 1 − q is taken from expm1, so that small x keep their digits.
+inline Vec<float> tanh(Vec<float> x) {
+  const Vec<float> one(1.0f);
+  const ReducedExp e = reduced_exp(x.abs() * Vec<float>(-2.0f));
+  const Vec<float> scale = ldexp(one, e.n);
+  const Vec<float> q_minus_1 = at::vec::fmadd(scale, e.em1, scale - one);
+  const Vec<float> magnitude = q_minus_1.neg() / (q_minus_1 + Vec<float>(2.0f));
+  return from_bits(bits(magnitude) | (bits(x) & VecI(INT32_MIN)));
+}
+
+// ln u for normal u > 0.
+inline Vec<float> log_normal_range(Vec<float> u) {
+  const VecI sqrt_half(0x3F3504F3);
+  const VecI exponent = (bits(u) - sqrt_half) >> VecI(23);
+  const Vec<float> e = at::vec::convert_to_fp_of_same_size<float>(exponent);
+  const Vec<float> f = from_bits(bits(u) - (exponent << VecI(23))) - Vec<float>(1.0f);
+  const Vec<float> z = f * f;
+  Vec<float> p(7.0376836292e-2f);
+  p = at::vec::fmadd(p, f, Vec<float>(-1.1514610310e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(1.1676998740e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-1.2420140846e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(1.4249322787e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-1.6668057665e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(2.0000714765e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-2.4999993993e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(3.3333331174e-1f));
+  p = p * f * z;
+  p = at::vec::fmadd(e, Vec<float>(-2.12194440e-4f), p);
+  p = at::vec::fmadd(z, Vec<float>(-0.5f), p);
+  return at::vec::fmadd(e, Vec<float>(0.693359375f), f + p);
+}
+
+struct SinCos {
+  Vec<float> sin, cos;
+};
+
+// Sine and cosine of 2π·U, U = x·2⁻³² + 2⁻³³, x an unsigned word. The quadrant and the sign are the word's upper bits,
+// and what is left is exact: no reduction by π is needed.
+inline SinCos sincos_turns(VecI x) {
+  const VecI quadrant = x + VecI(1 << 29);
+  const Vec<float> quarter_turns =
+      at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)), Vec<float>(0x1p-32f), Vec<float>(0x1p-31f));
+  const Vec<float> a = quarter_turns * Vec<float>(1.57079632679489662f);
+  const Vec<float> z = a * a;
+  Vec<float> s(-1.9515295891e-4f);
+  s = at::vec::fmadd(s, z, Vec<float>(8.3321608736e-3f));
+  s = at::vec::fmadd(s, z, Vec<float>(-1.6666654611e-1f));
+  s = at::vec::fmadd(s * z, a, a);
+  Vec<float> c(2.443315711809948e-5f);
+  c = at::vec::fmadd(c, z, Vec<float>(-1.388731625493765e-3f));
+  c = at::vec::fmadd(c, z, Vec<float>(4.166664568298827e-2f));
+  c = at::vec::fmadd(c, z, Vec<float>(-0.5f));
+  c = at::vec::fmadd(c, z, Vec<float>(1.0f));
+  const VecI odd = (quadrant << VecI(1)) >> VecI(31);  // all ones in quadrants 1 and 3, where the two change places
+  const VecI exchange = (bits(s) ^ bits(c)) & odd;
+  const VecI sign(INT32_MIN);
+  return {from_bits((bits(s) ^ exchange) ^ (quadrant & sign)),
+          from_bits((bits(c) ^ exchange) ^ ((quadrant + VecI(1 << 30)) & sign))};
+}
+
+}  // namespace lect11ext::CPU_CAPABILITY

@@ -1,0 +1,132 @@
+// Moves elements between a View of any type and stride and a dense buffer of the type in which a kernel computes.
+#pragma once
+
+#include <algorithm>
+
+#include "common/cpu/namespace.h"
+#include "common/view.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+
+// Calls f with a null pointer of the C++ type behind a DType.
+template <class F>
+inline void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::Float: return f(static_cast<float*>(nullptr));
+    case DType::Double: return f(static_cast<double*>(nullptr));
+    case DType::BFloat16: return f(static_cast<at::BFloat16*>(nullptr));
+    case DType::Half: return f(static_cast<at::Half*>(nullptr));
+  }
+}
+
+template <class T>
+inline constexpr DType kDType = std::is_same_v<T, float> ? DType::Float
+    : std::is_same_v<T, double>                          ? DType::Double
+    : std::is_same_v<T, at::BFloat16>                    ? DType::BFloat16
+                                                         : DType::Half;
+
+template <class T>
+inline constexpr bool kIsHalf = sizeof(T) == 2;
+
+// Dense conversion. The 16-bit types go through at::vec, whose conversions round to nearest even.
+template <class From, class To>
+inline void convert(const From* from, To* to, int64_t n) {
+  if constexpr (kIsHalf<From> && kIsHalf<To>) {
+    float buffer[kLanes<From>];
+    for (int64_t i = 0; i < n; i += kLanes<From>) {
+      const int64_t count = std::min<int64_t>(kLanes<From>, n - i);
+      convert(from + i, buffer, count);
+      convert(buffer, to + i, count);
+    }
+  } else if constexpr (kIsHalf<From>) {
+    for (int64_t i = 0; i < n; i += kLanes<From>) {
+      const int64_t count = std::min<int64_t>(kLanes<From>, n - i);
+      const auto [low, high] = at::vec::convert_to_float<From>(Vec<From>::loadu(from + i, count));
+      if constexpr (std::is_same_v<To, float>) {
+        low.store(to + i, std::min<int64_t>(count, kLanes<float>));
+        if (count > kLanes<float>) high.store(to + i + kLanes<float>, count - kLanes<float>);
+      } else {
+        float buffer[kLanes<From>];
+        low.store(buffer);
+        high.store(buffer + kLanes<float>);
+        std::copy(buffer, buffer + count, to + i);
+      }
+    }
+  } else if constexpr (kIsHalf<To>) {
+    for (int64_t i = 0; i < n; i += kLanes<To>) {
+      const int64_t count = std::min<int64_t>(kLanes<To>, n - i);
+      float buffer[kLanes<To>] = {};
+      for (int64_t j = 0; j < count; ++j) buffer[j] = static_cast<float>(from[i + j]);
+      at::vec::convert_from_float<To>(Vec<float>::loadu(buffer), Vec<float>::loadu(buffer + kLanes<float>))
+          .store(to + i, count);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+  }
+}
+
+template <class T, class Compute>
+inline void gather(const Shape& shape, const View& view, int64_t start, int64_t n, Compute* buffer) {
+  const T* data = static_cast<const T*>(view.data);
+  const int last = shape.ndim - 1;
+  int64_t index[kMaxDims], position = 0, rest = start;
+  for (int d = last; d >= 0; --d) {
+    index[d] = rest % shape.sizes[d];
+    rest /= shape.sizes[d];
+    position += index[d] * view.strides[d];
+  }
+  const int64_t stride = view.strides[last];
+  while (n > 0) {
+    const int64_t run = std::min(n, shape.sizes[last] - index[last]);
+    if (stride == 1) {
+      convert(data + position, buffer, run);
+    } else if (stride == 0) {
+      Compute value;
+      convert(data + position, &value, 1);
+      std::fill(buffer, buffer + run, value);
+    } else if constexpr (kIsHalf<T>) {
+      for (int64_t i = 0; i < run; ++i) convert(data + position + i * stride, buffer + i, 1);
+    } else {
+      for (int64_t i = 0; i < run; ++i) buffer[i] = static_cast<Compute>(data[position + i * stride]);
+    }
+    buffer += run;
+    n -= run;
+    position += run * stride;
+    index[last] += run;
+    for (int d = last; d > 0 && index[d] == shape.sizes[d]; --d) {
+      position += view.strides[d - 1] - index[d] * view.strides[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+// Elements start … start + n − 1 as Compute: in place where they lie dense, of that type and in whole vectors, else
+// copied to `buffer`, whose last vector may hold anything beyond n.
+template <class Compute>
+inline const Compute* fetch(const Shape& shape, const View& view, int64_t start, int64_t n, Compute* buffer) {
+  const bool dense = shape.ndim == 1 && view.strides[0] == 1;
+  if (dense && view.dtype == kDType<Compute> && n % kLanes<Compute> == 0) {
+    return static_cast<const Compute*>(view.data) + start;
+  }
+  with_type(view.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    gather<T>(shape, view, start, n, buffer);
+  });
+  return buffer;
+}
+
+// Where a kernel writes n dense elements from `start` on: the output itself, or `buffer`, which flush() then stores.
+template <class Compute>
+inline Compute* target(void* data, DType dtype, int64_t start, int64_t n, Compute* buffer) {
+  const bool direct = dtype == kDType<Compute> && n % kLanes<Compute> == 0;
+  return direct ? static_cast<Compute*>(data) + start : buffer;
+}
+
+template <class Compute>
+inline void flush(void* data, DType dtype, int64_t start, int64_t n, const Compute* written, const Compute* buffer) {
+  if (written != buffer) return;
+  with_type(dtype, [&](auto* type) { convert(buffer, static_cast<decltype(type)>(data) + start, n); });
+}
+
+}  // namespace lect11ext::CPU_CAPABILITY

@@ -1,0 +1,21 @@
+// Normals of the Philox stream as a tensor: what the fused kernels draw inside.
+#pragma once
+
+#include "common/capability.h"
+#include "common/view.h"
+
+namespace lect11ext {
+
+struct PhiloxNormal {
+  const int64_t* key;  // [seed, offset], 64 unsigned bits each
+  void* out;           // numel dense elements, written
+  DType dtype;
+  int64_t numel;
+};
+
+// Work items of the CPU kernel are chunks of this many elements.
+inline constexpr int64_t kNormalChunk = 4096;
+
+LECT11EXT_CPU_KERNEL(philox_normal_kernel, PhiloxNormal)
+
+}  // namespace lect11ext

@@ -1,0 +1,28 @@
+// How a kernel sees a tensor: a pointer, a type and strides. Shared by CPU and CUDA, free of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace lect11ext {
+
+// After neighbouring dimensions are merged few tensors have more than two; an op copies one that has more than this.
+inline constexpr int kMaxDims = 8;
+
+enum class DType : int8_t { Float, Double, BFloat16, Half };
+
+// Sizes shared by all operands of an elementwise kernel. Dimensions that every operand can merge are merged, those of
+// size one dropped; ndim is at least 1. Elements are numbered in row-major order.
+struct Shape {
+  int64_t numel = 0;
+  int ndim = 0;
+  int64_t sizes[kMaxDims] = {};
+};
+
+// One operand over a Shape. Strides count elements; stride 0 repeats. `data` is borrowed and null where there is none.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::Float;
+  int64_t strides[kMaxDims] = {};
+};
+
+}  // namespace lect11ext
