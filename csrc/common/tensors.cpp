@@ -1,0 +1,93 @@
+#include "common/tensors.h"
+
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+namespace lect11ext {
+namespace {
+
+// Whether dimension d of every operand continues dimension d + 1, so that the two are one.
+bool merges(int64_t inner_size, const std::vector<at::IntArrayRef>& strides, int64_t d) {
+  for (const auto& stride : strides) {
+    if (stride[d] != stride[d + 1] * inner_size) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+DType dtype_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::Float;
+    case at::kDouble: return DType::Double;
+    case at::kBFloat16: return DType::BFloat16;
+    case at::kHalf: return DType::Half;
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float32, float64, bfloat16 or float16, but got ", tensor.scalar_type());
+  }
+}
+
+void set_views(at::IntArrayRef size, Shape& shape, std::initializer_list<Operand*> operands) {
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    std::vector<Operand*> given;
+    std::vector<at::IntArrayRef> strides;
+    for (Operand* operand : operands) {
+      if (!operand->tensor.defined()) continue;
+      given.push_back(operand);
+      strides.push_back(operand->tensor.strides());
+    }
+    std::vector<int64_t> kept;  // the innermost dimension of each merged group
+    std::vector<int64_t> sizes;
+    shape.numel = 1;
+    for (int64_t d = 0; d < static_cast<int64_t>(size.size()); ++d) {
+      shape.numel *= size[d];
+      if (size[d] == 1) continue;
+      const bool merged = !kept.empty() && kept.back() == d - 1 && merges(size[d], strides, d - 1);
+      if (merged) {
+        kept.back() = d;
+        sizes.back() *= size[d];
+      } else {
+        kept.push_back(d);
+        sizes.push_back(size[d]);
+      }
+    }
+    if (kept.size() > kMaxDims) {
+      for (Operand* operand : given) operand->tensor = operand->tensor.contiguous();
+      continue;
+    }
+    shape.ndim = kept.empty() ? 1 : static_cast<int>(kept.size());
+    shape.sizes[0] = 1;
+    std::copy(sizes.begin(), sizes.end(), shape.sizes);
+    for (size_t i = 0; i < given.size(); ++i) {
+      View& view = *given[i]->view;
+      view.data = const_cast<void*>(given[i]->tensor.const_data_ptr());
+      view.dtype = dtype_of(given[i]->tensor, "operand");
+      view.strides[0] = 1;
+      for (size_t k = 0; k < kept.size(); ++k) view.strides[k] = strides[i][kept[k]];
+    }
+    return;
+  }
+}
+
+at::Tensor with_unit_columns(const at::Tensor& matrix) {
+  const bool unit = matrix.size(1) <= 1 || matrix.stride(1) == 1;
+  const bool apart = matrix.size(0) <= 1 || matrix.stride(0) >= matrix.size(1);
+  return unit && apart ? matrix : matrix.contiguous();
+}
+
+void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors) {
+  const auto& [first_name, first] = *tensors.begin();
+  for (const auto& [name, tensor] : tensors) {
+    TORCH_CHECK(!tensor->defined() || tensor->device() == first->device(), "Expected all tensors to be on the same "
+                "device, but ", name, " is on ", tensor->device(), " and ", first_name, " is on ", first->device());
+  }
+}
+
+void check_shape(const char* name, c10::SymIntArrayRef got, c10::SymIntArrayRef expected, const char* meaning) {
+  bool same = got.size() == expected.size();
+  for (size_t d = 0; same && d < got.size(); ++d) same = got[d] == expected[d];
+  TORCH_CHECK_VALUE(same, name, " must have shape ", expected, " (", meaning, "), but got ", got);
+}
+
+}  // namespace lect11ext

@@ -1,0 +1,38 @@
+// From tensors to the structs that kernels take.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+
+#include "common/view.h"
+
+namespace lect11ext {
+
+// Throws TypeError unless the kernels have the type; `name` is the argument's.
+DType dtype_of(const at::Tensor& tensor, const char* name);
+
+inline bool is_kernel_dtype(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// One operand to be seen as a View: a tensor expanded to the common size, or an undefined one.
+struct Operand {
+  at::Tensor tensor;
+  View* view;
+};
+
+// Fills `shape` with `size`, its dimensions merged as far as all operands allow, and every operand's view. An operand
+// that would need more than kMaxDims dimensions is replaced by a dense copy, kept alive in `operands`.
+void set_views(at::IntArrayRef size, Shape& shape, std::initializer_list<Operand*> operands);
+
+// The same tensor with unit stride in its last dimension and no overlap, copied if it has not.
+at::Tensor with_unit_columns(const at::Tensor& matrix);
+
+// Throws unless all defined tensors are on the device of the first.
+void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors);
+
+// Throws unless both are equal where both are known.
+void check_shape(const char* name, c10::SymIntArrayRef got, c10::SymIntArrayRef expected, const char* meaning);
+
+}  // namespace lect11ext

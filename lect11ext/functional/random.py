@@ -1,0 +1,102 @@
+"""Keys and normals of the counter-based stream that all drawing functions use (docs/random.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from .._load import _C
+
+
+def in_functorch() -> bool:
+    """Whether a torch.func transform is active, where drawing has rules of its own."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = None) -> Tensor:
+    r"""A key ``[seed, offset]`` (int64, on the device of ``like``) for ``numel`` normals, taken from a generator.
+
+    On the CPU the seed is one 64-bit draw of the generator and the offset 0; on CUDA the key is the generator's own
+    Philox state, which advances by ``4 * ceil(numel / 4)`` 32-bit values. ``torch.manual_seed``, ``get_rng_state``,
+    ``fork_rng`` and activation checkpointing therefore act as on ``torch.randn``.
+
+    Under :func:`torch.vmap`, ``randomness="same"`` gives all samples one key, ``"different"`` gives each sample its
+    own (same seed, offsets ``ceil(numel / 4)`` apart), and ``"error"`` raises a RuntimeError.
+
+    Args:
+        like: names the device; its values are not read.
+        numel: how many normals will be drawn with the key.
+        generator: a generator of that device, by default the device's default one.
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> _ = torch.manual_seed(0)
+        >>> key = lect11ext.functional.philox_key(torch.empty(0), 4)
+        >>> key.shape, key.dtype
+        (torch.Size([2]), torch.int64)
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.lect11ext.philox_key(like, numel, generator)
+    if in_functorch():
+        return _philox_key_vmap(like, numel, generator)
+    return _C.philox_key(like, numel, generator)
+
+
+def _philox_key_vmap(like: Tensor, numel: int, generator: torch.Generator | None) -> Tensor:
+    # A batching rule does not fire where no input is batched, so the levels are read here, from the inside out.
+    levels = []
+    for interpreter in reversed(_functorch.get_interpreter_stack() or []):
+        if interpreter.key() != _functorch.TransformType.Vmap:
+            continue
+        vmap = _functorch.CVmapInterpreterPtr(interpreter)
+        if vmap.randomness() == _functorch.RandomnessType.Error:
+            raise RuntimeError(
+                "vmap: called random operation while in randomness error mode. Please either use the "
+                "'same' or 'different' randomness flags on vmap or perform the randomness operation out of vmap"
+            )
+        if vmap.randomness() == _functorch.RandomnessType.Different:
+            levels.append((vmap.level(), vmap.batchSize()))
+    device = torch.empty(0, device=like.device)
+    blocks = (numel + 3) // 4
+    samples = 1
+    for _, size in levels:
+        samples *= size
+    key = torch.ops.lect11ext.philox_key(device, 4 * blocks * samples, generator)
+    stride = blocks
+    for level, size in levels:
+        step = torch.arange(size, dtype=torch.int64, device=like.device) * stride
+        offsets = torch.stack([torch.zeros_like(step), step], 1)
+        key = key + _functorch._add_batch_dim(offsets, 0, level)
+        stride *= size
+    return key
+
+
+def philox_normal(size: Sequence[int], key: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""Standard normals number 0 … numel − 1 of the stream of ``key``, on the key's device.
+
+    What :func:`gaussian_rsample_kl` draws inside is bit for bit ``philox_normal(z.shape, key)``. The stream is that of
+    docs/random.md: Philox4x32-10 and Box–Muller, the same bits for any number of threads, the same values to rounding
+    on every CPU and GPU. ``float64`` takes two words a uniform and is another stream; half types are ``float32``
+    rounded. No gradient.
+
+    Args:
+        size: the shape.
+        key: int64 tensor ``[seed, offset]``; ``offset`` counts blocks of four words.
+        dtype: float32, float64, bfloat16 or float16.
+
+    Raises:
+        TypeError: ``key`` is not int64, or ``dtype`` not one of the four.
+        ValueError: ``key`` does not have the shape [2].
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> key = torch.tensor([7, 0])
+        >>> lect11ext.functional.philox_normal((3,), key).dtype
+        torch.float32
+    """
+    return torch.ops.lect11ext.philox_normal(key, list(size), dtype)

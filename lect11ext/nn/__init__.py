@@ -1,0 +1,1 @@
+"""Modules, as torch.nn holds torch's."""
