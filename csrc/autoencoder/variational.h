@@ -63,3 +63,11 @@ LECT11EXT_CPU_KERNEL(gaussian_forward_kernel, GaussianForward)
 LECT11EXT_CPU_KERNEL(gaussian_backward_kernel, GaussianBackward)
 
 }  // namespace lect11ext
+
+// The CUDA kernels: they run on the current device, in order on `stream`, a cudaStream_t.
+namespace lect11ext::cuda {
+
+void gaussian_forward(const GaussianForward& args, void* stream);
+void gaussian_backward(const GaussianBackward& args, void* stream);
+
+}  // namespace lect11ext::cuda

@@ -29,3 +29,11 @@ struct PhiloxReservation {
 };
 
 }  // namespace lect11ext
+
+// The CUDA kernels: they run on the current device, in order on `stream`, a cudaStream_t.
+namespace lect11ext::cuda {
+
+void philox_key(const PhiloxReservation& reservation, void* stream);
+void philox_normal(const PhiloxNormal& args, void* stream);
+
+}  // namespace lect11ext::cuda

@@ -9,7 +9,7 @@
 namespace lect11ext {
 
 // A key [seed, offset] for `numel` normals on the device of `like`, from the generator, which advances.
-at::Tensor philox_key(const at::Tensor& like, const c10::SymInt& numel, const std::optional<at::Generator>& generator);
+at::Tensor philox_key(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator);
 
 // Standard normals of the key's stream, on the key's device.
 at::Tensor philox_normal(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype);

@@ -82,3 +82,11 @@ LECT11EXT_CPU_KERNEL(gru_cell_kernel, GruCell)
 LECT11EXT_CPU_KERNEL(gru_gates_backward_kernel, GruGatesBackward)  // a work item is a row
 
 }  // namespace lect11ext
+
+// The CUDA kernels: they run on the current device, in order on `stream`, a cudaStream_t.
+namespace lect11ext::cuda {
+
+void gru_gates_forward(const GruGates& args, void* stream);
+void gru_gates_backward(const GruGatesBackward& args, void* stream);  // grad_pre_dtype: dtype, or the arithmetic's
+
+}  // namespace lect11ext::cuda

@@ -69,3 +69,11 @@ LECT11EXT_CPU_KERNEL(lstm_cell_kernel, LstmCell)
 LECT11EXT_CPU_KERNEL(lstm_gates_backward_kernel, LstmGatesBackward)  // a work item is a row
 
 }  // namespace lect11ext
+
+// The CUDA kernels: they run on the current device, in order on `stream`, a cudaStream_t.
+namespace lect11ext::cuda {
+
+void lstm_gates_forward(const LstmGates& args, void* stream);
+void lstm_gates_backward(const LstmGatesBackward& args, void* stream);  // grad_pre_dtype: dtype, or the arithmetic's
+
+}  // namespace lect11ext::cuda

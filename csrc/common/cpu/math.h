@@ -70,6 +70,13 @@ inline Vec<float> tanh(Vec<float> x) {
   return from_bits(bits(magnitude) | (bits(x) & VecI(INT32_MIN)));
 }
 
+inline Vec<double> sigmoid(Vec<double> x) {
+  const Vec<double> one(1.0);
+  return one / (one + x.neg().exp());
+}
+
+inline Vec<double> tanh(Vec<double> x) { return x.tanh(); }
+
 // ln u for normal u > 0.
 inline Vec<float> log_normal_range(Vec<float> u) {
   const VecI sqrt_half(0x3F3504F3);

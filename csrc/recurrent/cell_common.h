@@ -1,0 +1,60 @@
+// What the LSTM and the GRU cell share on PyTorch's side: checks of their arguments, and the products of their backward.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace lect11ext::recurrent {
+
+// The arguments that both cells have. `gates` is 4 for the LSTM, 3 for the GRU.
+struct CellInputs {
+  const at::Tensor &input, &h;
+  const at::Tensor &weight_ih, &weight_hh;
+  const std::optional<at::Tensor> &bias_ih, &bias_hh;
+  int64_t gates;
+
+  c10::SymInt batch() const { return input.sym_size(0); }
+  c10::SymInt hidden() const { return h.sym_size(1); }
+
+  // Throws unless shapes, types and devices fit together.
+  void check() const;
+};
+
+// The cells' types are equal, except that autograd may hand over gradients of another: throws unless they are.
+void check_state(const char* name, const at::Tensor& state, const CellInputs& in);
+
+// A matrix as the CPU kernels take it: pointer and row stride, rows dense.
+struct Rows {
+  at::Tensor held;
+  const void* data;
+  int64_t stride;
+
+  explicit Rows(const at::Tensor& matrix);
+};
+
+// A bias as the kernels take it: dense, or null.
+struct Bias {
+  at::Tensor held;
+
+  explicit Bias(const std::optional<at::Tensor>& bias);
+  const void* data() const;
+};
+
+// A gradient as the kernels take it: dense and of type `type`, or undefined.
+at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType type);
+
+// The type in which the CPU's kernels keep the gradient of the pre-activations: float, or double. CUDA keeps `storage`,
+// which cuBLAS takes.
+at::ScalarType grad_pre_type(const at::Tensor& like);
+
+// grad_pre [B, G·H] · weight [G·H, N], in weight's type; added to `onto` where that is given.
+at::Tensor input_gradient(const at::Tensor& grad_pre, const at::Tensor& weight, const at::Tensor& onto = {});
+
+// grad_preᵀ [G·H, B] · x [B, N], in x's type, written to `out` where that is given.
+at::Tensor weight_gradient(const at::Tensor& grad_pre, const at::Tensor& x, at::Tensor out = {});
+
+// The column sums of grad_pre, in type `type`.
+at::Tensor bias_gradient(const at::Tensor& grad_pre, at::ScalarType type);
+
+}  // namespace lect11ext::recurrent
