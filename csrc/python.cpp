@@ -6,6 +6,7 @@
 #include "autoencoder/variational_ops.h"
 #include "common/capability.h"
 #include "common/random_ops.h"
+#include "recurrent/cells_ops.h"
 
 namespace py = pybind11;
 
@@ -50,6 +51,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("philox_key",
         [](const at::Tensor& like, int64_t numel, const std::optional<at::Generator>& generator) {
           return philox_key(like, numel, generator);
+        }, NoGil());
+  m.def("lstm_cell",
+        [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& weight_ih,
+           const at::Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+           const std::string& candidate, std::optional<double> grad_clip) {
+          auto [h_out, c_out, gates] =
+              lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip, false);
+          return std::make_pair(std::move(h_out), std::move(c_out));
+        }, NoGil());
+  m.def("gru_cell",
+        [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih, const at::Tensor& weight_hh,
+           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after,
+           std::optional<double> grad_clip) {
+          return std::get<0>(gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip, false));
         }, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });

@@ -1,0 +1,395 @@
+// PyTorch side of gru_cell: schema, checks, autograd, autocast. Equations and kernels: gru_cell.h.
+#include "recurrent/gru_cell.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/tanh.h>
+#include <torch/library.h>
+
+#include "common/autograd.h"
+#include "common/dispatch.h"
+#include "common/tensors.h"
+#include "recurrent/cell_common.h"
+#include "recurrent/cells_ops.h"
+
+#ifdef LECT11EXT_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace lect11ext {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Mask = std::array<bool, 6>;
+
+struct Inputs : recurrent::CellInputs {
+  bool reset_after;
+  double clip;
+
+  Inputs(const Tensor& input, const Tensor& h, const Tensor& weight_ih, const Tensor& weight_hh,
+         const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after,
+         std::optional<double> grad_clip)
+      : CellInputs{input, h, weight_ih, weight_hh, bias_ih, bias_hh, /*gates=*/3},
+        reset_after(reset_after), clip(grad_clip.value_or(INFINITY)) {
+    TORCH_CHECK_VALUE(clip >= 0, "grad_clip must be nonnegative, but got ", clip);
+  }
+
+  // Blocks of H columns that the forward keeps: r, z, n, and for "reset after" the state's part of n.
+  int64_t kept() const { return reset_after ? 4 : 3; }
+};
+
+// --- the definition in differentiable ATen ------------------------------------------------------------------------
+
+struct Gates {
+  Tensor r, z, n;
+  Tensor hidden_n;  // what r multiplies (reset after), or W_hn (r ⊙ h) + b_hn
+};
+
+Gates composite_gates(const Inputs& in) {
+  const c10::SymInt H = in.hidden();
+  const auto rows = [&](const Tensor& t, int64_t from, int64_t to) { return t.slice_symint(0, H * from, H * to); };
+  const auto bias_rows = [&](const OptionalTensor& t, int64_t from, int64_t to) {
+    return autograd::defined(t) ? OptionalTensor(rows(*t, from, to)) : std::nullopt;
+  };
+  const auto x = at::linear(in.input, in.weight_ih, in.bias_ih).chunk(3, 1);
+  const auto s = at::linear(in.h, rows(in.weight_hh, 0, 2), bias_rows(in.bias_hh, 0, 2)).chunk(2, 1);
+  Gates gates{(x[0] + s[0]).sigmoid(), (x[1] + s[1]).sigmoid(), {}, {}};
+  const Tensor state = in.reset_after ? in.h : gates.r * in.h;
+  gates.hidden_n = at::linear(state, rows(in.weight_hh, 2, 3), bias_rows(in.bias_hh, 2, 3));
+  gates.n = (x[2] + (in.reset_after ? gates.r * gates.hidden_n : gates.hidden_n)).tanh();
+  return gates;
+}
+
+Gradients composite_backward(const Tensor& grad_h, const Inputs& in, const Mask& mask) {
+  const auto [r, z, n, hidden_n] = composite_gates(in);
+  const c10::SymInt H = in.hidden();
+  const Tensor w_gates = in.weight_hh.slice_symint(0, 0, H * 2), w_n = in.weight_hh.slice_symint(0, H * 2, H * 3);
+  const Tensor dh = std::isinf(in.clip) ? grad_h : at::clamp(grad_h, -in.clip, in.clip);
+  const Tensor dn = dh * (1 - z) * (1 - n * n), dz = dh * (in.h - n) * z * (1 - z);
+  const Tensor d_state = in.reset_after ? Tensor() : dn.mm(w_n);  // gradient of r ⊙ h
+  const Tensor dr = (in.reset_after ? dn * hidden_n : d_state * in.h) * r * (1 - r);
+  const Tensor dn_hidden = in.reset_after ? dn * r : dn;
+  const Tensor pre = at::cat({dr, dz, dn}, 1), gates = at::cat({dr, dz}, 1);
+  const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  return {when(mask[0], [&] { return pre.mm(in.weight_ih); }),
+          when(mask[1], [&] {
+            return dh * z + gates.mm(w_gates) + (in.reset_after ? dn_hidden.mm(w_n) : d_state * r);
+          }),
+          when(mask[2], [&] { return pre.t().mm(in.input); }),
+          when(mask[3], [&] {
+            return at::cat({gates.t().mm(in.h), dn_hidden.t().mm(in.reset_after ? in.h : r * in.h)}, 0);
+          }),
+          when(mask[4] && autograd::defined(in.bias_ih), [&] { return pre.sum(0); }),
+          when(mask[5] && autograd::defined(in.bias_hh), [&] { return at::cat({dr, dz, dn_hidden}, 1).sum(0); })};
+}
+
+// --- meta ---------------------------------------------------------------------------------------------------------
+
+Outputs meta_forward(const Inputs& in, bool save_gates) {
+  in.check();
+  const c10::SymDimVector size{in.batch(), in.hidden()};
+  const c10::SymDimVector kept = save_gates ? c10::SymDimVector{in.batch(), in.hidden() * in.kept()}
+                                            : c10::SymDimVector{c10::SymInt(0)};
+  return {at::empty_symint(size, in.input.options()), at::empty_symint(kept, in.input.options())};
+}
+
+Gradients meta_backward(const Tensor&, const Inputs& in, const Tensor&, const Mask& mask) {
+  const auto like = [&](bool wanted, const OptionalTensor& t) {
+    return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
+  };
+  return {like(mask[0], in.input), like(mask[1], in.h), like(mask[2], in.weight_ih), like(mask[3], in.weight_hh),
+          like(mask[4], in.bias_ih), like(mask[5], in.bias_hh)};
+}
+
+// --- CPU ----------------------------------------------------------------------------------------------------------
+
+Outputs cpu_forward(const Inputs& in, bool save_gates) {
+  in.check();
+  const int64_t batch = in.input.size(0), hidden = in.h.size(1);
+  const auto options = in.input.options();
+  const recurrent::Rows input(in.input), h(in.h), weight_ih(in.weight_ih), weight_hh(in.weight_hh);
+  const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const bool keeps = save_gates || !in.reset_after;  // the second stage of "reset before" reads z
+  Tensor h_out = at::empty({batch, hidden}, options);
+  Tensor gates = keeps ? at::empty({batch, in.kept() * hidden}, options) : at::empty({0}, options);
+  Tensor reset_h = in.reset_after ? Tensor() : at::empty({batch, hidden}, options);
+  GruCell args{
+      batch, in.input.size(1), hidden, dtype_of(in.input, "input"), GruStage::After,
+      input.data, h.data, weight_ih.data, weight_hh.data,
+      input.stride, h.stride, weight_ih.stride, weight_hh.stride,
+      bias_ih.data(), bias_hh.data(),
+      in.reset_after ? nullptr : reset_h.mutable_data_ptr(), h_out.mutable_data_ptr(),
+      keeps ? gates.mutable_data_ptr() : nullptr};
+  if (batch > 0) {
+    const int64_t blocks = (hidden + kGruUnits - 1) / kGruUnits;
+    const int64_t cost = (batch + 2) * 3 * kGruUnits * (args.input_size + hidden) / 32;
+    const auto stages = in.reset_after ? std::vector<GruStage>{GruStage::After}
+                                       : std::vector<GruStage>{GruStage::Reset, GruStage::Output};
+    for (const GruStage stage : stages) {
+      args.stage = stage;
+      run_parallel(gru_cell_kernel, args, blocks, cost / static_cast<int64_t>(stages.size()));
+    }
+  }
+  return {h_out, save_gates ? gates : at::empty({0}, options)};
+}
+
+// The backward is the same on both devices, but for how its elementwise stages are launched.
+template <class Launch>
+Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask, Launch launch) {
+  in.check();
+  TORCH_CHECK_VALUE(gates.dim() == 2, "gates must be 2-D (was the forward called with save_gates?), but got ",
+                    gates.dim(), "-D");
+  const int64_t batch = in.input.size(0), H = in.h.size(1);
+  const auto storage = in.input.scalar_type();
+  const auto options = in.input.options().dtype(recurrent::grad_pre_type(in.input));
+  Tensor pre = at::empty({batch, 3 * H}, options);
+  Tensor pre_hidden = in.reset_after ? at::empty({batch, 3 * H}, options) : pre;
+  Tensor grad_h_in = mask[1] ? at::empty({batch, H}, options) : Tensor();
+  const Tensor dh = recurrent::dense_gradient(grad_h, storage), kept = gates.contiguous();
+  const recurrent::Rows h(in.h);
+  GruGatesBackward args{
+      batch, H, dtype_of(in.input, "input"), in.reset_after ? GruStage::After : GruStage::Reset,
+      dh.const_data_ptr(), in.clip, kept.const_data_ptr(), h.data, h.stride, nullptr,
+      pre.mutable_data_ptr(), in.reset_after ? pre_hidden.mutable_data_ptr() : nullptr, dtype_of(pre, "grad_pre"),
+      mask[1] ? grad_h_in.mutable_data_ptr() : nullptr};
+  if (batch > 0) launch(args);
+  if (!in.reset_after && batch > 0) {
+    const Tensor through = recurrent::input_gradient(pre.narrow(1, 2 * H, H), in.weight_hh.narrow(0, 2 * H, H));
+    const Tensor grad_reset_h = through.to(pre.scalar_type());
+    args.stage = GruStage::Output;
+    args.grad_reset_h = grad_reset_h.const_data_ptr();
+    launch(args);
+  }
+
+  const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  const auto state_gradient = [&] {
+    const Tensor direct = grad_h_in.to(storage);
+    return in.reset_after
+        ? recurrent::input_gradient(pre_hidden, in.weight_hh, direct)
+        : recurrent::input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
+  };
+  const auto recurrent_weight_gradient = [&] {
+    if (in.reset_after) return recurrent::weight_gradient(pre_hidden, in.h);
+    Tensor out = at::empty({3 * H, H}, in.input.options());
+    const Tensor reset_h = kept.narrow(1, 0, H) * in.h;
+    recurrent::weight_gradient(pre.narrow(1, 0, 2 * H), in.h, out.narrow(0, 0, 2 * H));
+    recurrent::weight_gradient(pre.narrow(1, 2 * H, H), reset_h, out.narrow(0, 2 * H, H));
+    return out;
+  };
+  return {when(mask[0], [&] { return recurrent::input_gradient(pre, in.weight_ih); }),
+          when(mask[1], state_gradient),
+          when(mask[2], [&] { return recurrent::weight_gradient(pre, in.input); }),
+          when(mask[3], recurrent_weight_gradient),
+          when(mask[4] && autograd::defined(in.bias_ih), [&] { return recurrent::bias_gradient(pre, storage); }),
+          when(mask[5] && autograd::defined(in.bias_hh), [&] { return recurrent::bias_gradient(pre_hidden, storage); })};
+}
+
+Gradients cpu_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
+  return backward(grad_h, in, gates, mask, [](const GruGatesBackward& args) {
+    run_parallel(gru_gates_backward_kernel, args, args.batch, args.hidden * 3);
+  });
+}
+
+// --- CUDA ---------------------------------------------------------------------------------------------------------
+
+#ifdef LECT11EXT_WITH_CUDA
+void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+Outputs cuda_forward(const Inputs& in, bool save_gates) {
+  in.check();
+  const c10::cuda::CUDAGuard guard(in.input.device());
+  const int64_t batch = in.input.size(0), H = in.h.size(1);
+  const auto options = in.input.options();
+  const recurrent::Rows h(in.h);
+  const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const bool keeps = save_gates || !in.reset_after;
+  Tensor h_out = at::empty({batch, H}, options);
+  Tensor gates = keeps ? at::empty({batch, in.kept() * H}, options) : at::empty({0}, options);
+  const Tensor pre_input = at::mm(in.input, in.weight_ih.t());
+  Tensor pre_hidden = at::mm(in.h, (in.reset_after ? in.weight_hh : in.weight_hh.narrow(0, 0, 2 * H)).t());
+  Tensor reset_h = in.reset_after ? Tensor() : at::empty({batch, H}, options);
+  GruGates args{batch, H, dtype_of(in.input, "input"), in.reset_after ? GruStage::After : GruStage::Reset,
+                pre_input.const_data_ptr(), pre_hidden.const_data_ptr(), bias_ih.data(), bias_hh.data(), h.data,
+                h.stride, in.reset_after ? nullptr : reset_h.mutable_data_ptr(), h_out.mutable_data_ptr(),
+                keeps ? gates.mutable_data_ptr() : nullptr};
+  if (batch > 0) cuda::gru_gates_forward(args, current_stream());
+  if (!in.reset_after && batch > 0) {
+    pre_hidden = at::mm(reset_h, in.weight_hh.narrow(0, 2 * H, H).t());
+    args.stage = GruStage::Output;
+    args.pre_hidden = pre_hidden.const_data_ptr();
+    cuda::gru_gates_forward(args, current_stream());
+  }
+  return {h_out, save_gates ? gates : at::empty({0}, options)};
+}
+
+Gradients cuda_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
+  const c10::cuda::CUDAGuard guard(in.input.device());
+  return backward(grad_h, in, gates, mask,
+                  [](const GruGatesBackward& args) { cuda::gru_gates_backward(args, current_stream()); });
+}
+#endif
+
+// --- registration -------------------------------------------------------------------------------------------------
+
+#define GRU_CELL_PARAMETERS                                                                                    \
+  const Tensor &input, const Tensor &h, const Tensor &weight_ih, const Tensor &weight_hh,                      \
+      const OptionalTensor &bias_ih, const OptionalTensor &bias_hh, bool reset_after, std::optional<double> grad_clip
+#define GRU_CELL_ARGUMENTS input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip
+
+using ForwardSignature = Outputs(GRU_CELL_PARAMETERS, bool);
+using BackwardSignature = Gradients(const Tensor&, GRU_CELL_PARAMETERS, const Tensor&, Mask);
+
+template <Outputs (*body)(const Inputs&, bool)>
+Outputs forward_entry(GRU_CELL_PARAMETERS, bool save_gates) {
+  return body(Inputs(GRU_CELL_ARGUMENTS), save_gates);
+}
+
+template <Gradients (*body)(const Tensor&, const Inputs&, const Tensor&, const Mask&)>
+Gradients backward_entry(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor& gates, Mask mask) {
+  return body(grad_h, Inputs(GRU_CELL_ARGUMENTS), gates, mask);
+}
+
+Gradients call_backward(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor& gates, Mask mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lect11ext::gru_cell_backward", "")
+                             .typed<BackwardSignature>();
+  return op.call(grad_h, GRU_CELL_ARGUMENTS, gates, mask);
+}
+
+struct GruCellNode : autograd::Node {
+  // input, h, weight_ih, weight_hh, bias_ih, bias_hh; then what the forward kept
+  std::array<autograd::SavedVariable, 6> inputs_;
+  autograd::SavedVariable gates_;
+  bool reset_after_ = true;
+  std::optional<double> grad_clip_;
+
+  std::string name() const override { return "GruCellBackward"; }
+
+  void release_variables() override {
+    for (auto& saved : inputs_) saved.reset_data();
+    gates_.reset_data();
+  }
+
+  autograd::variable_list apply(autograd::variable_list&& grads) override {
+    if (!grads[0].defined()) return autograd::variable_list(inputs_.size());
+    Mask mask;
+    std::array<Tensor, 6> in;
+    for (size_t i = 0; i < mask.size(); ++i) {
+      mask[i] = task_should_compute_output(i);
+      in[i] = inputs_[i].unpack();
+    }
+    auto [input, h, weight_ih, weight_hh, bias_ih, bias_hh] =
+        call_backward(grads[0], in[0], in[1], in[2], in[3], autograd::optional_of(in[4]), autograd::optional_of(in[5]),
+                      reset_after_, grad_clip_, gates_.unpack(), mask);
+    return {input, h, weight_ih, weight_hh, bias_ih, bias_hh};
+  }
+};
+
+Outputs autograd_forward(GRU_CELL_PARAMETERS, bool save_gates) {
+  const bool differentiable = autograd::needs_grad(input, h, weight_ih, weight_hh, bias_ih, bias_hh);
+  Outputs out;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    out = gru_cell(GRU_CELL_ARGUMENTS, save_gates || differentiable);
+  }
+  const auto& [h_out, gates] = out;
+  if (differentiable) {
+    auto node = autograd::make_node<GruCellNode>();
+    node->set_next_edges(torch::autograd::collect_next_edges(input, h, weight_ih, weight_hh, bias_ih, bias_hh));
+    const auto save = [](const OptionalTensor& t) {
+      return autograd::SavedVariable(autograd::tensor_or_none(t), /*is_output=*/false);
+    };
+    node->inputs_ = {save(input), save(h), save(weight_ih), save(weight_hh), save(bias_ih), save(bias_hh)};
+    node->gates_ = autograd::SavedVariable(gates, /*is_output=*/false);
+    node->reset_after_ = reset_after;
+    node->grad_clip_ = grad_clip;
+    torch::autograd::set_history(h_out, node);
+  }
+  if (autograd::has_tangent(input, h, weight_ih, weight_hh, bias_ih, bias_hh)) {
+    const Gates composite = composite_gates(Inputs(GRU_CELL_ARGUMENTS));
+    autograd::copy_tangent(h_out, composite.n + composite.z * (h - composite.n));
+  }
+  return out;
+}
+
+Gradients autograd_backward(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor& gates, Mask mask) {
+  if (autograd::needs_grad(grad_h, input, h, weight_ih, weight_hh, bias_ih, bias_hh) ||
+      autograd::has_tangent(grad_h, input, h, weight_ih, weight_hh, bias_ih, bias_hh)) {
+    return composite_backward(grad_h, Inputs(GRU_CELL_ARGUMENTS), mask);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call_backward(grad_h, GRU_CELL_ARGUMENTS, gates, mask);
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+Outputs autocast_forward(GRU_CELL_PARAMETERS, bool save_gates) {
+  const c10::impl::ExcludeDispatchKeyGuard without(key);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
+  const auto cast_optional = [&](const OptionalTensor& t) {
+    return autograd::defined(t) ? OptionalTensor(cast(*t)) : std::nullopt;
+  };
+  return gru_cell(cast(input), cast(h), cast(weight_ih), cast(weight_hh), cast_optional(bias_ih),
+                  cast_optional(bias_hh), reset_after, grad_clip, save_gates);
+}
+
+}  // namespace
+
+Outputs gru_cell(GRU_CELL_PARAMETERS, bool save_gates) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_cell", "").typed<ForwardSignature>();
+  return op.call(GRU_CELL_ARGUMENTS, save_gates);
+}
+
+#define GRU_CELL_SCHEMA                                                                                       \
+  "Tensor input, Tensor h, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "            \
+  "bool reset_after, float? grad_clip"
+
+TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
+  m.def("gru_cell(" GRU_CELL_SCHEMA ", bool save_gates=False) -> (Tensor h_out, Tensor gates)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("gru_cell_backward(Tensor grad_h, " GRU_CELL_SCHEMA ", Tensor gates, bool[6] output_mask)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+  m.impl("gru_cell", forward_entry<cpu_forward>);
+  m.impl("gru_cell_backward", backward_entry<cpu_backward>);
+}
+
+#ifdef LECT11EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
+  m.impl("gru_cell", forward_entry<cuda_forward>);
+  m.impl("gru_cell_backward", backward_entry<cuda_backward>);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
+  m.impl("gru_cell", forward_entry<meta_forward>);
+  m.impl("gru_cell_backward", backward_entry<meta_backward>);
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
+  m.impl("gru_cell", autograd_forward);
+  m.impl("gru_cell_backward", autograd_backward);
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
+  m.impl("gru_cell", autocast_forward<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
+  m.impl("gru_cell", autocast_forward<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+
+}  // namespace lect11ext

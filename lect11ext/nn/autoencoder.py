@@ -1,0 +1,88 @@
+"""Modules of autoencoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import gaussian_rsample_kl
+
+
+class GaussianLatent(nn.Module):
+    r"""The stochastic bottleneck of a VAE: two linear heads, a draw, and the KL divergence to the prior.
+
+    .. math::
+        \mu = x W_\mu^\top + b_\mu, \quad v = x W_v^\top + b_v, \quad z = \mu + e^{v/2} \odot \varepsilon
+
+    Args:
+        in_features: size of the encoder's output.
+        latent_features: size of the code.
+        bias: whether the heads have biases.
+        num_samples, free_bits, logvar_range, reduction: as in
+            :func:`lect11ext.functional.gaussian_rsample_kl`.
+
+    Shape: ``[*, in_features]`` in; ``(z, kl)`` out, z ``[*, latent_features]`` (``[K, *, latent_features]`` with
+    ``num_samples=K``) and kl ``[*]`` with the default reduction.
+
+    Parameters: ``mean.weight``, ``mean.bias``, ``logvar.weight``, ``logvar.bias``, initialised as torch.nn.Linear's.
+
+    In ``eval()`` it draws too; ``module.mean(x)`` is the code without noise.
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> latent = lect11ext.nn.GaussianLatent(16, 2)
+        >>> z, kl = latent(torch.randn(8, 16))
+        >>> z.shape, kl.shape
+        (torch.Size([8, 2]), torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        latent_features: int,
+        bias: bool = True,
+        *,
+        num_samples: int | None = None,
+        free_bits: float = 0.0,
+        logvar_range: tuple[float, float] | None = None,
+        reduction: str = "sum_latent",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mean = nn.Linear(in_features, latent_features, bias, device, dtype)
+        self.logvar = nn.Linear(in_features, latent_features, bias, device, dtype)
+        self.num_samples = num_samples
+        self.free_bits = free_bits
+        self.logvar_range = logvar_range
+        self.reduction = reduction
+
+    def forward(
+        self,
+        input: Tensor,
+        prior_mean: Tensor | None = None,
+        prior_logvar: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        key: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``(z, kl)``; the prior, ``generator`` and ``key`` go to the function as they are."""
+        return gaussian_rsample_kl(
+            self.mean(input),
+            self.logvar(input),
+            prior_mean=prior_mean,
+            prior_logvar=prior_logvar,
+            num_samples=self.num_samples,
+            free_bits=self.free_bits,
+            logvar_range=self.logvar_range,
+            reduction=self.reduction,
+            generator=generator,
+            key=key,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_samples={self.num_samples}, free_bits={self.free_bits}, "
+            f"logvar_range={self.logvar_range}, reduction={self.reduction!r}"
+        )
