@@ -52,13 +52,13 @@ struct Inputs {
 
   bool has_prior() const { return autograd::defined(prior_mean); }
   bool clamps() const { return logvar_min.has_value() || logvar_max.has_value(); }
-  at::ScalarType z_dtype() const { return at::promote_types(mean.scalar_type(), logvar.scalar_type()); }
+  at::ScalarType z_dtype() const { return c10::promoteTypes(mean.scalar_type(), logvar.scalar_type()); }
 
   at::ScalarType compute_dtype() const {
-    at::ScalarType type = at::promote_types(z_dtype(), at::kFloat);
+    at::ScalarType type = c10::promoteTypes(z_dtype(), at::kFloat);
     if (has_prior()) {
-      type = at::promote_types(type, prior_mean->scalar_type());
-      type = at::promote_types(type, prior_logvar->scalar_type());
+      type = c10::promoteTypes(type, prior_mean->scalar_type());
+      type = c10::promoteTypes(type, prior_logvar->scalar_type());
     }
     return type;
   }

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include "common/dispatch.h"
@@ -90,7 +91,7 @@ at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType 
 }
 
 at::ScalarType grad_pre_type(const at::Tensor& like) {
-  return like.is_cpu() ? at::promote_types(like.scalar_type(), at::kFloat) : like.scalar_type();
+  return like.is_cpu() ? c10::promoteTypes(like.scalar_type(), at::kFloat) : like.scalar_type();
 }
 
 at::Tensor input_gradient(const at::Tensor& grad_pre, const at::Tensor& weight, const at::Tensor& onto) {
