@@ -6,12 +6,13 @@ Change one import: ``torch.nn.LSTMCell`` becomes ``lect11ext.nn.LSTMCell``. See 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _load, functional, nn, reference
+from . import _vmap, functional, nn, reference
 
 try:
     __version__ = version("lect11ext")
 except PackageNotFoundError:  # run from a source tree that was built in place
     __version__ = "0+unknown"
 
+_vmap.register()
+
 __all__ = ["__version__", "functional", "nn", "reference"]
-del _load

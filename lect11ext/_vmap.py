@@ -1,0 +1,116 @@
+"""Batching rules of all ops, for torch.vmap and everything built on it.
+
+They stand in Python because a C++ rule needs a header that torch does not ship. A cell whose weights are shared folds
+the new dimension into its batch; everything else runs once a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rule = Callable[..., tuple[Any, Any]]
+
+
+def _is_batched(dim: Any) -> bool:
+    return isinstance(dim, int)
+
+
+def _run_each(op: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """Calls ``op`` once a sample and stacks what comes back; None stays None."""
+    calls = [
+        op(*(a.select(d, i) if _is_batched(d) else a for a, d in zip(args, in_dims, strict=True))) for i in range(size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    outputs = [None if parts[0] is None else torch.stack(parts) for parts in zip(*calls, strict=True)]
+    return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
+
+
+def _each(op: Callable[..., Any]) -> Rule:
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        return _run_each(op, info.batch_size, in_dims, args)
+
+    return rule
+
+
+def _fold(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
+    """``[V, B, *] → [V·B, *]``; what is not batched is repeated."""
+    if x is None:
+        return None
+    x = x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _unfold(x: Tensor | None, size: int) -> Tensor | None:
+    return None if x is None or x.dim() < 2 else x.unflatten(0, (size, -1))
+
+
+def _cell(op: Callable[..., Any], rows: Sequence[int], shared: Sequence[int]) -> Rule:
+    """A rule for a cell's forward: arguments ``rows`` have the batch, arguments ``shared`` are weights and biases."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        if any(_is_batched(in_dims[i]) for i in shared):
+            return _run_each(op, info.batch_size, in_dims, args)
+        folded = list(args)
+        for i in rows:
+            folded[i] = _fold(args[i], in_dims[i], info.batch_size)
+        outputs = [(_unfold(out, info.batch_size), out) for out in op(*folded)]
+        return tuple(out if new is None else new for new, out in outputs), tuple(
+            None if new is None else 0 for new, _ in outputs
+        )
+
+    return rule
+
+
+def _cell_backward(op: Callable[..., Any], rows: Sequence[int], shared: Sequence[int], weight_outputs: int) -> Rule:
+    """The same for a backward, which can fold only where no gradient of a weight is asked for: those are per sample."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        mask = args[-1]
+        if any(_is_batched(in_dims[i]) for i in shared) or any(mask[-weight_outputs:]):
+            return _run_each(op, info.batch_size, in_dims, args)
+        return _cell(op, rows, shared)(info, in_dims, *args)
+
+    return rule
+
+
+def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any) -> tuple[Any, Any]:
+    """One key for all samples with randomness="same"; with "different" offsets ceil(numel / 4) apart."""
+    op = torch.ops.lect11ext.philox_key
+    if info.randomness == "error":
+        raise RuntimeError(
+            "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
+            "randomness flags on vmap or perform the randomness operation out of vmap"
+        )
+    if info.randomness == "same":
+        return op(like, numel, generator), None
+    blocks = (numel + 3) // 4
+    key = op(like, 4 * blocks * info.batch_size, generator)
+    step = torch.arange(info.batch_size, dtype=torch.int64, device=key.device) * blocks
+    return key + torch.stack([torch.zeros_like(step), step], 1), 0
+
+
+def register() -> None:
+    """Registers every rule; called once, when the package is imported."""
+    ops = torch.ops.lect11ext
+    for op in (ops.philox_normal, ops.gaussian_rsample_kl, ops.gaussian_rsample_kl_backward):
+        torch.library.register_vmap(op.default, _each(op))
+    torch.library.register_vmap(ops.philox_key.default, _philox_key)
+    # lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, …)
+    # lstm_cell_backward(grad_h, grad_c, input, h, c, weights and biases, candidate, grad_clip, gates, c_out, mask)
+    torch.library.register_vmap(ops.lstm_cell.default, _cell(ops.lstm_cell, (0, 1, 2), (3, 4, 5, 6)))
+    torch.library.register_vmap(
+        ops.lstm_cell_backward.default,
+        _cell_backward(ops.lstm_cell_backward, (0, 1, 2, 3, 4, 11, 12), (5, 6, 7, 8), weight_outputs=4),
+    )
+    # gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, …)
+    # gru_cell_backward(grad_h, input, h, weights and biases, reset_after, grad_clip, gates, mask)
+    torch.library.register_vmap(ops.gru_cell.default, _cell(ops.gru_cell, (0, 1), (2, 3, 4, 5)))
+    torch.library.register_vmap(
+        ops.gru_cell_backward.default,
+        _cell_backward(ops.gru_cell_backward, (0, 1, 2, 9), (3, 4, 5, 6), weight_outputs=4),
+    )
