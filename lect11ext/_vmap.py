@@ -45,10 +45,6 @@ def _fold(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _unfold(x: Tensor | None, size: int) -> Tensor | None:
-    return None if x is None or x.dim() < 2 else x.unflatten(0, (size, -1))
-
-
 def _cell(op: Callable[..., Any], rows: Sequence[int], shared: Sequence[int]) -> Rule:
     """A rule for a cell's forward: arguments ``rows`` have the batch, arguments ``shared`` are weights and biases."""
 
@@ -58,10 +54,9 @@ def _cell(op: Callable[..., Any], rows: Sequence[int], shared: Sequence[int]) ->
         folded = list(args)
         for i in rows:
             folded[i] = _fold(args[i], in_dims[i], info.batch_size)
-        outputs = [(_unfold(out, info.batch_size), out) for out in op(*folded)]
-        return tuple(out if new is None else new for new, out in outputs), tuple(
-            None if new is None else 0 for new, _ in outputs
-        )
+        size = info.batch_size
+        outputs = [None if out is None else out.unflatten(0, (size, out.size(0) // size)) for out in op(*folded)]
+        return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
     return rule
 

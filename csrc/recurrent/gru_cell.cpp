@@ -98,9 +98,9 @@ Gradients composite_backward(const Tensor& grad_h, const Inputs& in, const Mask&
 Outputs meta_forward(const Inputs& in, bool save_gates) {
   in.check();
   const c10::SymDimVector size{in.batch(), in.hidden()};
-  const c10::SymDimVector kept = save_gates ? c10::SymDimVector{in.batch(), in.hidden() * in.kept()}
-                                            : c10::SymDimVector{c10::SymInt(0)};
-  return {at::empty_symint(size, in.input.options()), at::empty_symint(kept, in.input.options())};
+  const auto options = in.input.options();
+  return {at::empty_symint(size, options),
+          save_gates ? at::empty_symint({in.batch(), in.hidden() * in.kept()}, options) : Tensor()};
 }
 
 Gradients meta_backward(const Tensor&, const Inputs& in, const Tensor&, const Mask& mask) {
@@ -121,7 +121,7 @@ Outputs cpu_forward(const Inputs& in, bool save_gates) {
   const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
   const bool keeps = save_gates || !in.reset_after;  // the second stage of "reset before" reads z
   Tensor h_out = at::empty({batch, hidden}, options);
-  Tensor gates = keeps ? at::empty({batch, in.kept() * hidden}, options) : at::empty({0}, options);
+  Tensor gates = keeps ? at::empty({batch, in.kept() * hidden}, options) : Tensor();
   Tensor reset_h = in.reset_after ? Tensor() : at::empty({batch, hidden}, options);
   GruCell args{
       batch, in.input.size(1), hidden, dtype_of(in.input, "input"), GruStage::After,
@@ -140,7 +140,7 @@ Outputs cpu_forward(const Inputs& in, bool save_gates) {
       run_parallel(gru_cell_kernel, args, blocks, cost / static_cast<int64_t>(stages.size()));
     }
   }
-  return {h_out, save_gates ? gates : at::empty({0}, options)};
+  return {h_out, save_gates ? gates : Tensor()};
 }
 
 // The backward is the same on both devices, but for how its elementwise stages are launched.
@@ -214,7 +214,7 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
   const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
   const bool keeps = save_gates || !in.reset_after;
   Tensor h_out = at::empty({batch, H}, options);
-  Tensor gates = keeps ? at::empty({batch, in.kept() * H}, options) : at::empty({0}, options);
+  Tensor gates = keeps ? at::empty({batch, in.kept() * H}, options) : Tensor();
   const Tensor pre_input = at::mm(in.input, in.weight_ih.t());
   Tensor pre_hidden = at::mm(in.h, (in.reset_after ? in.weight_hh : in.weight_hh.narrow(0, 0, 2 * H)).t());
   Tensor reset_h = in.reset_after ? Tensor() : at::empty({batch, H}, options);
@@ -229,7 +229,7 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
     args.pre_hidden = pre_hidden.const_data_ptr();
     cuda::gru_gates_forward(args, current_stream());
   }
-  return {h_out, save_gates ? gates : at::empty({0}, options)};
+  return {h_out, save_gates ? gates : Tensor()};
 }
 
 Gradients cuda_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {

@@ -94,17 +94,12 @@ Gradients composite_backward(const OptionalTensor& grad_h, const OptionalTensor&
 
 // --- meta ---------------------------------------------------------------------------------------------------------
 
-c10::SymDimVector gates_size(const Inputs& in, bool save_gates) {
-  if (!save_gates) return {c10::SymInt(0)};
-  return {in.batch(), in.hidden() * 4};
-}
-
 Outputs meta_forward(const Inputs& in, bool save_gates) {
   in.check();
   const c10::SymDimVector size{in.batch(), in.hidden()};
   const auto options = in.input.options();
   return {at::empty_symint(size, options), at::empty_symint(size, options),
-          at::empty_symint(gates_size(in, save_gates), options)};
+          save_gates ? at::empty_symint({in.batch(), in.hidden() * 4}, options) : Tensor()};
 }
 
 Gradients meta_backward(const OptionalTensor&, const OptionalTensor&, const Inputs& in, const Tensor&, const Tensor&,
@@ -123,7 +118,7 @@ Outputs cpu_forward(const Inputs& in, bool save_gates) {
   const int64_t batch = in.input.size(0), hidden = in.h.size(1);
   const auto options = in.input.options();
   Tensor h_out = at::empty({batch, hidden}, options), c_out = at::empty({batch, hidden}, options);
-  Tensor gates = save_gates ? at::empty({batch, 4 * hidden}, options) : at::empty({0}, options);
+  Tensor gates = save_gates ? at::empty({batch, 4 * hidden}, options) : Tensor();
   const recurrent::Rows input(in.input), h(in.h), c(in.c), weight_ih(in.weight_ih), weight_hh(in.weight_hh);
   const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
   const LstmCell args{
@@ -211,7 +206,7 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
                        bias_ih.data(), bias_hh.data(), c.data, c.stride, h_out.mutable_data_ptr(),
                        c_out.mutable_data_ptr(), save_gates ? pre.mutable_data_ptr() : nullptr};
   if (batch > 0) cuda::lstm_gates_forward(args, current_stream());
-  return {h_out, c_out, save_gates ? pre : at::empty({0}, options)};
+  return {h_out, c_out, save_gates ? pre : Tensor()};
 }
 
 Gradients cuda_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,

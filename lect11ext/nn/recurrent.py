@@ -52,7 +52,7 @@ class LSTMCell(nn.RNNCellBase):
             zeros = _zero_state(self, input)
             hx = (zeros, zeros)
         return lstm_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+            input, hx, *_weights(self),
             candidate=self.candidate, grad_clip=self.grad_clip,
         )  # fmt: skip
 
@@ -99,12 +99,21 @@ class GRUCell(nn.RNNCellBase):
         if hx is None:
             hx = _zero_state(self, input)
         return gru_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+            input, hx, *_weights(self),
             reset_after=self.reset_after, grad_clip=self.grad_clip,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _extra(reset_after=(self.reset_after, True), grad_clip=(self.grad_clip, None))
+
+
+def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    # From the dictionary: four look-ups through Module.__getattr__ take longer than a small step.
+    p = cell._parameters
+    if len(p) == 4:
+        return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]  # type: ignore[return-value]
+    # Parametrised (weight_norm, …): the attribute is computed.
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
 def _zero_state(cell: nn.RNNCellBase, input: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ struct Quad {
 // aligned or one value repeated, so that all loads of a thread are under way before the first is used.
 template <class S>
 struct Vectors {
-  static constexpr int kBlocks = 4;  // on a multiprocessor at a time: up to 64 registers a thread, none spilled
+  // On a multiprocessor at a time, one less with a prior: as many as leave enough registers that none is spilled.
+  // Four have 32 KiB of loads under way in float, of which some 20 KiB cover the latency of the memory.
+  static constexpr int kBlocks = 4;
   static constexpr bool kAligned = true;  // numel is a multiple of four, so that every sample begins at one
 
   template <class T>
@@ -108,6 +110,10 @@ struct Elements {
   }
 };
 
+// The access to what is of the arithmetic's type whatever the operands are of: kl and its gradients.
+template <class Access, class T>
+using Arithmetic = std::conditional_t<Access::kAligned, Vectors<T>, Elements>;
+
 template <class T>
 struct Element {
   T scale;  // e^(logvar/2)
@@ -183,7 +189,7 @@ __device__ inline void sum_rows(const T* values, int rows, int width, T* out) {
 // A block takes a tile. An element costs two loads and a store of its type for each sample (12 bytes in float, 6 in
 // bf16), about as long as the noise and the exponential take to compute; the KL goes through shared memory.
 template <class T, class Access, bool PriorGiven>
-__global__ void __launch_bounds__(kThreads, Access::kBlocks) forward_kernel(const __grid_constant__ GaussianForward args) {
+__global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven) forward_kernel(const __grid_constant__ GaussianForward args) {
   __shared__ T shared[kTile];
   const GaussianTiles& tiles = args.tiles;
   const int64_t t = blockIdx.x;
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks) forward_kernel(cons
       kl[i] = args.free_bits > 0 && e.kl < free_bits ? free_bits : e.kl;
     }
     if (args.kl_elements) {
-      Elements::store(args.kl, kDType<T>, first, quad, kl);
+      Arithmetic<Access, T>::store(args.kl, kDType<T>, first, quad, kl);
     } else if (quads_in_rows) {
       shared[(first - begin) / kQuad] = (kl[0] + kl[1]) + (kl[2] + kl[3]);
     } else {
@@ -248,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks) forward_kernel(cons
 // two loads (one where only z has a gradient), one of grad_z for each sample, and two stores: 20 bytes in float, 10 in
 // bf16, and no noise is read.
 template <class T, class Access, bool PriorGiven>
-__global__ void __launch_bounds__(kThreads, Access::kBlocks) backward_kernel(const __grid_constant__ GaussianBackward args) {
+__global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven) backward_kernel(const __grid_constant__ GaussianBackward args) {
   const int64_t numel = args.shape.numel;
   const int64_t first = kQuad * (int64_t{kThreads} * blockIdx.x + threadIdx.x);
   if (first >= numel) return;
@@ -257,11 +263,7 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks) backward_kernel(con
   operands.template load<Access, PriorGiven>(args, quad);
   const bool sampled = args.grad_z.data != nullptr, diverges = args.grad_kl.data != nullptr;
   T weight[kQuad] = {}, plain[kQuad] = {}, noisy[kQuad] = {};  // the last two: sums of grad_z and of grad_z·ε
-  if (diverges) {
-    // Of the arithmetic's type and mostly one value a row, so its own kind of access.
-    if constexpr (std::is_same_v<Access, Elements>) Elements::load(args.shape, args.grad_kl, first, quad, weight);
-    else Vectors<T>::load(args.shape, args.grad_kl, first, quad, weight);
-  }
+  if (diverges) Arithmetic<Access, T>::load(args.shape, args.grad_kl, first, quad, weight);
   if (sampled) {
     const bool noise_needed = args.grad_logvar != nullptr;
     const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
@@ -297,10 +299,10 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks) backward_kernel(con
   if (args.grad_logvar != nullptr) Access::store(args.grad_logvar, args.grad_logvar_dtype, first, quad, d_logvar);
   if constexpr (PriorGiven) {
     if (args.grad_prior_mean != nullptr) {
-      Elements::store(args.grad_prior_mean, kDType<T>, first, quad, d_prior_mean);
+      Arithmetic<Access, T>::store(args.grad_prior_mean, kDType<T>, first, quad, d_prior_mean);
     }
     if (args.grad_prior_logvar != nullptr) {
-      Elements::store(args.grad_prior_logvar, kDType<T>, first, quad, d_prior_logvar);
+      Arithmetic<Access, T>::store(args.grad_prior_logvar, kDType<T>, first, quad, d_prior_logvar);
     }
   }
 }
@@ -315,14 +317,15 @@ bool operands_fit(const Gaussian& args) {
 
 template <class S>
 bool fits(const GaussianForward& args) {
-  return operands_fit<S>(args) && Vectors<S>::fits(args.z, args.z_dtype);
+  return operands_fit<S>(args) && Vectors<S>::fits(args.z, args.z_dtype) && is_aligned<float, kQuad>(args.kl);
 }
 
 template <class S>
 bool fits(const GaussianBackward& args) {
   return operands_fit<S>(args) && Vectors<S>::fits(args.grad_z_shape, args.grad_z) &&
          Vectors<float>::fits(args.shape, args.grad_kl) && Vectors<S>::fits(args.grad_mean, args.grad_mean_dtype) &&
-         Vectors<S>::fits(args.grad_logvar, args.grad_logvar_dtype);
+         Vectors<S>::fits(args.grad_logvar, args.grad_logvar_dtype) &&
+         is_aligned<float, kQuad>(args.grad_prior_mean) && is_aligned<float, kQuad>(args.grad_prior_logvar);
 }
 
 template <class T, class Access, bool PriorGiven>

@@ -19,25 +19,33 @@ constexpr int64_t kRowsWorthPacking = 12;
 template <class C>
 constexpr int kTileColumns = kTileVectors * kLanes<C>;
 
+// The pragmas make the compiler unroll before it assigns registers; without them the accumulators live on the stack.
 // M rows × kTileColumns of C, from dense rows of B in the arithmetic's type.
 template <int M, class C>
 void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t b_stride, C* out,
           int64_t out_stride, bool add) {
   Vec<C> acc[M][kTileVectors];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) {
       acc[m][v] = add ? Vec<C>::loadu(out + m * out_stride + v * kLanes<C>) : Vec<C>(C(0));
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec<C> row[kTileVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) row[v] = Vec<C>::loadu(b + k * b_stride + v * kLanes<C>);
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Vec<C> scale(a[m * a_row + k * a_column]);
+#pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) acc[m][v] = at::vec::fmadd(scale, row[v], acc[m][v]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) acc[m][v].store(out + m * out_stride + v * kLanes<C>);
   }
 }

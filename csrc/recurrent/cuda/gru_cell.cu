@@ -95,7 +95,7 @@ __device__ inline void forward_output(const GruGates& args, const Units& units) 
 
 // The stage is the same for all threads: one kernel with a branch, not three.
 template <class S, int N>
-__global__ void __launch_bounds__(kCellThreads) forward_kernel(const __grid_constant__ GruGates args) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks) forward_kernel(const __grid_constant__ GruGates args) {
   for_each_unit<N>(args.batch, args.hidden, [&](int64_t row, int64_t unit) {
     const Units units{args.hidden, row, unit};
     switch (args.stage) {
@@ -160,7 +160,7 @@ __device__ inline void backward_reset_gate(const GruGatesBackward& args, const U
 }
 
 template <class S, class P, int N>
-__global__ void __launch_bounds__(kCellThreads) backward_kernel(const __grid_constant__ GruGatesBackward args) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks) backward_kernel(const __grid_constant__ GruGatesBackward args) {
   for_each_unit<N>(args.batch, args.hidden, [&](int64_t row, int64_t unit) {
     const Units units{args.hidden, row, unit};
     if (args.stage == GruStage::Output) backward_reset_gate<S, P, N>(args, units);

@@ -8,7 +8,7 @@ namespace {
 // Bound by memory: 5 elements read and 6 written a hidden unit (44 bytes in float, 22 in bf16), the gates' 4 fewer in
 // inference; the biases stay in cache. `gates` may be `pre`: a thread reads its units before it writes them.
 template <class S, int N>
-__global__ void __launch_bounds__(kCellThreads) forward_kernel(const __grid_constant__ LstmGates args) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks) forward_kernel(const __grid_constant__ LstmGates args) {
   using T = Compute<S>;
   const int64_t H = args.hidden;
   for_each_unit<N>(args.batch, H, [&](int64_t row, int64_t unit) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kCellThreads) forward_kernel(const __grid_cons
 // Bound by memory: 8 elements read and 5 written a hidden unit (52 bytes in float, 26 in bf16). P is the type of the
 // pre-activations' gradients.
 template <class S, class P, int N>
-__global__ void __launch_bounds__(kCellThreads) backward_kernel(const __grid_constant__ LstmGatesBackward args) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks) backward_kernel(const __grid_constant__ LstmGatesBackward args) {
   using T = Compute<S>;
   const int64_t H = args.hidden;
   const T clip = static_cast<T>(args.clip);

@@ -13,6 +13,8 @@
 namespace lect11ext::cuda {
 
 inline constexpr int kCellThreads = 128;
+// Blocks on a multiprocessor at a time, at least: leaves 128 registers a thread, so that none is spilled.
+inline constexpr int kCellBlocks = 4;
 
 // Calls f(row, unit) for the units of this thread.
 template <int N, class F>
