@@ -45,28 +45,58 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, boo
   run_parallel(product_kernel, args, blocks, args.m * args.n * args.k / blocks / kMultiplyAddsPerUnit + 1);
 }
 
-}  // namespace
 
-void CellInputs::check() const {
+void check_biases(const at::Tensor& input, const std::optional<at::Tensor>& bias_ih,
+                  const std::optional<at::Tensor>& bias_hh, const c10::SymInt& size) {
+  for (const auto& [name, bias] : {std::pair("bias_ih", &bias_ih), std::pair("bias_hh", &bias_hh)}) {
+    if (!bias->has_value() || !(*bias)->defined()) continue;
+    check_shape(name, (*bias)->sym_sizes(), {size}, "gates * hidden_size");
+    check_same_type(name, **bias, input);
+    check_same_device({{"input", &input}, {name, &**bias}});
+  }
+}
+
+void check_rows(const at::Tensor& input, const at::Tensor& h) {
   TORCH_CHECK_TYPE(is_kernel_dtype(input.scalar_type()),
                    "input must be float32, float64, bfloat16 or float16, but got ", input.scalar_type());
   check_matrix("input", input);
   check_matrix("h", h);
+  check_shape("h", h.sym_sizes(), {input.sym_size(0), h.sym_size(1)}, "batch of input, hidden_size");
+  check_same_type("h", h, input);
+  check_same_device({{"input", &input}, {"h", &h}});
+}
+
+}  // namespace
+
+void CellInputs::check() const {
+  check_rows(input, h);
   check_matrix("weight_ih", weight_ih);
   check_matrix("weight_hh", weight_hh);
-  check_state("h", h, *this);
   const c10::SymInt rows = hidden() * gates;
   check_shape("weight_ih", weight_ih.sym_sizes(), {rows, input.sym_size(1)}, "gates * hidden_size, input_size");
   check_shape("weight_hh", weight_hh.sym_sizes(), {rows, hidden()}, "gates * hidden_size, hidden_size");
   check_same_type("weight_ih", weight_ih, input);
   check_same_type("weight_hh", weight_hh, input);
-  check_same_device({{"input", &input}, {"h", &h}, {"weight_ih", &weight_ih}, {"weight_hh", &weight_hh}});
-  for (const auto& [name, bias] : {std::pair("bias_ih", &bias_ih), std::pair("bias_hh", &bias_hh)}) {
-    if (!bias->has_value() || !(*bias)->defined()) continue;
-    check_shape(name, (*bias)->sym_sizes(), {rows}, "gates * hidden_size");
-    check_same_type(name, **bias, input);
-    check_same_device({{"input", &input}, {name, &**bias}});
+  check_same_device({{"input", &input}, {"weight_ih", &weight_ih}, {"weight_hh", &weight_hh}});
+  check_biases(input, bias_ih, bias_hh, rows);
+}
+
+void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor& packed_ih,
+                  const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih,
+                  const std::optional<at::Tensor>& bias_hh, int64_t gates) {
+  constexpr int64_t kUnits = 16;
+  check_rows(input, h);
+  const int64_t hidden = h.size(1), blocks = (hidden + kUnits - 1) / kUnits;
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
+                   "input must be float32 or float64 where the weights are packed, but got ", input.scalar_type());
+  for (const auto& [name, packed, size] : {std::tuple("packed_ih", &packed_ih, input.size(1)),
+                                           std::tuple("packed_hh", &packed_hh, hidden)}) {
+    check_shape(name, packed->sym_sizes(), {blocks, size, gates, kUnits}, "blocks, size, gates, units");
+    check_same_type(name, *packed, input);
+    TORCH_CHECK_VALUE(packed->is_contiguous(), name, " must be contiguous");
+    check_same_device({{"input", &input}, {name, packed}});
   }
+  check_biases(input, bias_ih, bias_hh, hidden * gates);
 }
 
 void check_state(const char* name, const at::Tensor& state, const CellInputs& in) {

@@ -113,34 +113,62 @@ Gradients meta_backward(const Tensor&, const Inputs& in, const Tensor&, const Ma
 
 // --- CPU ----------------------------------------------------------------------------------------------------------
 
-Outputs cpu_forward(const Inputs& in, bool save_gates) {
-  in.check();
-  const int64_t batch = in.input.size(0), hidden = in.h.size(1);
-  const auto options = in.input.options();
-  const recurrent::Rows input(in.input), h(in.h), weight_ih(in.weight_ih), weight_hh(in.weight_hh);
-  const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
-  const bool keeps = save_gates || !in.reset_after;  // the second stage of "reset before" reads z
+// Rows at their stride, or packed blocks.
+struct Weights {
+  const void *ih, *hh;
+  int64_t ih_stride, hh_stride;
+  bool packed;
+};
+
+Outputs run_cpu(const Tensor& input, const Tensor& h, const Weights& weights, const OptionalTensor& bias_ih,
+                const OptionalTensor& bias_hh, bool reset_after, bool save_gates) {
+  const int64_t batch = input.size(0), hidden = h.size(1);
+  const auto options = input.options();
+  const recurrent::Rows x(input), state(h);
+  const recurrent::Bias b_ih(bias_ih), b_hh(bias_hh);
+  const bool keeps = save_gates || !reset_after;  // the second stage of "reset before" reads z
   Tensor h_out = at::empty({batch, hidden}, options);
-  Tensor gates = keeps ? at::empty({batch, in.kept() * hidden}, options) : Tensor();
-  Tensor reset_h = in.reset_after ? Tensor() : at::empty({batch, hidden}, options);
+  Tensor gates = keeps ? at::empty({batch, (reset_after ? 4 : 3) * hidden}, options) : Tensor();
+  Tensor reset_h = reset_after ? Tensor() : at::empty({batch, hidden}, options);
   GruCell args{
-      batch, in.input.size(1), hidden, dtype_of(in.input, "input"), GruStage::After,
-      input.data, h.data, weight_ih.data, weight_hh.data,
-      input.stride, h.stride, weight_ih.stride, weight_hh.stride,
-      bias_ih.data(), bias_hh.data(),
-      in.reset_after ? nullptr : reset_h.mutable_data_ptr(), h_out.mutable_data_ptr(),
+      batch, input.size(1), hidden, dtype_of(input, "input"), GruStage::After,
+      x.data, state.data, weights.ih, weights.hh,
+      x.stride, state.stride, weights.ih_stride, weights.hh_stride, weights.packed,
+      b_ih.data(), b_hh.data(),
+      reset_after ? nullptr : reset_h.mutable_data_ptr(), h_out.mutable_data_ptr(),
       keeps ? gates.mutable_data_ptr() : nullptr};
-  if (batch > 0) {
-    const int64_t blocks = (hidden + kGruUnits - 1) / kGruUnits;
-    const int64_t cost = (batch + 2) * 3 * kGruUnits * (args.input_size + hidden) / 32;
-    const auto stages = in.reset_after ? std::vector<GruStage>{GruStage::After}
-                                       : std::vector<GruStage>{GruStage::Reset, GruStage::Output};
-    for (const GruStage stage : stages) {
-      args.stage = stage;
-      run_parallel(gru_cell_kernel, args, blocks, cost / static_cast<int64_t>(stages.size()));
-    }
+  const int64_t blocks = (hidden + kGruUnits - 1) / kGruUnits;
+  const int64_t cost = (batch + 2) * 3 * kGruUnits * (args.input_size + hidden) / 32;
+  const auto run = [&](GruStage stage, int64_t share) {
+    args.stage = stage;
+    if (batch > 0) run_parallel(gru_cell_kernel, args, blocks, cost / share);
+  };
+  if (reset_after) {
+    run(GruStage::After, 1);
+  } else {
+    run(GruStage::Reset, 2);
+    run(GruStage::Output, 2);
   }
   return {h_out, save_gates ? gates : Tensor()};
+}
+
+Outputs cpu_forward(const Inputs& in, bool save_gates) {
+  in.check();
+  const recurrent::Rows ih(in.weight_ih), hh(in.weight_hh);
+  return run_cpu(in.input, in.h, {ih.data, hh.data, ih.stride, hh.stride, /*packed=*/false}, in.bias_ih, in.bias_hh,
+                 in.reset_after, save_gates);
+}
+
+Tensor cpu_packed(const Tensor& input, const Tensor& h, const Tensor& packed_ih, const Tensor& packed_hh,
+                  const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after) {
+  recurrent::check_packed(input, h, packed_ih, packed_hh, bias_ih, bias_hh, /*gates=*/3);
+  return std::get<0>(run_cpu(input, h, {packed_ih.const_data_ptr(), packed_hh.const_data_ptr(), 0, 0, /*packed=*/true},
+                             bias_ih, bias_hh, reset_after, /*save_gates=*/false));
+}
+
+Tensor meta_packed(const Tensor& input, const Tensor& h, const Tensor&, const Tensor&, const OptionalTensor&,
+                   const OptionalTensor&, bool) {
+  return at::empty_symint(h.sym_sizes(), input.options());
 }
 
 // The backward is the same on both devices, but for how its elementwise stages are launched.
@@ -360,11 +388,15 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag});
   m.def("gru_cell_backward(Tensor grad_h, " GRU_CELL_SCHEMA ", Tensor gates, bool[6] output_mask)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  // Inference over weights that a module's prepack() laid out; no derivative.
+  m.def("gru_cell_packed(Tensor input, Tensor h, Tensor packed_ih, Tensor packed_hh, Tensor? bias_ih, "
+        "Tensor? bias_hh, bool reset_after) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
   m.impl("gru_cell", forward_entry<cpu_forward>);
   m.impl("gru_cell_backward", backward_entry<cpu_backward>);
+  m.impl("gru_cell_packed", cpu_packed);
 }
 
 #ifdef LECT11EXT_WITH_CUDA
@@ -377,6 +409,7 @@ TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
   m.impl("gru_cell", forward_entry<meta_forward>);
   m.impl("gru_cell_backward", backward_entry<meta_backward>);
+  m.impl("gru_cell_packed", meta_packed);
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {

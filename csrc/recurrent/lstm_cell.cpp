@@ -113,19 +113,26 @@ Gradients meta_backward(const OptionalTensor&, const OptionalTensor&, const Inpu
 
 // --- CPU ----------------------------------------------------------------------------------------------------------
 
-Outputs cpu_forward(const Inputs& in, bool save_gates) {
-  in.check();
-  const int64_t batch = in.input.size(0), hidden = in.h.size(1);
-  const auto options = in.input.options();
+// Rows at their stride, or packed blocks.
+struct Weights {
+  const void *ih, *hh;
+  int64_t ih_stride, hh_stride;
+  bool packed;
+};
+
+Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Weights& weights,
+                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool sigmoid_candidate, bool save_gates) {
+  const int64_t batch = input.size(0), hidden = h.size(1);
+  const auto options = input.options();
   Tensor h_out = at::empty({batch, hidden}, options), c_out = at::empty({batch, hidden}, options);
   Tensor gates = save_gates ? at::empty({batch, 4 * hidden}, options) : Tensor();
-  const recurrent::Rows input(in.input), h(in.h), c(in.c), weight_ih(in.weight_ih), weight_hh(in.weight_hh);
-  const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const recurrent::Rows x(input), state(h), cell(c);
+  const recurrent::Bias b_ih(bias_ih), b_hh(bias_hh);
   const LstmCell args{
-      batch, in.input.size(1), hidden, dtype_of(in.input, "input"), in.sigmoid_candidate,
-      input.data, h.data, c.data, weight_ih.data, weight_hh.data,
-      input.stride, h.stride, c.stride, weight_ih.stride, weight_hh.stride,
-      bias_ih.data(), bias_hh.data(),
+      batch, input.size(1), hidden, dtype_of(input, "input"), sigmoid_candidate,
+      x.data, state.data, cell.data, weights.ih, weights.hh,
+      x.stride, state.stride, cell.stride, weights.ih_stride, weights.hh_stride, weights.packed,
+      b_ih.data(), b_hh.data(),
       h_out.mutable_data_ptr(), c_out.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr};
   if (batch > 0) {
     const int64_t blocks = (hidden + kLstmUnits - 1) / kLstmUnits;
@@ -134,6 +141,31 @@ Outputs cpu_forward(const Inputs& in, bool save_gates) {
     run_parallel(lstm_cell_kernel, args, blocks, cost);
   }
   return {h_out, c_out, gates};
+}
+
+Outputs cpu_forward(const Inputs& in, bool save_gates) {
+  in.check();
+  const recurrent::Rows ih(in.weight_ih), hh(in.weight_hh);
+  return run_cpu(in.input, in.h, in.c, {ih.data, hh.data, ih.stride, hh.stride, /*packed=*/false}, in.bias_ih,
+                 in.bias_hh, in.sigmoid_candidate, save_gates);
+}
+
+std::tuple<Tensor, Tensor> cpu_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih,
+                                      const Tensor& packed_hh, const OptionalTensor& bias_ih,
+                                      const OptionalTensor& bias_hh, c10::string_view candidate) {
+  recurrent::check_packed(input, h, packed_ih, packed_hh, bias_ih, bias_hh, /*gates=*/4);
+  check_shape("c", c.sym_sizes(), h.sym_sizes(), "that of h");
+  TORCH_CHECK_TYPE(c.scalar_type() == input.scalar_type(), "c must have the type of input, ", input.scalar_type(),
+                   ", but got ", c.scalar_type());
+  auto [h_out, c_out, gates] =
+      run_cpu(input, h, c, {packed_ih.const_data_ptr(), packed_hh.const_data_ptr(), 0, 0, /*packed=*/true}, bias_ih,
+              bias_hh, candidate == "sigmoid", /*save_gates=*/false);
+  return {h_out, c_out};
+}
+
+std::tuple<Tensor, Tensor> meta_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor&,
+                                       const Tensor&, const OptionalTensor&, const OptionalTensor&, c10::string_view) {
+  return {at::empty_symint(h.sym_sizes(), input.options()), at::empty_symint(h.sym_sizes(), input.options())};
 }
 
 struct Pointwise {
@@ -352,11 +384,15 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def("lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, " LSTM_CELL_SCHEMA
         ", Tensor gates, Tensor c_out, bool[7] output_mask)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  // Inference over weights that a module's prepack() laid out; no derivative.
+  m.def("lstm_cell_packed(Tensor input, Tensor h, Tensor c, Tensor packed_ih, Tensor packed_hh, Tensor? bias_ih, "
+        "Tensor? bias_hh, str candidate) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
   m.impl("lstm_cell", forward_entry<cpu_forward>);
   m.impl("lstm_cell_backward", backward_entry<cpu_backward>);
+  m.impl("lstm_cell_packed", cpu_packed);
 }
 
 #ifdef LECT11EXT_WITH_CUDA
@@ -369,6 +405,7 @@ TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
   m.impl("lstm_cell", forward_entry<meta_forward>);
   m.impl("lstm_cell_backward", backward_entry<meta_backward>);
+  m.impl("lstm_cell_packed", meta_packed);
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {

@@ -2,13 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from ..functional import gru_cell, lstm_cell
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class LSTMCell(nn.RNNCellBase):
+_UNITS = 16  # hidden units of a packed block, as the kernels take them
+
+
+class _Cell(nn.RNNCellBase):
+    """What the two cells share: the look-up of their weights, and prepacking."""
+
+    _gates: int
+    _packed: tuple[Tensor, Tensor] | None = None
+    _packed_from: tuple[Tensor, Tensor] | None = None
+
+    def prepack(self) -> Self:
+        """Lays the weights out for inference on the CPU, and returns the module.
+
+        Steps taken while grad is off then read the packed copy, which for a batch of one is faster; while grad is on
+        it is ignored. ``train()``, ``load_state_dict()``, ``.to()`` and the like, ``deepcopy`` and pickling drop it,
+        and so does another tensor in the place of a weight. **Writing into a weight in place leaves it stale**:
+        ``p.data.copy_()`` changes neither a tensor's address nor its version, so no module could notice. Call
+        ``prepack()`` again after that.
+
+        Only float32 and float64 weights on the CPU are packed. Rows of the 16-bit types are already in the order that
+        their instructions want, and on CUDA the products are cuBLAS's; there it does nothing.
+        """
+        ih, hh, *_ = _weights(self)
+        self._unpack()
+        if ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64):
+            with torch.no_grad():
+                self._packed = (_pack(ih, self._gates), _pack(hh, self._gates))
+            self._packed_from = (ih, hh)
+        return self
+
+    def _unpack(self) -> None:
+        self._packed = self._packed_from = None
+
+    def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The packed weights, if this step may use them."""
+        if self._packed is None or torch.is_grad_enabled() or input.dtype != ih.dtype or input.dim() != 2:
+            return None
+        if self._packed_from is None or ih is not self._packed_from[0] or hh is not self._packed_from[1]:
+            return None  # torch.func.functional_call, or an assignment
+        return self._packed
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_packed_from")}
+
+
+def _pack(weight: Tensor, gates: int) -> Tensor:
+    """``[gates · H, K] → [blocks, K, gates, 16]``: what 16 hidden units need of one k lies together."""
+    rows, size = weight.shape
+    hidden = rows // gates
+    padded = nn.functional.pad(weight.view(gates, hidden, size), (0, 0, 0, -hidden % _UNITS))
+    return padded.view(gates, -1, _UNITS, size).permute(1, 3, 0, 2).contiguous()
+
+
+class LSTMCell(_Cell):
     r"""Drop-in for :class:`torch.nn.LSTMCell`: same arguments, parameters, initialisation and ``state_dict``.
 
     The equations stand in :func:`lect11ext.functional.lstm_cell`.
@@ -28,6 +99,8 @@ class LSTMCell(nn.RNNCellBase):
         >>> h.shape
         torch.Size([3, 4])
     """
+
+    _gates = 4
 
     def __init__(
         self,
@@ -51,16 +124,17 @@ class LSTMCell(nn.RNNCellBase):
         if hx is None:
             zeros = _zero_state(self, input)
             hx = (zeros, zeros)
-        return lstm_cell(
-            input, hx, *_weights(self),
-            candidate=self.candidate, grad_clip=self.grad_clip,
-        )  # fmt: skip
+        ih, hh, b_ih, b_hh = _weights(self)
+        packed = None if self._packed is None else self._packed_for(input, ih, hh)
+        if packed is not None:
+            return torch.ops.lect11ext.lstm_cell_packed(input, *hx, *packed, b_ih, b_hh, self.candidate)
+        return lstm_cell(input, hx, ih, hh, b_ih, b_hh, candidate=self.candidate, grad_clip=self.grad_clip)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _extra(candidate=(self.candidate, "tanh"), grad_clip=(self.grad_clip, None))
 
 
-class GRUCell(nn.RNNCellBase):
+class GRUCell(_Cell):
     r"""Drop-in for :class:`torch.nn.GRUCell`: same arguments, parameters, initialisation and ``state_dict``.
 
     The equations stand in :func:`lect11ext.functional.gru_cell`.
@@ -78,6 +152,8 @@ class GRUCell(nn.RNNCellBase):
         >>> lect11ext.nn.GRUCell(5, 4)(torch.randn(3, 5)).shape
         torch.Size([3, 4])
     """
+
+    _gates = 3
 
     def __init__(
         self,
@@ -98,10 +174,11 @@ class GRUCell(nn.RNNCellBase):
         """One step; ``hx`` is h."""
         if hx is None:
             hx = _zero_state(self, input)
-        return gru_cell(
-            input, hx, *_weights(self),
-            reset_after=self.reset_after, grad_clip=self.grad_clip,
-        )  # fmt: skip
+        ih, hh, b_ih, b_hh = _weights(self)
+        packed = None if self._packed is None else self._packed_for(input, ih, hh)
+        if packed is not None:
+            return torch.ops.lect11ext.gru_cell_packed(input, hx, *packed, b_ih, b_hh, self.reset_after)
+        return gru_cell(input, hx, ih, hh, b_ih, b_hh, reset_after=self.reset_after, grad_clip=self.grad_clip)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _extra(reset_after=(self.reset_after, True), grad_clip=(self.grad_clip, None))

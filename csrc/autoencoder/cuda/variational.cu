@@ -189,7 +189,8 @@ __device__ inline void sum_rows(const T* values, int rows, int width, T* out) {
 // A block takes a tile. An element costs two loads and a store of its type for each sample (12 bytes in float, 6 in
 // bf16), about as long as the noise and the exponential take to compute; the KL goes through shared memory.
 template <class T, class Access, bool PriorGiven>
-__global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven) forward_kernel(const __grid_constant__ GaussianForward args) {
+__global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven)
+    forward_kernel(const __grid_constant__ GaussianForward args) {
   __shared__ T shared[kTile];
   const GaussianTiles& tiles = args.tiles;
   const int64_t t = blockIdx.x;
@@ -251,10 +252,10 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven) forwar
 }
 
 // Nothing is summed over elements here, so a block takes 1024 consecutive ones whatever their rows. An element costs
-// two loads (one where only z has a gradient), one of grad_z for each sample, and two stores: 20 bytes in float, 10 in
-// bf16, and no noise is read.
+// two loads, one of grad_z for each sample, and two stores: 20 bytes in float, 10 in bf16. The noise is drawn again.
 template <class T, class Access, bool PriorGiven>
-__global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven) backward_kernel(const __grid_constant__ GaussianBackward args) {
+__global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven)
+    backward_kernel(const __grid_constant__ GaussianBackward args) {
   const int64_t numel = args.shape.numel;
   const int64_t first = kQuad * (int64_t{kThreads} * blockIdx.x + threadIdx.x);
   if (first >= numel) return;

@@ -98,7 +98,8 @@ inline void sum_lanes4(const Vec<double> (&v)[4], double* out) {
   }
 }
 
-// One of the products that are summed: rows of `weight` times rows of `x`, both `size` long.
+// One of the products that are summed: rows of `weight` times rows of `x`, both `size` long. Where `packed`, the weights
+// lie transposed instead: a block's units dense for each k, k's `weight_stride` apart.
 template <class S>
 struct RowProduct {
   const S* weight;
@@ -106,6 +107,7 @@ struct RowProduct {
   const S* x;
   int64_t x_stride;
   int64_t size;
+  bool packed = false;
 };
 
 // Accumulators that a build has registers for, beside the operands of a step.
@@ -162,11 +164,67 @@ inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row
   }
 }
 
+// out[b·out_stride + u] for all units of a block of packed weights. With few rows of x the sum over k is split into P
+// sums, so that enough additions are in flight.
+template <int kUnits, int B, int P, class C>
+inline void packed_tile(const RowProduct<C>* products, int count, int64_t first_x, C* out, int64_t out_stride) {
+  constexpr int kVectors = kUnits / kLanes<C>;
+  Vec<C> acc[P][B][kVectors];
+  for (auto& part : acc) {
+    for (auto& row : part) {
+      for (auto& v : row) v = Vec<C>(C(0));
+    }
+  }
+  for (int p = 0; p < count; ++p) {
+    const RowProduct<C>& product = products[p];
+    const C* x = product.x + first_x * product.x_stride;
+    const auto step = [&](int64_t k, Vec<C>(&sums)[B][kVectors]) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<C> weight = Vec<C>::loadu(product.weight + k * product.weight_stride + v * kLanes<C>);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) {
+          sums[b][v] = at::vec::fmadd(weight, Vec<C>(x[b * product.x_stride + k]), sums[b][v]);
+        }
+      }
+    };
+    int64_t k = 0;
+    for (; k + P <= product.size; k += P) {
+#pragma GCC unroll 8
+      for (int q = 0; q < P; ++q) step(k + q, acc[q]);
+    }
+    for (; k < product.size; ++k) step(k, acc[0]);
+  }
+  for (int b = 0; b < B; ++b) {
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<C> sum = acc[0][b][v];
+      for (int q = 1; q < P; ++q) sum = sum + acc[q][b][v];
+      sum.store(out + b * out_stride + v * kLanes<C>);
+    }
+  }
+}
+
+template <int kUnits, class C>
+inline void packed_block(const RowProduct<C>* products, int count, int64_t first_x, int64_t rows_of_x, C* out,
+                         int64_t out_stride) {
+  switch (rows_of_x) {
+    case 1: return packed_tile<kUnits, 1, 8>(products, count, first_x, out, out_stride);
+    case 2: return packed_tile<kUnits, 2, 4>(products, count, first_x, out, out_stride);
+    case 3: return packed_tile<kUnits, std::min(3, kMaxRowsOfX), 2>(products, count, first_x, out, out_stride);
+    case 4: return packed_tile<kUnits, std::min(4, kMaxRowsOfX), 2>(products, count, first_x, out, out_stride);
+    case 5: return packed_tile<kUnits, std::min(5, kMaxRowsOfX), 2>(products, count, first_x, out, out_stride);
+    default: return packed_tile<kUnits, kMaxRowsOfX, 2>(products, count, first_x, out, out_stride);
+  }
+}
+
 // The same for `rows_of_x` ≤ kMaxRowsOfX rows of x and a block of kUnits rows of weights, of which `units` exist.
 // With one or two rows of x eight rows of weights at a time keep enough additions in flight.
 template <int kUnits, class S>
 inline void dot_block(const RowProduct<S>* products, int count, int64_t units, int64_t first_x, int64_t rows_of_x,
                       Compute<S>* out, int64_t out_stride) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {  // the 16-bit types are never packed: their rows are in order already
+    if (products[0].packed) return packed_block<kUnits>(products, count, first_x, rows_of_x, out, out_stride);
+  }
   const auto run = [&]<int R, int B>() {
     for (int64_t r = 0; r < units; r += R) {
       dot_tile<R, B>(products, count, r, units, first_x, out + r, out_stride);

@@ -43,14 +43,21 @@ class Block {
     if (bias != nullptr) convert(static_cast<const S*>(bias) + gate * args_.hidden + first_, to, units_);
   }
 
+  // The block's rows of one gate, times x.
+  RowProduct<S> rows(int gate, const void* weight, int64_t weight_stride, const void* x, int64_t x_stride,
+                     int64_t size) const {
+    const S* w = static_cast<const S*>(weight);
+    if (args_.packed) w += (first_ / kUnits * size * 3 + gate) * kUnits;
+    else w += (gate * args_.hidden + first_) * weight_stride;
+    return {w, args_.packed ? 3 * kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args_.packed};
+  }
+
   RowProduct<S> input_product(int gate) const {
-    return {static_cast<const S*>(args_.weight_ih) + (gate * args_.hidden + first_) * args_.weight_ih_stride,
-            args_.weight_ih_stride, static_cast<const S*>(args_.input), args_.input_stride, args_.input_size};
+    return rows(gate, args_.weight_ih, args_.weight_ih_stride, args_.input, args_.input_stride, args_.input_size);
   }
 
   RowProduct<S> hidden_product(int gate, const void* x, int64_t x_stride) const {
-    return {static_cast<const S*>(args_.weight_hh) + (gate * args_.hidden + first_) * args_.weight_hh_stride,
-            args_.weight_hh_stride, static_cast<const S*>(x), x_stride, args_.hidden};
+    return rows(gate, args_.weight_hh, args_.weight_hh_stride, x, x_stride, args_.hidden);
   }
 
   void multiply(int64_t row, int64_t rows) {

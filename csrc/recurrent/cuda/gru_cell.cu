@@ -160,7 +160,8 @@ __device__ inline void backward_reset_gate(const GruGatesBackward& args, const U
 }
 
 template <class S, class P, int N>
-__global__ void __launch_bounds__(kCellThreads, kCellBlocks) backward_kernel(const __grid_constant__ GruGatesBackward args) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks)
+    backward_kernel(const __grid_constant__ GruGatesBackward args) {
   for_each_unit<N>(args.batch, args.hidden, [&](int64_t row, int64_t unit) {
     const Units units{args.hidden, row, unit};
     if (args.stage == GruStage::Output) backward_reset_gate<S, P, N>(args, units);

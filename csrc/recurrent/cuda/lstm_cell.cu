@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks) forward_kernel(cons
 // Bound by memory: 8 elements read and 5 written a hidden unit (52 bytes in float, 26 in bf16). P is the type of the
 // pre-activations' gradients.
 template <class S, class P, int N>
-__global__ void __launch_bounds__(kCellThreads, kCellBlocks) backward_kernel(const __grid_constant__ LstmGatesBackward args) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks)
+    backward_kernel(const __grid_constant__ LstmGatesBackward args) {
   using T = Compute<S>;
   const int64_t H = args.hidden;
   const T clip = static_cast<T>(args.clip);

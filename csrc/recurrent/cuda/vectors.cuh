@@ -1,7 +1,7 @@
 // What the elementwise kernels of the cells share: how a [B, H] step is divided among threads.
 //
-// A thread takes N neighbouring hidden units of one row: 16 bytes of each operand where sizes and addresses allow it and
-// there is enough of them, else one unit.
+// A thread takes N neighbouring hidden units of one row: 16 bytes of each operand where sizes and addresses allow it
+// and there are enough of them, else one unit.
 #pragma once
 
 #include <initializer_list>

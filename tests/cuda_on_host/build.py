@@ -1,0 +1,36 @@
+"""Compiles every .cu file of csrc for the host, against the stand-in headers, into one shared library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+# A misaligned vector access works on the host and stops a GPU: the sanitizer stops here too.
+SANITIZE = ["-fsanitize=alignment,bounds,shift,null,signed-integer-overflow", "-fno-sanitize-recover=all"]
+# Warnings are errors: what g++ doubts in a kernel is worth a look. Unknown to it is `#pragma unroll` alone.
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", *WARNINGS, *SANITIZE, "-I", str(HERE / "include"), "-I", str(CSRC)]
+
+
+def build(folder: Path) -> Path:
+    """Builds into ``folder`` and returns the library's path. One compiler at a time."""
+    compiler = os.environ.get("CXX", "g++")
+    own = [HERE / name for name in ("selftest.cu", "entry.cpp", "emulator.cpp")]
+    sources = [*sorted(CSRC.glob("**/cuda/*.cu")), *own]
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{source.parent.parent.name}_{source.stem}.o")
+        subprocess.run([compiler, *FLAGS, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
+    library = folder / "libkernels_on_host.so"
+    subprocess.run([compiler, "-shared", *SANITIZE, *objects, "-o", library, "-pthread"], check=True)
+    return library
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    print(build(target))

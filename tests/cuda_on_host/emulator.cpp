@@ -1,0 +1,185 @@
+// The fibers behind include/cuda_runtime.h.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <barrier>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+// What a .cu file with dynamic shared memory declares in this namespace, outside the unnamed one, and under this name:
+// extern __shared__ __align__(16) unsigned char dynamic_shared[];
+namespace lect11ext::cuda {
+alignas(16) thread_local unsigned char dynamic_shared[227 * 1024];
+}
+
+namespace cuda_on_host {
+namespace {
+
+constexpr std::size_t kStackBytes = 128 * 1024;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  uint3 index;
+  Barrier barrier;
+  unsigned mask;
+  bool finished;
+};
+
+// A block in execution. One for each system thread, which keeps the stacks from block to block.
+class Block {
+ public:
+  void run(const std::function<void()>& thread, uint3 index, dim3 grid, dim3 size, std::barrier<>* all_blocks);
+  void wait(Barrier barrier, unsigned mask) {
+    current_->barrier = barrier;
+    current_->mask = mask;
+    swapcontext(&current_->context, &scheduler_);
+  }
+  Slot* slots() { return slots_.data() + number() / warpSize * warpSize; }
+  int number() const { return static_cast<int>(current_ - fibers_.data()); }
+
+ private:
+  static void enter();
+  void prepare(std::size_t threads, dim3 size);
+  void resume(Fiber& fiber);
+  bool release_warps();
+  bool release_all(Barrier barrier);
+
+  std::vector<Fiber> fibers_;
+  std::size_t threads_ = 0, unfinished_ = 0;
+  std::vector<Slot> slots_;
+  Fiber* current_ = nullptr;
+  const std::function<void()>* thread_ = nullptr;
+  ucontext_t scheduler_;
+};
+
+thread_local Block block;
+
+void Block::enter() {
+  (*block.thread_)();
+  block.current_->finished = true;
+}
+
+void Block::prepare(std::size_t threads, dim3 size) {
+  if (fibers_.size() < threads) fibers_.resize(threads);
+  threads_ = unfinished_ = threads;
+  slots_.assign((threads + warpSize - 1) / warpSize * warpSize, Slot{});
+  for (std::size_t i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers_[i];
+    if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler_;
+    makecontext(&fiber.context, enter, 0);
+    const unsigned n = static_cast<unsigned>(i);
+    fiber.index = {n % size.x, n / size.x % size.y, n / (size.x * size.y)};
+    fiber.barrier = Barrier::None;
+    fiber.finished = false;
+  }
+}
+
+void Block::resume(Fiber& fiber) {
+  current_ = &fiber;
+  threadIdx = fiber.index;
+  swapcontext(&scheduler_, &fiber.context);
+  if (fiber.finished) --unfinished_;
+}
+
+// Lets go every group of lanes that wait with one mask and of which none is missing; lanes that have ended count as
+// come, as they do on the hardware.
+bool Block::release_warps() {
+  bool any = false;
+  for (std::size_t first = 0; first < threads_; first += warpSize) {
+    const std::size_t lanes = std::min<std::size_t>(warpSize, threads_ - first);
+    for (std::size_t lane = 0; lane < lanes; ++lane) {
+      const Fiber& asking = fibers_[first + lane];
+      if (asking.finished || asking.barrier != Barrier::Warp) continue;
+      const unsigned mask = asking.mask;
+      const auto takes_part = [&](std::size_t i) { return (mask >> i & 1) != 0 && !fibers_[first + i].finished; };
+      bool complete = true;
+      for (std::size_t i = 0; i < lanes; ++i) {
+        const Fiber& other = fibers_[first + i];
+        if (takes_part(i) && (other.barrier != Barrier::Warp || other.mask != mask)) complete = false;
+      }
+      for (std::size_t i = 0; complete && i < lanes; ++i) {
+        if (takes_part(i)) fibers_[first + i].barrier = Barrier::None;
+      }
+      any |= complete;
+    }
+  }
+  return any;
+}
+
+bool Block::release_all(Barrier barrier) {
+  if (unfinished_ == 0) return false;
+  for (std::size_t i = 0; i < threads_; ++i) {
+    if (!fibers_[i].finished && fibers_[i].barrier != barrier) return false;
+  }
+  for (std::size_t i = 0; i < threads_; ++i) fibers_[i].barrier = Barrier::None;
+  return true;
+}
+
+void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim3 size, std::barrier<>* all_blocks) {
+  thread_ = &thread;
+  blockIdx = index;
+  gridDim = grid;
+  blockDim = size;
+  prepare(std::size_t{size.x} * size.y * size.z, size);
+  // Every other block, and every other pass, runs its threads from the last to the first: a missing barrier that one
+  // order hides, the other shows.
+  for (unsigned pass = index.x; unfinished_ > 0; ++pass) {
+    bool progress = false;
+    for (std::size_t n = 0; n < threads_; ++n) {
+      Fiber& fiber = fibers_[pass % 2 == 0 ? n : threads_ - 1 - n];
+      if (fiber.finished || fiber.barrier != Barrier::None) continue;
+      resume(fiber);
+      progress = true;
+    }
+    progress |= release_warps();
+    progress |= release_all(Barrier::Block);
+    if (all_blocks != nullptr && release_all(Barrier::Grid)) {
+      all_blocks->arrive_and_wait();
+      progress = true;
+    }
+    if (!progress) fail("the threads of a block wait at different barriers, or for the grid in an ordinary launch");
+  }
+}
+
+}  // namespace
+
+void wait(Barrier barrier, unsigned mask) { block.wait(barrier, mask); }
+Slot* warp_slots() { return block.slots(); }
+int lane() { return block.number() % warpSize; }
+
+void fail(const char* what) {
+  std::fprintf(stderr, "CUDA on the host: %s.\n", what);
+  std::abort();
+}
+
+void run(const std::function<void()>& thread, dim3 grid, dim3 size, bool cooperative) {
+  const std::size_t blocks = std::size_t{grid.x} * grid.y * grid.z;
+  const auto index = [&](std::size_t n) {
+    return uint3{static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
+                 static_cast<unsigned>(n / grid.x / grid.y)};
+  };
+  if (!cooperative) {
+    for (std::size_t n = 0; n < blocks; ++n) block.run(thread, index(n), grid, size, nullptr);
+    return;
+  }
+  std::barrier<> all_blocks(static_cast<std::ptrdiff_t>(blocks));
+  std::vector<std::jthread> threads;
+  for (std::size_t n = 0; n < blocks; ++n) {
+    threads.emplace_back([&, n] {
+      block.run(thread, index(n), grid, size, &all_blocks);
+      all_blocks.arrive_and_drop();
+    });
+  }
+}
+
+}  // namespace cuda_on_host

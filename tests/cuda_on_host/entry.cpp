@@ -1,0 +1,44 @@
+// Entry points for ctypes: each takes the struct that the kernel takes, which structs.py mirrors; its size is exported
+// so that a mirror that has fallen behind is noticed.
+#include <exception>
+#include <string>
+
+#include "autoencoder/variational.h"
+#include "common/random.h"
+#include "recurrent/gru_cell.h"
+#include "recurrent/lstm_cell.h"
+
+namespace {
+
+std::string message;
+
+// Null, or why the call failed.
+template <class Args>
+const char* call(void (*kernel)(const Args&, void*), const Args* args) {
+  try {
+    kernel(*args, nullptr);
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+#define ENTRY(name, Args)                                                                              \
+  extern "C" const char* name(const lect11ext::Args* args) { return call(lect11ext::cuda::name, args); } \
+  extern "C" std::size_t sizeof_##Args() { return sizeof(lect11ext::Args); }
+
+ENTRY(philox_key, PhiloxReservation)
+ENTRY(philox_normal, PhiloxNormal)
+ENTRY(gaussian_forward, GaussianForward)
+ENTRY(gaussian_backward, GaussianBackward)
+ENTRY(lstm_gates_forward, LstmGates)
+ENTRY(lstm_gates_backward, LstmGatesBackward)
+ENTRY(gru_gates_forward, GruGates)
+ENTRY(gru_gates_backward, GruGatesBackward)
+
+extern "C" void gaussian_tiles(int64_t rows, int64_t cols, lect11ext::GaussianTiles* out) {
+  *out = lect11ext::GaussianTiles(rows, cols);
+}

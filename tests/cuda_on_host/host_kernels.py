@@ -1,0 +1,251 @@
+"""The CUDA kernels as Python functions on CPU tensors: mirrors of their structs, outputs that are watched."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import (
+    Structure,
+    c_bool,
+    c_char_p,
+    c_double,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_DIMS = 8
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Shape(Structure):
+    _fields_ = [("numel", c_int64), ("ndim", c_int32), ("sizes", c_int64 * MAX_DIMS)]
+
+
+class View(Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int8), ("strides", c_int64 * MAX_DIMS)]
+
+
+class GaussianTiles(Structure):
+    _fields_ = [(name, c_int64) for name in ("rows", "cols", "rows_per_tile", "tiles_per_row", "count")]
+
+
+class PhiloxReservation(Structure):
+    _fields_ = [
+        ("captured", c_bool),
+        ("seed", c_uint64),
+        ("offset", c_uint64),
+        ("seed_ptr", c_void_p),
+        ("offset_ptr", c_void_p),
+        ("offset_intragraph", c_uint64),
+        ("key", c_void_p),
+    ]
+
+
+class PhiloxNormal(Structure):
+    _fields_ = [("key", c_void_p), ("out", c_void_p), ("dtype", c_int8), ("numel", c_int64)]
+
+
+class Gaussian(Structure):
+    _fields_ = [
+        ("shape", Shape),
+        *[(name, View) for name in ("mean", "logvar", "prior_mean", "prior_logvar")],
+        ("compute_double", c_bool),
+        ("key", c_void_p),
+        ("samples", c_int64),
+        ("free_bits", c_double),
+        ("clamps", c_bool),
+        ("low", c_double),
+        ("high", c_double),
+    ]
+
+
+class GaussianForward(Gaussian):
+    _fields_ = [
+        ("tiles", GaussianTiles),
+        ("z", c_void_p),
+        ("z_dtype", c_int8),
+        ("kl", c_void_p),
+        ("kl_elements", c_bool),
+    ]
+
+
+class GaussianBackward(Gaussian):
+    _fields_ = [
+        ("tiles", GaussianTiles),
+        ("grad_z_shape", Shape),
+        ("grad_z", View),
+        ("grad_kl", View),
+        ("grad_kl_scale", c_double),
+        *[(f"grad_{name}", c_void_p) for name in ("mean", "logvar", "prior_mean", "prior_logvar")],
+        ("grad_mean_dtype", c_int8),
+        ("grad_logvar_dtype", c_int8),
+    ]
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, c_void_p) for name in names]
+
+
+_STEP = [("batch", c_int64), ("hidden", c_int64), ("dtype", c_int8)]
+
+
+class LstmGates(Structure):
+    _fields_ = [
+        *_STEP,
+        ("sigmoid_candidate", c_bool),
+        *_pointers("pre", "bias_ih", "bias_hh", "c"),
+        ("c_stride", c_int64),
+        *_pointers("h_out", "c_out", "gates"),
+    ]
+
+
+class LstmGatesBackward(Structure):
+    _fields_ = [
+        *_STEP,
+        ("sigmoid_candidate", c_bool),
+        *_pointers("grad_h", "grad_c"),
+        ("clip", c_double),
+        *_pointers("gates", "c"),
+        ("c_stride", c_int64),
+        *_pointers("c_out", "grad_pre"),
+        ("grad_pre_dtype", c_int8),
+        ("grad_c_in", c_void_p),
+    ]
+
+
+class GruGates(Structure):
+    _fields_ = [
+        *_STEP,
+        ("stage", c_int8),
+        *_pointers("pre_input", "pre_hidden", "bias_ih", "bias_hh", "h"),
+        ("h_stride", c_int64),
+        *_pointers("reset_h", "h_out", "gates"),
+    ]
+
+
+class GruGatesBackward(Structure):
+    _fields_ = [
+        *_STEP,
+        ("stage", c_int8),
+        ("grad_h", c_void_p),
+        ("clip", c_double),
+        *_pointers("gates", "h"),
+        ("h_stride", c_int64),
+        *_pointers("grad_reset_h", "grad_pre_input", "grad_pre_hidden"),
+        ("grad_pre_dtype", c_int8),
+        ("grad_h_in", c_void_p),
+    ]
+
+
+ENTRIES = {
+    "philox_key": PhiloxReservation,
+    "philox_normal": PhiloxNormal,
+    "gaussian_forward": GaussianForward,
+    "gaussian_backward": GaussianBackward,
+    "lstm_gates_forward": LstmGates,
+    "lstm_gates_backward": LstmGatesBackward,
+    "gru_gates_forward": GruGates,
+    "gru_gates_backward": GruGatesBackward,
+}
+
+
+class Kernels:
+    """``kernels.lstm_gates_forward(batch=…, pre=tensor, …)``: tensors become pointers, dtypes their codes."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name, struct in ENTRIES.items():
+            getattr(self.library, name).restype = c_char_p
+            size = getattr(self.library, f"sizeof_{struct.__name__}")
+            size.restype = c_size_t
+            assert size() == ctypes.sizeof(struct), f"{struct.__name__} differs from its C++ struct"
+
+    def __getattr__(self, name: str) -> Any:
+        struct = ENTRIES[name]
+
+        def call(**fields: Any) -> None:
+            args = struct(**{k: _plain(v) for k, v in fields.items() if v is not None})
+            error = getattr(self.library, name)(ctypes.byref(args))
+            if error is not None:
+                raise RuntimeError(error.decode())
+
+        return call
+
+    def tiles(self, rows: int, cols: int) -> GaussianTiles:
+        out = GaussianTiles()
+        self.library.gaussian_tiles(c_int64(rows), c_int64(cols), ctypes.byref(out))
+        return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Output):
+        return value.tensor.data_ptr()
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return DTYPE_CODES[value] if isinstance(value, torch.dtype) else value
+
+
+def make_views(size: Sequence[int], *tensors: Tensor | None) -> tuple[Shape, list[View]]:
+    """A shape whose dimensions are merged as far as all tensors allow, and a view for each."""
+    expanded = [None if t is None else t.expand(size) for t in tensors]
+    strides = [t.stride() for t in expanded if t is not None]
+    dims: list[int] = []  # the last of the original dimensions in each merged one
+    sizes: list[int] = []
+    for d, n in enumerate(size):
+        if n == 1:
+            continue
+        if dims and all(s[dims[-1]] == s[d] * n for s in strides):
+            dims[-1], sizes[-1] = d, sizes[-1] * n
+        else:
+            dims.append(d)
+            sizes.append(n)
+    sizes = sizes or [1]
+    shape = Shape(torch.Size(size).numel(), len(sizes), (c_int64 * MAX_DIMS)(*sizes))
+    views = []
+    for t in expanded:
+        view = View()
+        if t is not None:
+            view.data, view.dtype = t.data_ptr(), DTYPE_CODES[t.dtype]
+            view.strides[: len(dims)] = [t.stride(d) for d in dims]
+        views.append(view)
+    return shape, views
+
+
+class Output:
+    """Memory for a kernel to write: NaN at first, between two bands that must stay as they are."""
+
+    BAND, SENTINEL = 64, 1234.0
+
+    def __init__(self, *size: int, dtype: torch.dtype, shift: int = 0, like: Tensor | None = None) -> None:
+        numel = torch.Size(size).numel()
+        begin = self.BAND + shift  # a shift takes the alignment away
+        self.memory = torch.full((begin + numel + self.BAND,), self.SENTINEL, dtype=dtype)
+        self.begin, self.end = begin, begin + numel
+        self.tensor = self.memory[self.begin : self.end].view(size)
+        self.tensor.copy_(torch.tensor(torch.nan) if like is None else like)
+
+    def checked(self) -> Tensor:
+        """What was written."""
+        assert (self.memory[: self.begin] == self.SENTINEL).all(), "written before the output's begin"
+        assert (self.memory[self.end :] == self.SENTINEL).all(), "written beyond the output's end"
+        return self.tensor
+
+
+def assert_near(actual: Tensor, expected: Tensor, *, units: float, atol: float = 0.0) -> None:
+    """Within ``units`` times the type's epsilon of the expected magnitude, and NaN where it is NaN."""
+    epsilon = torch.finfo(actual.dtype).eps
+    actual, expected = actual.double(), expected.double()
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN in different places"
+    same = (actual == expected) | actual.isnan()  # infinities
+    excess = (actual - expected).abs() - units * epsilon * expected.abs() - atol
+    worst = torch.where(same, 0.0, excess).nan_to_num(torch.inf).max().item() if excess.numel() else 0.0
+    assert worst <= 0, f"largest excess over the tolerance: {worst:.3g}"

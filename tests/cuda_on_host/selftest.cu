@@ -1,0 +1,77 @@
+// Kernels whose results are known, to test the emulation itself.
+#include <cooperative_groups.h>
+
+#include "common/cuda/launch.h"
+
+namespace lect11ext::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+namespace {
+
+// Shared memory and block barriers: the block's values reversed, then their sum by halves in dynamic shared memory.
+__global__ void reverse_and_sum(const int* in, int* reversed, int* sum) {
+  __shared__ int values[128];
+  int* partial = reinterpret_cast<int*>(dynamic_shared);
+  const int n = blockDim.x, t = threadIdx.x, base = blockIdx.x * n;
+  values[t] = partial[t] = in[base + t];
+  __syncthreads();
+  reversed[base + t] = values[n - 1 - t];
+  for (int half = n / 2; half > 0; half /= 2) {
+    if (t < half) partial[t] += partial[t + half];
+    __syncthreads();
+  }
+  if (t == 0) sum[blockIdx.x] = partial[0];
+}
+
+// Each shuffle of a lane's number, one after another; the odd lanes alone vote.
+__global__ void shuffles(int* out) {
+  const int lane = threadIdx.x;
+  int* row = out + 6 * lane;
+  row[0] = __shfl_xor_sync(~0u, lane, 5);
+  row[1] = __shfl_down_sync(~0u, lane, 3, 8);
+  row[2] = __shfl_up_sync(~0u, lane, 3);
+  row[3] = __shfl_sync(~0u, lane, 9, 4);
+  row[4] = lane % 2 == 1 ? static_cast<int>(__ballot_sync(0xAAAAAAAAu, lane > 16)) : -1;
+  __syncwarp();
+  row[5] = atomicAdd(out + 6 * 32, 1);
+}
+
+// Every block reads what all blocks wrote before the barrier.
+__global__ void grid_sum(int* parts, int* sums, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    if (threadIdx.x == 0) parts[blockIdx.x] = (round + 1) * (blockIdx.x + 1);
+    cooperative_groups::this_grid().sync();
+    if (threadIdx.x == 0) {
+      for (unsigned b = 0; b < gridDim.x; ++b) sums[round * gridDim.x + blockIdx.x] += parts[b];
+    }
+    cooperative_groups::this_grid().sync();
+  }
+}
+
+}  // namespace
+}  // namespace lect11ext::cuda
+
+using namespace lect11ext::cuda;
+
+extern "C" void selftest_reverse_and_sum(const int* in, int* reversed, int* sum, int blocks, int threads) {
+  launch(reverse_and_sum, blocks, threads, threads * sizeof(int), nullptr, in, reversed, sum);
+}
+
+extern "C" void selftest_shuffles(int* out) { launch(shuffles, 1, 32, 0, nullptr, out); }
+
+extern "C" void selftest_grid_sum(int* parts, int* sums, int blocks, int threads, int rounds) {
+  void* args[] = {&parts, &sums, &rounds};
+  check(cudaLaunchCooperativeKernel(grid_sum, blocks, threads, args), "launch a kernel");
+}
+
+// The message of a launch with an empty grid.
+extern "C" const char* selftest_empty_grid(int* out) {
+  static std::string message;
+  try {
+    launch(shuffles, 0, 32, 0, nullptr, out);
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}

@@ -1,0 +1,48 @@
+"""The emulation itself: barriers, shuffles, votes, atomics, cooperative grids, and a launch that fails."""
+
+from __future__ import annotations
+
+from ctypes import c_char_p, c_void_p
+
+import pytest
+import torch
+from host_kernels import Kernels
+
+
+def pointer(tensor: torch.Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize("threads", [32, 128])
+def test_shared_memory_and_barriers(kernels: Kernels, threads: int) -> None:
+    values = torch.arange(3 * threads, dtype=torch.int32).square() % 101
+    reversed_, sums = torch.empty_like(values), torch.empty(3, dtype=torch.int32)
+    kernels.library.selftest_reverse_and_sum(pointer(values), pointer(reversed_), pointer(sums), 3, threads)
+    assert torch.equal(reversed_.view(3, -1), values.view(3, -1).flip(1))
+    assert torch.equal(sums, values.view(3, -1).sum(1, dtype=torch.int32))
+
+
+def test_warp_functions(kernels: Kernels) -> None:
+    out = torch.zeros(6 * 32 + 1, dtype=torch.int32)
+    kernels.library.selftest_shuffles(pointer(out))
+    rows, lanes = out[:-1].view(32, 6), range(32)
+    assert rows[:, 0].tolist() == [n ^ 5 for n in lanes]
+    assert rows[:, 1].tolist() == [n + 3 if n % 8 + 3 < 8 else n for n in lanes]
+    assert rows[:, 2].tolist() == [n - 3 if n >= 3 else n for n in lanes]
+    assert rows[:, 3].tolist() == [n // 4 * 4 + 1 for n in lanes]
+    ballot = sum(1 << n for n in lanes if n % 2 == 1 and n > 16) - 2**32
+    assert rows[:, 4].tolist() == [ballot if n % 2 == 1 else -1 for n in lanes]
+    assert sorted(rows[:, 5].tolist()) == list(lanes) and out[-1] == 32
+
+
+def test_cooperative_grid(kernels: Kernels) -> None:
+    blocks, rounds = 5, 4
+    parts, sums = torch.zeros(blocks, dtype=torch.int32), torch.zeros(rounds, blocks, dtype=torch.int32)
+    kernels.library.selftest_grid_sum(pointer(parts), pointer(sums), blocks, 64, rounds)
+    assert sums.tolist() == [[15 * (n + 1)] * blocks for n in range(rounds)]
+
+
+def test_failed_launch_says_why(kernels: Kernels) -> None:
+    kernels.library.selftest_empty_grid.restype = c_char_p
+    message = kernels.library.selftest_empty_grid(None).decode()
+    assert message.startswith("CUDA could not launch a kernel: invalid configuration argument")
