@@ -66,6 +66,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            std::optional<double> grad_clip) {
           return std::get<0>(gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip, false));
         }, NoGil());
+  m.def("lstm_cell_packed",
+        [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& packed_ih,
+           const at::Tensor& packed_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+           const std::string& candidate) {
+          return lstm_cell_packed(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
+        }, NoGil());
+  m.def("gru_cell_packed", &gru_cell_packed, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

@@ -91,7 +91,7 @@ void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor
                    "input must be float32 or float64 where the weights are packed, but got ", input.scalar_type());
   for (const auto& [name, packed, size] : {std::tuple("packed_ih", &packed_ih, input.size(1)),
                                            std::tuple("packed_hh", &packed_hh, hidden)}) {
-    check_shape(name, packed->sym_sizes(), {blocks, size, gates, kUnits}, "blocks, size, gates, units");
+    check_shape(name, packed->sym_sizes(), {blocks, gates, size, kUnits}, "blocks, gates, size, units");
     check_same_type(name, *packed, input);
     TORCH_CHECK_VALUE(packed->is_contiguous(), name, " must be contiguous");
     check_same_device({{"input", &input}, {name, packed}});

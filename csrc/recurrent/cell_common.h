@@ -24,7 +24,7 @@ struct CellInputs {
 // The cells' types are equal, except that autograd may hand over gradients of another: throws unless they are.
 void check_state(const char* name, const at::Tensor& state, const CellInputs& in);
 
-// The same for weights in packed blocks, which are dense [blocks, I or H, gates, 16].
+// The same for weights in packed blocks, which are dense [blocks, gates, I or H, 16].
 void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor& packed_ih,
                   const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih,
                   const std::optional<at::Tensor>& bias_hh, int64_t gates);

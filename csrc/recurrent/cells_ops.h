@@ -20,4 +20,13 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(
     const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh, bool reset_after,
     std::optional<double> grad_clip, bool save_gates);
 
+// The steps over packed weights: inference alone, on the CPU.
+std::tuple<at::Tensor, at::Tensor> lstm_cell_packed(
+    const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& packed_ih,
+    const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh,
+    c10::string_view candidate);
+at::Tensor gru_cell_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor& packed_ih,
+                           const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih,
+                           const std::optional<at::Tensor>& bias_hh, bool reset_after);
+
 }  // namespace lect11ext

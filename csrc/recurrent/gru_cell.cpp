@@ -379,6 +379,14 @@ Outputs gru_cell(GRU_CELL_PARAMETERS, bool save_gates) {
   return op.call(GRU_CELL_ARGUMENTS, save_gates);
 }
 
+Tensor gru_cell_packed(const Tensor& input, const Tensor& h, const Tensor& packed_ih, const Tensor& packed_hh,
+                       const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lect11ext::gru_cell_packed", "")
+                             .typed<decltype(cpu_packed)>();
+  return op.call(input, h, packed_ih, packed_hh, bias_ih, bias_hh, reset_after);
+}
+
 #define GRU_CELL_SCHEMA                                                                                       \
   "Tensor input, Tensor h, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "            \
   "bool reset_after, float? grad_clip"

@@ -69,7 +69,7 @@ struct GruCell {
   const void* weight_ih;  // [3H, I]
   const void* weight_hh;  // [3H, H]
   int64_t input_stride, h_stride, weight_ih_stride, weight_hh_stride;
-  bool packed;            // the weights are [blocks, I or H, 3, 16] dense instead (float and double only)
+  bool packed;            // the weights are [blocks, 3, I or H, 16] dense instead (float and double only)
   const void* bias_ih;    // [3H] or null
   const void* bias_hh;    // [3H] or null
   void* reset_h;          // [B, H] dense: written by Reset, read by Output

@@ -374,6 +374,16 @@ Outputs lstm_cell(LSTM_CELL_PARAMETERS, bool save_gates) {
   return op.call(LSTM_CELL_ARGUMENTS, save_gates);
 }
 
+std::tuple<Tensor, Tensor> lstm_cell_packed(const Tensor& input, const Tensor& h, const Tensor& c,
+                                            const Tensor& packed_ih, const Tensor& packed_hh,
+                                            const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                                            c10::string_view candidate) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lect11ext::lstm_cell_packed", "")
+                             .typed<decltype(cpu_packed)>();
+  return op.call(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
+}
+
 #define LSTM_CELL_SCHEMA                                                                                         \
   "Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "     \
   "str candidate, float? grad_clip"

@@ -56,7 +56,7 @@ struct LstmCell {
   const void* weight_ih;  // [4H, I]
   const void* weight_hh;  // [4H, H]
   int64_t input_stride, h_stride, c_stride, weight_ih_stride, weight_hh_stride;
-  bool packed;            // the weights are [blocks, I or H, 4, 16] dense instead (float and double only)
+  bool packed;            // the weights are [blocks, 4, I or H, 16] dense instead (float and double only)
   const void* bias_ih;    // [4H] or null
   const void* bias_hh;    // [4H] or null
   void* h_out;            // [B, H] dense, written

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._load import _C
 from ..functional import gru_cell, lstm_cell
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class _Cell(nn.RNNCellBase):
 
     def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
         """The packed weights, if this step may use them."""
-        if self._packed is None or torch.is_grad_enabled() or input.dtype != ih.dtype or input.dim() != 2:
+        if torch.is_grad_enabled() or input.dim() != 2 or input.size(0) != 1 or input.dtype != ih.dtype:
             return None
         if self._packed_from is None or ih is not self._packed_from[0] or hh is not self._packed_from[1]:
             return None  # torch.func.functional_call, or an assignment
@@ -71,12 +72,16 @@ class _Cell(nn.RNNCellBase):
         return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_packed_from")}
 
 
+def _packed_op(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.lect11ext if torch.compiler.is_compiling() else _C, name)  # type: ignore[no-any-return]
+
+
 def _pack(weight: Tensor, gates: int) -> Tensor:
-    """``[gates · H, K] → [blocks, K, gates, 16]``: what 16 hidden units need of one k lies together."""
+    """``[gates · H, K] → [blocks, gates, K, 16]``: what 16 hidden units need of a gate is one stream."""
     rows, size = weight.shape
     hidden = rows // gates
     padded = nn.functional.pad(weight.view(gates, hidden, size), (0, 0, 0, -hidden % _UNITS))
-    return padded.view(gates, -1, _UNITS, size).permute(1, 3, 0, 2).contiguous()
+    return padded.view(gates, -1, _UNITS, size).permute(1, 0, 3, 2).contiguous()
 
 
 class LSTMCell(_Cell):
@@ -127,7 +132,7 @@ class LSTMCell(_Cell):
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
         if packed is not None:
-            return torch.ops.lect11ext.lstm_cell_packed(input, *hx, *packed, b_ih, b_hh, self.candidate)
+            return _packed_op("lstm_cell_packed")(input, *hx, *packed, b_ih, b_hh, self.candidate)
         return lstm_cell(input, hx, ih, hh, b_ih, b_hh, candidate=self.candidate, grad_clip=self.grad_clip)
 
     def extra_repr(self) -> str:
@@ -177,7 +182,7 @@ class GRUCell(_Cell):
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
         if packed is not None:
-            return torch.ops.lect11ext.gru_cell_packed(input, hx, *packed, b_ih, b_hh, self.reset_after)
+            return _packed_op("gru_cell_packed")(input, hx, *packed, b_ih, b_hh, self.reset_after)
         return gru_cell(input, hx, ih, hh, b_ih, b_hh, reset_after=self.reset_after, grad_clip=self.grad_clip)
 
     def extra_repr(self) -> str:

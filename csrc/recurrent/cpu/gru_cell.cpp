@@ -47,9 +47,9 @@ class Block {
   RowProduct<S> rows(int gate, const void* weight, int64_t weight_stride, const void* x, int64_t x_stride,
                      int64_t size) const {
     const S* w = static_cast<const S*>(weight);
-    if (args_.packed) w += (first_ / kUnits * size * 3 + gate) * kUnits;
+    if (args_.packed) w += (first_ / kUnits * 3 + gate) * size * kUnits;
     else w += (gate * args_.hidden + first_) * weight_stride;
-    return {w, args_.packed ? 3 * kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args_.packed};
+    return {w, args_.packed ? kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args_.packed};
   }
 
   RowProduct<S> input_product(int gate) const {

@@ -48,9 +48,9 @@ template <class S>
 RowProduct<S> gate_rows(const LstmCell& args, const void* weight, int64_t weight_stride, const void* x, int64_t x_stride,
                    int64_t size, int64_t block, int gate) {
   const S* w = static_cast<const S*>(weight);
-  if (args.packed) w += (block * size * kGates + gate) * kUnits;
+  if (args.packed) w += (block * kGates + gate) * size * kUnits;
   else w += (gate * args.hidden + block * kUnits) * weight_stride;
-  return {w, args.packed ? kGates * kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args.packed};
+  return {w, args.packed ? kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args.packed};
 }
 
 template <class S>
