@@ -122,7 +122,7 @@ inline constexpr int kMaxRowsOfX = 2;
 // it assigns registers; without them the accumulators live on the stack and the tile costs a fifth more.
 template <int R, int B, class S>
 inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row, int64_t rows, int64_t first_x,
-                     Compute<S>* out, int64_t out_stride) {
+                     Compute<S>* out, int64_t out_stride, int64_t next_rows) {
   using C = Compute<S>;
   using Loader = Step<S>;
   Vec<C> acc[B][R];
@@ -151,7 +151,12 @@ inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row
       }
     };
     int64_t k = 0;
-    for (; k < whole; k += Loader::kElements) step([k](const S* p) { return Loader::load(p + k); });
+    const int64_t ahead = next_rows * product.weight_stride;
+    for (; k < whole; k += Loader::kElements) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + ahead + k, /*write=*/0, /*locality=*/2);
+      step([k](const S* p) { return Loader::load(p + k); });
+    }
     if (k < product.size) step([k, n = product.size - k](const S* p) { return Loader::load(p + k, n); });
   }
 #pragma GCC unroll 8
@@ -227,7 +232,7 @@ inline void dot_block(const RowProduct<S>* products, int count, int64_t units, i
   }
   const auto run = [&]<int R, int B>() {
     for (int64_t r = 0; r < units; r += R) {
-      dot_tile<R, B>(products, count, r, units, first_x, out + r, out_stride);
+      dot_tile<R, B>(products, count, r, units, first_x, out + r, out_stride, kUnits);
     }
   };
   switch (rows_of_x) {
