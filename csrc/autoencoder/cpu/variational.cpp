@@ -115,7 +115,8 @@ inline int64_t tile_range(const GaussianTiles& tiles, int64_t t, int64_t* n) {
   return row * tiles.cols;
 }
 
-// Sum in a fixed order: a vector of partial sums, then its lanes, then what did not fill a vector.
+// Sum in a fixed order: a vector of partial sums, then its lanes as a tree (one after the other they would take longer
+// than a short row's arithmetic), then what did not fill a vector.
 template <class T>
 T row_sum(const T* values, int64_t n) {
   T sum = 0;
@@ -123,9 +124,7 @@ T row_sum(const T* values, int64_t n) {
   if (n >= kLanes<T>) {
     Vec<T> partial(T(0));
     for (; i + kLanes<T> <= n; i += kLanes<T>) partial = partial + Vec<T>::loadu(values + i);
-    T lanes[kLanes<T>];
-    partial.store(lanes);
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
+    sum = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, partial);
   }
   for (; i < n; ++i) sum += values[i];
   return sum;
