@@ -51,9 +51,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             for unit, ceiling in (("flops", product), ("bytes", copy))
         ]
         shown = [f"{p:.0f}" if p is not None else "" for p in per_cent]
-        lines.append(
-            f"{name:46} {ours * 1e6:9.1f} {peer:>16} {seconds[peer] / ours:6.2f} {shown[0]:>10} {shown[1]:>7}"
-        )
+        lines.append(f"{name:46} {ours * 1e6:9.1f} {peer:>16} {seconds[peer] / ours:6.2f} {shown[0]:>10} {shown[1]:>7}")
     return "\n".join(lines)
 
 

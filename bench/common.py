@@ -81,7 +81,5 @@ def run_turn(benchmark: Any, workload: Workload, implementation: str, turn: int)
     """The body of every benchmark."""
     call, rounds, iterations = _prepared(workload)[implementation]
     benchmark.group = workload.name
-    benchmark.extra_info.update(
-        implementation=implementation, turn=turn, flops=workload.flops, bytes=workload.bytes
-    )
+    benchmark.extra_info.update(implementation=implementation, turn=turn, flops=workload.flops, bytes=workload.bytes)
     benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)

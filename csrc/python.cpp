@@ -48,30 +48,38 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace lect11ext;
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("gaussian_rsample_kl", &draw_gaussian_rsample_kl, NoGil());
-  m.def("philox_key",
-        [](const at::Tensor& like, int64_t numel, const std::optional<at::Generator>& generator) {
-          return philox_key(like, numel, generator);
-        }, NoGil());
-  m.def("lstm_cell",
-        [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& weight_ih,
-           const at::Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-           const std::string& candidate, std::optional<double> grad_clip) {
-          auto [h_out, c_out, gates] =
-              lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip, false);
-          return std::make_pair(std::move(h_out), std::move(c_out));
-        }, NoGil());
-  m.def("gru_cell",
-        [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih, const at::Tensor& weight_hh,
-           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after,
-           std::optional<double> grad_clip) {
-          return std::get<0>(gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip, false));
-        }, NoGil());
-  m.def("lstm_cell_packed",
-        [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& packed_ih,
-           const at::Tensor& packed_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-           const std::string& candidate) {
-          return lstm_cell_packed(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
-        }, NoGil());
+  m.def(
+      "philox_key",
+      [](const at::Tensor& like, int64_t numel, const std::optional<at::Generator>& generator) {
+        return philox_key(like, numel, generator);
+      },
+      NoGil());
+  m.def(
+      "lstm_cell",
+      [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& weight_ih,
+         const at::Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+         const std::string& candidate, std::optional<double> grad_clip) {
+        auto [h_out, c_out, gates] =
+            lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip, false);
+        return std::make_pair(std::move(h_out), std::move(c_out));
+      },
+      NoGil());
+  m.def(
+      "gru_cell",
+      [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih, const at::Tensor& weight_hh,
+         const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after,
+         std::optional<double> grad_clip) {
+        return std::get<0>(gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip, false));
+      },
+      NoGil());
+  m.def(
+      "lstm_cell_packed",
+      [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& packed_ih,
+         const at::Tensor& packed_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+         const std::string& candidate) {
+        return lstm_cell_packed(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
+      },
+      NoGil());
   m.def("gru_cell_packed", &gru_cell_packed, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });

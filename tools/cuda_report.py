@@ -116,9 +116,7 @@ def main() -> int:
             for kernels in by_architecture:
                 kernel = kernels.get(name)
                 cells += (
-                    f"{'-':>24}"
-                    if kernel is None
-                    else (f"{kernel.registers:>11}{kernel.spilled:>6}{kernel.shared:>7}")
+                    f"{'-':>24}" if kernel is None else (f"{kernel.registers:>11}{kernel.spilled:>6}{kernel.shared:>7}")
                 )
             print(f"  {name:58}{cells}")
         for result in mine:

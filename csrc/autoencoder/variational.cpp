@@ -84,8 +84,10 @@ struct Inputs {
     }
     check_shape("logvar", logvar.sym_sizes(), mean.sym_sizes(), "that of mean");
     check_same_device({{"mean", &mean}, {"logvar", &logvar}});
-    TORCH_CHECK_VALUE(has_prior() == autograd::defined(prior_logvar), "prior_mean and prior_logvar must be given "
-                      "together, but got only ", has_prior() ? "prior_mean" : "prior_logvar");
+    TORCH_CHECK_VALUE(has_prior() == autograd::defined(prior_logvar),
+                      "prior_mean and prior_logvar must be given "
+                      "together, but got only ",
+                      has_prior() ? "prior_mean" : "prior_logvar");
     if (has_prior()) {
       check_same_device({{"mean", &mean}, {"prior_mean", &*prior_mean}, {"prior_logvar", &*prior_logvar}});
       check_prior("prior_mean", *prior_mean);
@@ -118,9 +120,9 @@ struct Inputs {
 // --- the definition in differentiable ATen: tangents, derivatives of the backward ---------------------------------
 
 struct Terms {
-  Tensor mean, logvar, root;          // in the type of the arithmetic; logvar clamped; e^(logvar/2)
-  Tensor u, precision_root, d;        // mean − prior_mean, e^(−prior_logvar/2), logvar − prior_logvar
-  Tensor kl;                          // per element, before free bits
+  Tensor mean, logvar, root;    // in the type of the arithmetic; logvar clamped; e^(logvar/2)
+  Tensor u, precision_root, d;  // mean − prior_mean, e^(−prior_logvar/2), logvar − prior_logvar
+  Tensor kl;                    // per element, before free bits
 };
 
 Terms composite_terms(const Inputs& in) {
@@ -214,8 +216,7 @@ Gradients meta_backward(const OptionalTensor&, const OptionalTensor&, const Inpu
   const auto like = [](bool wanted, const Tensor& t) {
     return wanted ? at::empty_symint(t.sym_sizes(), t.options()) : Tensor();
   };
-  return {like(mask[0], in.mean), like(mask[1], in.logvar),
-          in.has_prior() ? like(mask[2], *in.prior_mean) : Tensor(),
+  return {like(mask[0], in.mean), like(mask[1], in.logvar), in.has_prior() ? like(mask[2], *in.prior_mean) : Tensor(),
           in.has_prior() ? like(mask[3], *in.prior_logvar) : Tensor()};
 }
 
@@ -230,9 +231,7 @@ struct Held {
 // Fills the common part of the struct; `grad_kl` may be undefined.
 void describe(const Inputs& in, const Tensor& grad_kl, View* grad_kl_view, Gaussian& args, Held& held) {
   const auto size = in.mean.sizes();
-  const auto over_shape = [&](const OptionalTensor& t) {
-    return autograd::defined(t) ? t->expand(size) : Tensor();
-  };
+  const auto over_shape = [&](const OptionalTensor& t) { return autograd::defined(t) ? t->expand(size) : Tensor(); };
   held.mean = {in.mean, &args.mean};
   held.logvar = {in.logvar, &args.logvar};
   held.prior_mean = {over_shape(in.prior_mean), &args.prior_mean};
@@ -481,9 +480,8 @@ Gradients cuda_backward(const OptionalTensor& grad_z, const OptionalTensor& grad
 }  // namespace
 
 std::tuple<Tensor, Tensor> gaussian_rsample_kl(GAUSSIAN_PARAMETERS) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::gaussian_rsample_kl", "")
-                             .typed<ForwardSignature>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gaussian_rsample_kl", "").typed<ForwardSignature>();
   return op.call(GAUSSIAN_ARGUMENTS);
 }
 
@@ -494,7 +492,8 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl(GAUSSIAN_PARAMETERS) {
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def("gaussian_rsample_kl(" GAUSSIAN_SCHEMA ") -> (Tensor z, Tensor kl)", {at::Tag::pt2_compliant_tag});
   m.def("gaussian_rsample_kl_backward(Tensor? grad_z, Tensor? grad_kl, " GAUSSIAN_SCHEMA
-        ", bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+        ", bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {

@@ -20,7 +20,7 @@ struct Gaussian {
   const int64_t* key;             // [seed, offset]; on the device of the kernel
   int64_t samples;
   double free_bits;
-  bool clamps;                    // whether [low, high] was asked for
+  bool clamps;  // whether [low, high] was asked for
   double low, high;
 };
 
@@ -43,7 +43,7 @@ struct GaussianTiles {
 
 struct GaussianForward : Gaussian {
   GaussianTiles tiles{0, 0};
-  void* z;           // written: samples × numel, dense
+  void* z;  // written: samples × numel, dense
   DType z_dtype;
   void* kl;          // written, float or double: numel elements if kl_elements, else one sum a row where tiles_per_row
   bool kl_elements;  // is 1, else one sum a tile

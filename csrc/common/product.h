@@ -15,8 +15,8 @@ struct Product {
   int64_t a_row, a_column;
   const void* b;  // [k, n], rows b_stride apart
   int64_t b_stride;
-  void* c;        // [m, n] dense, written; added to where `accumulate`
-  DType dtype;    // of b and c
+  void* c;      // [m, n] dense, written; added to where `accumulate`
+  DType dtype;  // of b and c
   bool accumulate;
 };
 

@@ -20,13 +20,11 @@
 namespace lect11ext {
 namespace {
 
-at::Tensor philox_key_meta(const at::Tensor& like, c10::SymInt numel,
-                           const std::optional<at::Generator>& generator) {
+at::Tensor philox_key_meta(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
   return at::empty({2}, like.options().dtype(at::kLong));
 }
 
-at::Tensor philox_key_cpu(const at::Tensor& like, c10::SymInt numel,
-                          const std::optional<at::Generator>& generator) {
+at::Tensor philox_key_cpu(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   uint64_t seed;
   {
@@ -58,8 +56,7 @@ at::Tensor philox_normal_cpu(const at::Tensor& key, c10::SymIntArrayRef size, at
 
 #ifdef LECT11EXT_WITH_CUDA
 
-at::Tensor philox_key_cuda(const at::Tensor& like, c10::SymInt numel,
-                           const std::optional<at::Generator>& generator) {
+at::Tensor philox_key_cuda(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
   const c10::cuda::CUDAGuard guard(like.device());
   auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(like.get_device()));
@@ -105,11 +102,9 @@ void check_key(const at::Tensor& key, c10::Device device) {
   TORCH_CHECK(key.device() == device, "Expected key to be on ", device, ", but got ", key.device());
 }
 
-at::Tensor philox_key(const at::Tensor& like, c10::SymInt numel,
-                      const std::optional<at::Generator>& generator) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::philox_key", "")
-                             .typed<decltype(philox_key_meta)>();
+at::Tensor philox_key(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::philox_key", "").typed<decltype(philox_key_meta)>();
   return op.call(like, std::move(numel), generator);
 }
 

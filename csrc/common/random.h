@@ -22,10 +22,10 @@ LECT11EXT_CPU_KERNEL(philox_normal_kernel, PhiloxNormal)
 // it writes the key in use, so that nothing of it passes through the host.
 struct PhiloxReservation {
   bool captured;
-  uint64_t seed, offset;                   // not captured; the offset counts 32-bit values
-  const int64_t *seed_ptr, *offset_ptr;    // captured
+  uint64_t seed, offset;                 // not captured; the offset counts 32-bit values
+  const int64_t *seed_ptr, *offset_ptr;  // captured
   uint64_t offset_intragraph;
-  int64_t* key;                            // [seed, offset / 4], written
+  int64_t* key;  // [seed, offset / 4], written
 };
 
 }  // namespace lect11ext

@@ -79,8 +79,10 @@ at::Tensor with_unit_columns(const at::Tensor& matrix) {
 void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors) {
   const auto& [first_name, first] = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
-    TORCH_CHECK(!tensor->defined() || tensor->device() == first->device(), "Expected all tensors to be on the same "
-                "device, but ", name, " is on ", tensor->device(), " and ", first_name, " is on ", first->device());
+    TORCH_CHECK(!tensor->defined() || tensor->device() == first->device(),
+                "Expected all tensors to be on the same "
+                "device, but ",
+                name, " is on ", tensor->device(), " and ", first_name, " is on ", first->device());
   }
 }
 

@@ -45,7 +45,6 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, boo
   run_parallel(product_kernel, args, blocks, args.m * args.n * args.k / blocks / kMultiplyAddsPerUnit + 1);
 }
 
-
 void check_biases(const at::Tensor& input, const std::optional<at::Tensor>& bias_ih,
                   const std::optional<at::Tensor>& bias_hh, const c10::SymInt& size) {
   for (const auto& [name, bias] : {std::pair("bias_ih", &bias_ih), std::pair("bias_hh", &bias_hh)}) {
@@ -89,8 +88,8 @@ void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor
   const int64_t hidden = h.size(1), blocks = (hidden + kUnits - 1) / kUnits;
   TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
                    "input must be float32 or float64 where the weights are packed, but got ", input.scalar_type());
-  for (const auto& [name, packed, size] : {std::tuple("packed_ih", &packed_ih, input.size(1)),
-                                           std::tuple("packed_hh", &packed_hh, hidden)}) {
+  for (const auto& [name, packed, size] :
+       {std::tuple("packed_ih", &packed_ih, input.size(1)), std::tuple("packed_hh", &packed_hh, hidden)}) {
     check_shape(name, packed->sym_sizes(), {blocks, gates, size, kUnits}, "blocks, gates, size, units");
     check_same_type(name, *packed, input);
     TORCH_CHECK_VALUE(packed->is_contiguous(), name, " must be contiguous");

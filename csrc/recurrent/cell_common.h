@@ -1,4 +1,5 @@
-// What the LSTM and the GRU cell share on PyTorch's side: checks of their arguments, and the products of their backward.
+// What the LSTM and the GRU cell share on PyTorch's side: checks of their arguments, and the products of their
+// backward.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +12,7 @@ namespace lect11ext::recurrent {
 struct CellInputs {
   const at::Tensor &input, &h;
   const at::Tensor &weight_ih, &weight_hh;
-  const std::optional<at::Tensor> &bias_ih, &bias_hh;
+  const std::optional<at::Tensor>&bias_ih, &bias_hh;
   int64_t gates;
 
   c10::SymInt batch() const { return input.sym_size(0); }

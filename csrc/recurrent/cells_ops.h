@@ -15,10 +15,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(
     c10::string_view candidate, std::optional<double> grad_clip, bool save_gates);
 
 // (h', gates); gates is undefined unless `save_gates`.
-std::tuple<at::Tensor, at::Tensor> gru_cell(
-    const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih, const at::Tensor& weight_hh,
-    const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh, bool reset_after,
-    std::optional<double> grad_clip, bool save_gates);
+std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih,
+                                            const at::Tensor& weight_hh, const std::optional<at::Tensor>& bias_ih,
+                                            const std::optional<at::Tensor>& bias_hh, bool reset_after,
+                                            std::optional<double> grad_clip, bool save_gates);
 
 // The steps over packed weights: inference alone, on the CPU.
 std::tuple<at::Tensor, at::Tensor> lstm_cell_packed(

@@ -40,7 +40,8 @@ struct Inputs : recurrent::CellInputs {
          const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after,
          std::optional<double> grad_clip)
       : CellInputs{input, h, weight_ih, weight_hh, bias_ih, bias_hh, /*gates=*/3},
-        reset_after(reset_after), clip(grad_clip.value_or(INFINITY)) {
+        reset_after(reset_after),
+        clip(grad_clip.value_or(INFINITY)) {
     TORCH_CHECK_VALUE(clip >= 0, "grad_clip must be nonnegative, but got ", clip);
   }
 
@@ -82,13 +83,11 @@ Gradients composite_backward(const Tensor& grad_h, const Inputs& in, const Mask&
   const Tensor pre = at::cat({dr, dz, dn}, 1), gates = at::cat({dr, dz}, 1);
   const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
   return {when(mask[0], [&] { return pre.mm(in.weight_ih); }),
-          when(mask[1], [&] {
-            return dh * z + gates.mm(w_gates) + (in.reset_after ? dn_hidden.mm(w_n) : d_state * r);
-          }),
+          when(mask[1],
+               [&] { return dh * z + gates.mm(w_gates) + (in.reset_after ? dn_hidden.mm(w_n) : d_state * r); }),
           when(mask[2], [&] { return pre.t().mm(in.input); }),
-          when(mask[3], [&] {
-            return at::cat({gates.t().mm(in.h), dn_hidden.t().mm(in.reset_after ? in.h : r * in.h)}, 0);
-          }),
+          when(mask[3],
+               [&] { return at::cat({gates.t().mm(in.h), dn_hidden.t().mm(in.reset_after ? in.h : r * in.h)}, 0); }),
           when(mask[4] && autograd::defined(in.bias_ih), [&] { return pre.sum(0); }),
           when(mask[5] && autograd::defined(in.bias_hh), [&] { return at::cat({dr, dz, dn_hidden}, 1).sum(0); })};
 }
@@ -107,8 +106,8 @@ Gradients meta_backward(const Tensor&, const Inputs& in, const Tensor&, const Ma
   const auto like = [&](bool wanted, const OptionalTensor& t) {
     return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
   };
-  return {like(mask[0], in.input), like(mask[1], in.h), like(mask[2], in.weight_ih), like(mask[3], in.weight_hh),
-          like(mask[4], in.bias_ih), like(mask[5], in.bias_hh)};
+  return {like(mask[0], in.input),     like(mask[1], in.h),       like(mask[2], in.weight_ih),
+          like(mask[3], in.weight_hh), like(mask[4], in.bias_ih), like(mask[5], in.bias_hh)};
 }
 
 // --- CPU ----------------------------------------------------------------------------------------------------------
@@ -130,13 +129,25 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Weights& weights, co
   Tensor h_out = at::empty({batch, hidden}, options);
   Tensor gates = keeps ? at::empty({batch, (reset_after ? 4 : 3) * hidden}, options) : Tensor();
   Tensor reset_h = reset_after ? Tensor() : at::empty({batch, hidden}, options);
-  GruCell args{
-      batch, input.size(1), hidden, dtype_of(input, "input"), GruStage::After,
-      x.data, state.data, weights.ih, weights.hh,
-      x.stride, state.stride, weights.ih_stride, weights.hh_stride, weights.packed,
-      b_ih.data(), b_hh.data(),
-      reset_after ? nullptr : reset_h.mutable_data_ptr(), h_out.mutable_data_ptr(),
-      keeps ? gates.mutable_data_ptr() : nullptr};
+  GruCell args{batch,
+               input.size(1),
+               hidden,
+               dtype_of(input, "input"),
+               GruStage::After,
+               x.data,
+               state.data,
+               weights.ih,
+               weights.hh,
+               x.stride,
+               state.stride,
+               weights.ih_stride,
+               weights.hh_stride,
+               weights.packed,
+               b_ih.data(),
+               b_hh.data(),
+               reset_after ? nullptr : reset_h.mutable_data_ptr(),
+               h_out.mutable_data_ptr(),
+               keeps ? gates.mutable_data_ptr() : nullptr};
   const int64_t blocks = (hidden + kGruUnits - 1) / kGruUnits;
   const int64_t cost = (batch + 2) * 3 * kGruUnits * (args.input_size + hidden) / 32;
   const auto run = [&](GruStage stage, int64_t share) {
@@ -185,11 +196,20 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
   Tensor grad_h_in = mask[1] ? at::empty({batch, H}, options) : Tensor();
   const Tensor dh = recurrent::dense_gradient(grad_h, storage), kept = gates.contiguous();
   const recurrent::Rows h(in.h);
-  GruGatesBackward args{
-      batch, H, dtype_of(in.input, "input"), in.reset_after ? GruStage::After : GruStage::Reset,
-      dh.const_data_ptr(), in.clip, kept.const_data_ptr(), h.data, h.stride, nullptr,
-      pre.mutable_data_ptr(), in.reset_after ? pre_hidden.mutable_data_ptr() : nullptr, dtype_of(pre, "grad_pre"),
-      mask[1] ? grad_h_in.mutable_data_ptr() : nullptr};
+  GruGatesBackward args{batch,
+                        H,
+                        dtype_of(in.input, "input"),
+                        in.reset_after ? GruStage::After : GruStage::Reset,
+                        dh.const_data_ptr(),
+                        in.clip,
+                        kept.const_data_ptr(),
+                        h.data,
+                        h.stride,
+                        nullptr,
+                        pre.mutable_data_ptr(),
+                        in.reset_after ? pre_hidden.mutable_data_ptr() : nullptr,
+                        dtype_of(pre, "grad_pre"),
+                        mask[1] ? grad_h_in.mutable_data_ptr() : nullptr};
   if (batch > 0) launch(args);
   if (!in.reset_after && batch > 0) {
     const Tensor through = recurrent::input_gradient(pre.narrow(1, 2 * H, H), in.weight_hh.narrow(0, 2 * H, H));
@@ -203,8 +223,8 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
   const auto state_gradient = [&] {
     const Tensor direct = grad_h_in.to(storage);
     return in.reset_after
-        ? recurrent::input_gradient(pre_hidden, in.weight_hh, direct)
-        : recurrent::input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
+               ? recurrent::input_gradient(pre_hidden, in.weight_hh, direct)
+               : recurrent::input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
   };
   const auto recurrent_weight_gradient = [&] {
     if (in.reset_after) return recurrent::weight_gradient(pre_hidden, in.h);
@@ -219,7 +239,8 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
           when(mask[2], [&] { return recurrent::weight_gradient(pre, in.input); }),
           when(mask[3], recurrent_weight_gradient),
           when(mask[4] && autograd::defined(in.bias_ih), [&] { return recurrent::bias_gradient(pre, storage); }),
-          when(mask[5] && autograd::defined(in.bias_hh), [&] { return recurrent::bias_gradient(pre_hidden, storage); })};
+          when(mask[5] && autograd::defined(in.bias_hh),
+               [&] { return recurrent::bias_gradient(pre_hidden, storage); })};
 }
 
 Gradients cpu_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
@@ -246,9 +267,18 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
   const Tensor pre_input = at::mm(in.input, in.weight_ih.t());
   Tensor pre_hidden = at::mm(in.h, (in.reset_after ? in.weight_hh : in.weight_hh.narrow(0, 0, 2 * H)).t());
   Tensor reset_h = in.reset_after ? Tensor() : at::empty({batch, H}, options);
-  GruGates args{batch, H, dtype_of(in.input, "input"), in.reset_after ? GruStage::After : GruStage::Reset,
-                pre_input.const_data_ptr(), pre_hidden.const_data_ptr(), bias_ih.data(), bias_hh.data(), h.data,
-                h.stride, in.reset_after ? nullptr : reset_h.mutable_data_ptr(), h_out.mutable_data_ptr(),
+  GruGates args{batch,
+                H,
+                dtype_of(in.input, "input"),
+                in.reset_after ? GruStage::After : GruStage::Reset,
+                pre_input.const_data_ptr(),
+                pre_hidden.const_data_ptr(),
+                bias_ih.data(),
+                bias_hh.data(),
+                h.data,
+                h.stride,
+                in.reset_after ? nullptr : reset_h.mutable_data_ptr(),
+                h_out.mutable_data_ptr(),
                 keeps ? gates.mutable_data_ptr() : nullptr};
   if (batch > 0) cuda::gru_gates_forward(args, current_stream());
   if (!in.reset_after && batch > 0) {
@@ -288,9 +318,8 @@ Gradients backward_entry(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor
 }
 
 Gradients call_backward(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor& gates, Mask mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::gru_cell_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_cell_backward", "").typed<BackwardSignature>();
   return op.call(grad_h, GRU_CELL_ARGUMENTS, gates, mask);
 }
 
@@ -381,9 +410,8 @@ Outputs gru_cell(GRU_CELL_PARAMETERS, bool save_gates) {
 
 Tensor gru_cell_packed(const Tensor& input, const Tensor& h, const Tensor& packed_ih, const Tensor& packed_hh,
                        const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::gru_cell_packed", "")
-                             .typed<decltype(cpu_packed)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_cell_packed", "").typed<decltype(cpu_packed)>();
   return op.call(input, h, packed_ih, packed_hh, bias_ih, bias_hh, reset_after);
 }
 
@@ -394,11 +422,15 @@ Tensor gru_cell_packed(const Tensor& input, const Tensor& h, const Tensor& packe
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def("gru_cell(" GRU_CELL_SCHEMA ", bool save_gates=False) -> (Tensor h_out, Tensor gates)",
         {at::Tag::pt2_compliant_tag});
-  m.def("gru_cell_backward(Tensor grad_h, " GRU_CELL_SCHEMA ", Tensor gates, bool[6] output_mask)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def("gru_cell_backward(Tensor grad_h, " GRU_CELL_SCHEMA
+        ", Tensor gates, bool[6] output_mask)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
   // Inference over weights that a module's prepack() laid out; no derivative.
-  m.def("gru_cell_packed(Tensor input, Tensor h, Tensor packed_ih, Tensor packed_hh, Tensor? bias_ih, "
-        "Tensor? bias_hh, bool reset_after) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gru_cell_packed(Tensor input, Tensor h, Tensor packed_ih, Tensor packed_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, bool reset_after) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {

@@ -25,14 +25,14 @@ struct GruGates {
   int64_t batch, hidden;
   DType dtype;
   GruStage stage;
-  const void* pre_input;  // [B, 3H] dense: input W_ihᵀ
-  const void* pre_hidden; // After: [B, 3H]; Reset: [B, 2H], r and z only; Output: [B, H], (r ⊙ h) W_hnᵀ
-  const void* bias_ih;    // [3H] or null
-  const void* bias_hh;    // [3H] or null
-  const void* h;          // [B, H], rows h_stride apart
+  const void* pre_input;   // [B, 3H] dense: input W_ihᵀ
+  const void* pre_hidden;  // After: [B, 3H]; Reset: [B, 2H], r and z only; Output: [B, H], (r ⊙ h) W_hnᵀ
+  const void* bias_ih;     // [3H] or null
+  const void* bias_hh;     // [3H] or null
+  const void* h;           // [B, H], rows h_stride apart
   int64_t h_stride;
-  void* reset_h;          // Reset: [B, H] dense, written: r ⊙ h
-  void* h_out;            // After, Output: [B, H] dense, written
+  void* reset_h;  // Reset: [B, H] dense, written: r ⊙ h
+  void* h_out;    // After, Output: [B, H] dense, written
   // [B, G·H] dense: r, z, n after their activations, and for After a fourth, h W_hnᵀ + b_hn. After writes all of them,
   // where it is not null; Reset writes r and z, and Output reads z and writes n (never null in these two).
   void* gates;
@@ -43,10 +43,10 @@ struct GruGatesBackward {
   int64_t batch, hidden;
   DType dtype;
   GruStage stage;
-  const void* grad_h;      // [B, H] dense; After, Reset
-  double clip;             // it is clamped to [−clip, clip] first; +inf: not at all
-  const void* gates;       // as the forward wrote them
-  const void* h;           // [B, H], rows h_stride apart
+  const void* grad_h;  // [B, H] dense; After, Reset
+  double clip;         // it is clamped to [−clip, clip] first; +inf: not at all
+  const void* gates;   // as the forward wrote them
+  const void* h;       // [B, H], rows h_stride apart
   int64_t h_stride;
   const void* grad_reset_h;  // Output: [B, H] dense, type grad_pre_dtype: gradient of r ⊙ h
   // Written, type grad_pre_dtype, dense [B, 3H]. `grad_pre_input` holds d r, d z, d n; Reset writes z and n of it,
@@ -69,12 +69,12 @@ struct GruCell {
   const void* weight_ih;  // [3H, I]
   const void* weight_hh;  // [3H, H]
   int64_t input_stride, h_stride, weight_ih_stride, weight_hh_stride;
-  bool packed;            // the weights are [blocks, 3, I or H, 16] dense instead (float and double only)
-  const void* bias_ih;    // [3H] or null
-  const void* bias_hh;    // [3H] or null
-  void* reset_h;          // [B, H] dense: written by Reset, read by Output
-  void* h_out;            // [B, H] dense, written by After and Output
-  void* gates;            // as in GruGates
+  bool packed;          // the weights are [blocks, 3, I or H, 16] dense instead (float and double only)
+  const void* bias_ih;  // [3H] or null
+  const void* bias_hh;  // [3H] or null
+  void* reset_h;        // [B, H] dense: written by Reset, read by Output
+  void* h_out;          // [B, H] dense, written by After and Output
+  void* gates;          // as in GruGates
 };
 
 inline constexpr int64_t kGruUnits = 16;

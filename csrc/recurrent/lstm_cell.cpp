@@ -43,9 +43,11 @@ struct Inputs : recurrent::CellInputs {
          const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, c10::string_view candidate,
          std::optional<double> grad_clip)
       : CellInputs{input, h, weight_ih, weight_hh, bias_ih, bias_hh, /*gates=*/4},
-        c(c), sigmoid_candidate(candidate == "sigmoid"), clip(grad_clip.value_or(INFINITY)) {
-    TORCH_CHECK_VALUE(candidate == "tanh" || candidate == "sigmoid",
-                      "candidate must be 'tanh' or 'sigmoid', but got '", candidate, "'");
+        c(c),
+        sigmoid_candidate(candidate == "sigmoid"),
+        clip(grad_clip.value_or(INFINITY)) {
+    TORCH_CHECK_VALUE(candidate == "tanh" || candidate == "sigmoid", "candidate must be 'tanh' or 'sigmoid', but got '",
+                      candidate, "'");
     TORCH_CHECK_VALUE(clip >= 0, "grad_clip must be nonnegative, but got ", clip);
   }
 
@@ -64,8 +66,11 @@ struct Gates {
 Gates composite_gates(const Inputs& in) {
   const Tensor pre = at::linear(in.input, in.weight_ih, in.bias_ih) + at::linear(in.h, in.weight_hh, in.bias_hh);
   const auto parts = pre.chunk(4, 1);
-  Gates gates{parts[0].sigmoid(), parts[1].sigmoid(),
-              in.sigmoid_candidate ? parts[2].sigmoid() : parts[2].tanh(), parts[3].sigmoid(), {}};
+  Gates gates{parts[0].sigmoid(),
+              parts[1].sigmoid(),
+              in.sigmoid_candidate ? parts[2].sigmoid() : parts[2].tanh(),
+              parts[3].sigmoid(),
+              {}};
   gates.c_out = gates.f * in.c + gates.i * gates.g;
   return gates;
 }
@@ -107,7 +112,7 @@ Gradients meta_backward(const OptionalTensor&, const OptionalTensor&, const Inpu
   const auto like = [&](bool wanted, const OptionalTensor& t) {
     return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
   };
-  return {like(mask[0], in.input), like(mask[1], in.h), like(mask[2], in.c), like(mask[3], in.weight_ih),
+  return {like(mask[0], in.input),     like(mask[1], in.h),       like(mask[2], in.c),      like(mask[3], in.weight_ih),
           like(mask[4], in.weight_hh), like(mask[5], in.bias_ih), like(mask[6], in.bias_hh)};
 }
 
@@ -128,12 +133,27 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Wei
   Tensor gates = save_gates ? at::empty({batch, 4 * hidden}, options) : Tensor();
   const recurrent::Rows x(input), state(h), cell(c);
   const recurrent::Bias b_ih(bias_ih), b_hh(bias_hh);
-  const LstmCell args{
-      batch, input.size(1), hidden, dtype_of(input, "input"), sigmoid_candidate,
-      x.data, state.data, cell.data, weights.ih, weights.hh,
-      x.stride, state.stride, cell.stride, weights.ih_stride, weights.hh_stride, weights.packed,
-      b_ih.data(), b_hh.data(),
-      h_out.mutable_data_ptr(), c_out.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr};
+  const LstmCell args{batch,
+                      input.size(1),
+                      hidden,
+                      dtype_of(input, "input"),
+                      sigmoid_candidate,
+                      x.data,
+                      state.data,
+                      cell.data,
+                      weights.ih,
+                      weights.hh,
+                      x.stride,
+                      state.stride,
+                      cell.stride,
+                      weights.ih_stride,
+                      weights.hh_stride,
+                      weights.packed,
+                      b_ih.data(),
+                      b_hh.data(),
+                      h_out.mutable_data_ptr(),
+                      c_out.mutable_data_ptr(),
+                      save_gates ? gates.mutable_data_ptr() : nullptr};
   if (batch > 0) {
     const int64_t blocks = (hidden + kLstmUnits - 1) / kLstmUnits;
     // 4 gates; 32 multiply-adds take about a nanosecond, and reading the weights once as long as two rows of a batch.
@@ -188,11 +208,20 @@ Pointwise gates_backward(const OptionalTensor& grad_h, const OptionalTensor& gra
   const Tensor kept = gates.contiguous(), cell = c_out.contiguous();
   const recurrent::Rows c(in.c);
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  const LstmGatesBackward args{
-      batch, hidden, dtype_of(in.input, "input"), in.sigmoid_candidate, pointer(dh), pointer(dc), in.clip,
-      kept.const_data_ptr(), c.data, c.stride, cell.const_data_ptr(),
-      out.grad_pre.mutable_data_ptr(), dtype_of(out.grad_pre, "grad_pre"),
-      needs_c ? out.grad_c_in.mutable_data_ptr() : nullptr};
+  const LstmGatesBackward args{batch,
+                               hidden,
+                               dtype_of(in.input, "input"),
+                               in.sigmoid_candidate,
+                               pointer(dh),
+                               pointer(dc),
+                               in.clip,
+                               kept.const_data_ptr(),
+                               c.data,
+                               c.stride,
+                               cell.const_data_ptr(),
+                               out.grad_pre.mutable_data_ptr(),
+                               dtype_of(out.grad_pre, "grad_pre"),
+                               needs_c ? out.grad_c_in.mutable_data_ptr() : nullptr};
   if (batch > 0) launch(args);
   return out;
 }
@@ -234,9 +263,18 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
   const recurrent::Rows c(in.c);
   const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
   // The activated gates take the place of the sums.
-  const LstmGates args{batch, hidden, dtype_of(in.input, "input"), in.sigmoid_candidate, pre.const_data_ptr(),
-                       bias_ih.data(), bias_hh.data(), c.data, c.stride, h_out.mutable_data_ptr(),
-                       c_out.mutable_data_ptr(), save_gates ? pre.mutable_data_ptr() : nullptr};
+  const LstmGates args{batch,
+                       hidden,
+                       dtype_of(in.input, "input"),
+                       in.sigmoid_candidate,
+                       pre.const_data_ptr(),
+                       bias_ih.data(),
+                       bias_hh.data(),
+                       c.data,
+                       c.stride,
+                       h_out.mutable_data_ptr(),
+                       c_out.mutable_data_ptr(),
+                       save_gates ? pre.mutable_data_ptr() : nullptr};
   if (batch > 0) cuda::lstm_gates_forward(args, current_stream());
   return {h_out, c_out, save_gates ? pre : Tensor()};
 }
@@ -275,9 +313,8 @@ Gradients backward_entry(const OptionalTensor& grad_h, const OptionalTensor& gra
 
 Gradients call_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, LSTM_CELL_PARAMETERS,
                         const Tensor& gates, const Tensor& c_out, Mask mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::lstm_cell_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_cell_backward", "").typed<BackwardSignature>();
   return op.call(grad_h, grad_c, LSTM_CELL_ARGUMENTS, gates, c_out, mask);
 }
 
@@ -304,10 +341,10 @@ struct LstmCellNode : autograd::Node {
       mask[i] = task_should_compute_output(i);
       in[i] = inputs_[i].unpack();
     }
-    auto [input, h, c, weight_ih, weight_hh, bias_ih, bias_hh] = call_backward(
-        autograd::optional_of(grads[0]), autograd::optional_of(grads[1]), in[0], in[1], in[2], in[3], in[4],
-        autograd::optional_of(in[5]), autograd::optional_of(in[6]), candidate_, grad_clip_, gates_.unpack(),
-        c_out_.unpack(getptr()), mask);
+    auto [input, h, c, weight_ih, weight_hh, bias_ih, bias_hh] =
+        call_backward(autograd::optional_of(grads[0]), autograd::optional_of(grads[1]), in[0], in[1], in[2], in[3],
+                      in[4], autograd::optional_of(in[5]), autograd::optional_of(in[6]), candidate_, grad_clip_,
+                      gates_.unpack(), c_out_.unpack(getptr()), mask);
     return {input, h, c, weight_ih, weight_hh, bias_ih, bias_hh};
   }
 };
@@ -322,8 +359,7 @@ Outputs autograd_forward(LSTM_CELL_PARAMETERS, bool save_gates) {
   const auto& [h_out, c_out, gates] = out;
   if (differentiable) {
     auto node = autograd::make_node<LstmCellNode>();
-    node->set_next_edges(
-        torch::autograd::collect_next_edges(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh));
+    node->set_next_edges(torch::autograd::collect_next_edges(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh));
     const auto save = [](const OptionalTensor& t) {
       return autograd::SavedVariable(autograd::tensor_or_none(t), /*is_output=*/false);
     };
@@ -368,19 +404,16 @@ Outputs autocast_forward(LSTM_CELL_PARAMETERS, bool save_gates) {
 }  // namespace
 
 Outputs lstm_cell(LSTM_CELL_PARAMETERS, bool save_gates) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::lstm_cell", "")
-                             .typed<ForwardSignature>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_cell", "").typed<ForwardSignature>();
   return op.call(LSTM_CELL_ARGUMENTS, save_gates);
 }
 
-std::tuple<Tensor, Tensor> lstm_cell_packed(const Tensor& input, const Tensor& h, const Tensor& c,
-                                            const Tensor& packed_ih, const Tensor& packed_hh,
-                                            const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                                            c10::string_view candidate) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::lstm_cell_packed", "")
-                             .typed<decltype(cpu_packed)>();
+std::tuple<Tensor, Tensor> lstm_cell_packed(
+    const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih, const Tensor& packed_hh,
+    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, c10::string_view candidate) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_cell_packed", "").typed<decltype(cpu_packed)>();
   return op.call(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
 }
 
@@ -393,10 +426,13 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag});
   m.def("lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, " LSTM_CELL_SCHEMA
         ", Tensor gates, Tensor c_out, bool[7] output_mask)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
   // Inference over weights that a module's prepack() laid out; no derivative.
-  m.def("lstm_cell_packed(Tensor input, Tensor h, Tensor c, Tensor packed_ih, Tensor packed_hh, Tensor? bias_ih, "
-        "Tensor? bias_hh, str candidate) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lstm_cell_packed(Tensor input, Tensor h, Tensor c, Tensor packed_ih, Tensor packed_hh, Tensor? bias_ih, "
+      "Tensor? bias_hh, str candidate) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {

@@ -4,8 +4,8 @@
 //   c' = f ⊙ c + i ⊙ g          h' = o ⊙ tanh(c')
 //
 // All tensors of a step have one storage type; arithmetic is in float, or double for double. Matrices have unit column
-// stride; a row stride stands beside each that may be a slice. Pointers are borrowed; no two outputs may overlap, nor an
-// output an input, unless it says so.
+// stride; a row stride stands beside each that may be a slice. Pointers are borrowed; no two outputs may overlap, nor
+// an output an input, unless it says so.
 #pragma once
 
 #include "common/capability.h"
@@ -18,14 +18,14 @@ struct LstmGates {
   int64_t batch, hidden;
   DType dtype;
   bool sigmoid_candidate;
-  const void* pre;       // [B, 4H] dense: both products, without biases
-  const void* bias_ih;   // [4H] or null
-  const void* bias_hh;   // [4H] or null
-  const void* c;         // [B, H], rows c_stride apart
+  const void* pre;      // [B, 4H] dense: both products, without biases
+  const void* bias_ih;  // [4H] or null
+  const void* bias_hh;  // [4H] or null
+  const void* c;        // [B, H], rows c_stride apart
   int64_t c_stride;
-  void* h_out;           // [B, H] dense, written
-  void* c_out;           // [B, H] dense, written
-  void* gates;           // [B, 4H] dense, written: i, f, g, o after their activations; may be `pre`; null: not kept
+  void* h_out;  // [B, H] dense, written
+  void* c_out;  // [B, H] dense, written
+  void* gates;  // [B, 4H] dense, written: i, f, g, o after their activations; may be `pre`; null: not kept
 };
 
 // From the gradients of h' and c' to those of the pre-activations and of c. CPU and CUDA.
@@ -33,16 +33,16 @@ struct LstmGatesBackward {
   int64_t batch, hidden;
   DType dtype;
   bool sigmoid_candidate;
-  const void* grad_h;    // [B, H] dense, or null for zero
-  const void* grad_c;    // [B, H] dense, or null for zero
-  double clip;           // both are clamped to [−clip, clip] first; +inf: not at all
-  const void* gates;     // [B, 4H] dense, as the forward wrote them
-  const void* c;         // [B, H], rows c_stride apart
+  const void* grad_h;  // [B, H] dense, or null for zero
+  const void* grad_c;  // [B, H] dense, or null for zero
+  double clip;         // both are clamped to [−clip, clip] first; +inf: not at all
+  const void* gates;   // [B, 4H] dense, as the forward wrote them
+  const void* c;       // [B, H], rows c_stride apart
   int64_t c_stride;
-  const void* c_out;     // [B, H] dense: tanh of it is computed again, which is cheaper than to read it
-  void* grad_pre;        // [B, 4H] dense, written, of type grad_pre_dtype
+  const void* c_out;  // [B, H] dense: tanh of it is computed again, which is cheaper than to read it
+  void* grad_pre;     // [B, 4H] dense, written, of type grad_pre_dtype
   DType grad_pre_dtype;
-  void* grad_c_in;       // [B, H] dense, written; null: not asked
+  void* grad_c_in;  // [B, H] dense, written; null: not asked
 };
 
 // The whole step: the CPU's kernel. A work item is a block of kLstmUnits hidden units, all their gates, all rows.
@@ -56,12 +56,12 @@ struct LstmCell {
   const void* weight_ih;  // [4H, I]
   const void* weight_hh;  // [4H, H]
   int64_t input_stride, h_stride, c_stride, weight_ih_stride, weight_hh_stride;
-  bool packed;            // the weights are [blocks, 4, I or H, 16] dense instead (float and double only)
-  const void* bias_ih;    // [4H] or null
-  const void* bias_hh;    // [4H] or null
-  void* h_out;            // [B, H] dense, written
-  void* c_out;            // [B, H] dense, written
-  void* gates;            // [B, 4H] dense, written; null: not kept
+  bool packed;          // the weights are [blocks, 4, I or H, 16] dense instead (float and double only)
+  const void* bias_ih;  // [4H] or null
+  const void* bias_hh;  // [4H] or null
+  void* h_out;          // [B, H] dense, written
+  void* c_out;          // [B, H] dense, written
+  void* gates;          // [B, 4H] dense, written; null: not kept
 };
 
 inline constexpr int64_t kLstmUnits = 16;

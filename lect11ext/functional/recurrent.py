@@ -15,9 +15,7 @@ def _check_input(function: str, input: Tensor) -> None:
 
 def _check_state(function: str, name: str, state: Tensor, dim: int) -> None:
     if state.dim() != dim:
-        raise ValueError(
-            f"{function}: Expected {name} to be {dim}D, as input is, got {state.dim()}D instead"
-        )
+        raise ValueError(f"{function}: Expected {name} to be {dim}D, as input is, got {state.dim()}D instead")
 
 
 def lstm_cell(
@@ -82,9 +80,9 @@ def lstm_cell(
         )
         return h.squeeze(0), c.squeeze(0)
     if torch.compiler.is_compiling():
-        return torch.ops.lect11ext.lstm_cell(
-            input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip
-        )[:2]
+        return torch.ops.lect11ext.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)[
+            :2
+        ]
     return _C.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)
 
 
@@ -140,7 +138,5 @@ def gru_cell(
             reset_after=reset_after, grad_clip=grad_clip,
         ).squeeze(0)  # fmt: skip
     if torch.compiler.is_compiling():
-        return torch.ops.lect11ext.gru_cell(
-            input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip
-        )[0]
+        return torch.ops.lect11ext.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)[0]
     return _C.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)

@@ -19,9 +19,7 @@ AFTER, RESET, OUTPUT = range(3)
 class Gru:
     """The stages of a step over given products; test_gru_step_is_the_reference makes the products too."""
 
-    def __init__(
-        self, batch: int, hidden: int, dtype: torch.dtype, *, gap: int = 0, biases: bool = True
-    ) -> None:
+    def __init__(self, batch: int, hidden: int, dtype: torch.dtype, *, gap: int = 0, biases: bool = True) -> None:
         draw = Draw(dtype, seed=1)
         self.batch, self.hidden, self.dtype = batch, hidden, dtype
         self.pre_input, self.pre_hidden = draw(batch, 3 * hidden), draw(batch, 3 * hidden)
@@ -47,9 +45,7 @@ class Gru:
     ) -> Output:
         return Output(self.batch, gates * self.hidden, dtype=dtype or self.dtype, shift=shift, like=like)
 
-    def check_forward(
-        self, kernels: Kernels, *, reset_after: bool, keep: bool = True, shift: int = 0
-    ) -> None:
+    def check_forward(self, kernels: Kernels, *, reset_after: bool, keep: bool = True, shift: int = 0) -> None:
         H, x, w = self.hidden, self.pre_input.double() + self.bias(0), self.pre_hidden.double() + self.bias(1)
         h = self.h.double()
         r, z = (x + w)[:, : 2 * H].sigmoid().chunk(2, 1)
@@ -118,9 +114,7 @@ class Gru:
             d_x, d_w, d_h = torch.autograd.grad(h_out, [x, w, h], grad_h)
             gates = torch.cat([r, z, n, w[:, 2 * H :]], 1).detach().to(self.dtype)
             grad_hidden = self.output(3, P, shift)
-            kernels.gru_gates_backward(
-                **self.fields(AFTER), **fields, gates=gates, grad_pre_hidden=grad_hidden
-            )
+            kernels.gru_gates_backward(**self.fields(AFTER), **fields, gates=gates, grad_pre_hidden=grad_hidden)
             near(grad_hidden, d_w, units)
         else:
             gates = torch.cat([r, z, n], 1).detach().to(self.dtype)
@@ -206,14 +200,10 @@ def test_gru_step_is_the_reference(kernels: Kernels, reset_after: bool) -> None:
     step = dict(batch=B, hidden=H, dtype=F64, h=h, h_stride=H)
     biases = dict(bias_ih=b_ih, bias_hh=b_hh, pre_input=x @ w_ih.T)
     h_out, d_input, d_h_in = Output(B, H, dtype=F64), Output(B, 3 * H, dtype=F64), Output(B, H, dtype=F64)
-    gradient = dict(
-        step, grad_h=grad_h, clip=clip, grad_pre_input=d_input, grad_pre_dtype=F64, grad_h_in=d_h_in
-    )
+    gradient = dict(step, grad_h=grad_h, clip=clip, grad_pre_input=d_input, grad_pre_dtype=F64, grad_h_in=d_h_in)
     if reset_after:
         gates, d_hidden = Output(B, 4 * H, dtype=F64), Output(B, 3 * H, dtype=F64)
-        kernels.gru_gates_forward(
-            **step, **biases, stage=AFTER, pre_hidden=h @ w_hh.T, h_out=h_out, gates=gates
-        )
+        kernels.gru_gates_forward(**step, **biases, stage=AFTER, pre_hidden=h @ w_hh.T, h_out=h_out, gates=gates)
         kernels.gru_gates_backward(**gradient, stage=AFTER, gates=gates, grad_pre_hidden=d_hidden)
         from_hidden = d_h_in.checked() + d_hidden.checked() @ w_hh
     else:

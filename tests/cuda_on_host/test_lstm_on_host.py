@@ -52,9 +52,7 @@ class Lstm:
             c_stride=self.c.stride(0),
         )  # fmt: skip
 
-    def check_forward(
-        self, kernels: Kernels, *, keep: bool = True, in_place: bool = False, shift: int = 0
-    ) -> None:
+    def check_forward(self, kernels: Kernels, *, keep: bool = True, in_place: bool = False, shift: int = 0) -> None:
         B, H = self.batch, self.hidden
         h_out, c_out = (Output(B, H, dtype=self.dtype, shift=shift) for _ in range(2))
         gates = Output(B, 4 * H, dtype=self.dtype, shift=shift, like=self.pre if in_place else None)

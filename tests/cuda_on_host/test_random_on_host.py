@@ -14,9 +14,7 @@ KEYS = [(0, 0), (1234567890123456789, 5), (-1, 2**32 - 3), (42, -2)]  # the coun
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [1, 2, 3, 4, 7, 1000, 70001])  # the last: more than the grid has threads
-def test_normals_are_the_stream(
-    kernels: Kernels, key: tuple[int, int], dtype: torch.dtype, numel: int
-) -> None:
+def test_normals_are_the_stream(kernels: Kernels, key: tuple[int, int], dtype: torch.dtype, numel: int) -> None:
     key_tensor, out = torch.tensor(key), Output(numel, dtype=dtype)
     kernels.philox_normal(key=key_tensor, out=out, dtype=dtype, numel=numel)
     exact = reference.philox_normal((numel + numel % 2,), key_tensor, dtype=dtype, exact=True)

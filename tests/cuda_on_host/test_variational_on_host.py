@@ -80,9 +80,7 @@ def forward(kernels: Kernels, call: Call, reduction: str, shift: int = 0) -> tup
     elements = reduction == "none"
     sums = tiles.rows if tiles.tiles_per_row == 1 else tiles.count
     kl = Output(*(call.size if elements else [sums]), dtype=call.compute, shift=shift)
-    kernels.gaussian_forward(
-        **call.fields(), tiles=tiles, z=z, z_dtype=call.out_dtype, kl=kl, kl_elements=elements
-    )
+    kernels.gaussian_forward(**call.fields(), tiles=tiles, z=z, z_dtype=call.out_dtype, kl=kl, kl_elements=elements)
     result = kl.checked()
     if reduction == "sum_latent":
         result = result.view(tiles.rows, -1).sum(1).view(call.size[:-1])
@@ -169,9 +167,7 @@ def test_sizes_and_types(kernels: Kernels, size: tuple[int, ...], dtype: torch.d
 @pytest.mark.parametrize("size", [(3, 7), (6, 20), (2, 1028), (3, 1025)], ids=str)
 @pytest.mark.parametrize("samples", [2, 5])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
-def test_samples_and_a_prior(
-    kernels: Kernels, size: tuple[int, ...], samples: int, dtype: torch.dtype
-) -> None:
+def test_samples_and_a_prior(kernels: Kernels, size: tuple[int, ...], samples: int, dtype: torch.dtype) -> None:
     call = Call(*gaussian(*size, dtype=dtype), prior=gaussian(*size, dtype=dtype, seed=1), samples=samples)
     check_forward(kernels, call)
     check_forward(kernels, call, "none")

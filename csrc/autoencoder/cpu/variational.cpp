@@ -57,12 +57,12 @@ class Tile {
   Vec<T> mean(int64_t i) const { return Vec<T>::loadu(mean_ + i); }
 
   struct Element {
-    Vec<T> scale;         // e^(logvar/2)
-    Vec<T> kl;            // before free bits
-    Vec<T> d_mean;        // ∂kl/∂mean
-    Vec<T> d_logvar;      // ∂kl/∂logvar
+    Vec<T> scale;     // e^(logvar/2)
+    Vec<T> kl;        // before free bits
+    Vec<T> d_mean;    // ∂kl/∂mean
+    Vec<T> d_logvar;  // ∂kl/∂logvar
     Vec<T> d_prior_logvar;
-    Vec<T> inside;        // all ones where logvar was not clamped
+    Vec<T> inside;  // all ones where logvar was not clamped
   };
 
   // PriorGiven is a template argument so that the common case has no branch inside the loop.

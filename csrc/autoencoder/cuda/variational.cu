@@ -116,8 +116,8 @@ using Arithmetic = std::conditional_t<Access::kAligned, Vectors<T>, Elements>;
 
 template <class T>
 struct Element {
-  T scale;  // e^(logvar/2)
-  T kl;     // before free bits
+  T scale;                             // e^(logvar/2)
+  T kl;                                // before free bits
   T d_mean, d_logvar, d_prior_logvar;  // derivatives of kl
   bool inside;                         // logvar was not clamped
 };
@@ -325,8 +325,8 @@ template <class S>
 bool fits(const GaussianBackward& args) {
   return operands_fit<S>(args) && Vectors<S>::fits(args.grad_z_shape, args.grad_z) &&
          Vectors<float>::fits(args.shape, args.grad_kl) && Vectors<S>::fits(args.grad_mean, args.grad_mean_dtype) &&
-         Vectors<S>::fits(args.grad_logvar, args.grad_logvar_dtype) &&
-         is_aligned<float, kQuad>(args.grad_prior_mean) && is_aligned<float, kQuad>(args.grad_prior_logvar);
+         Vectors<S>::fits(args.grad_logvar, args.grad_logvar_dtype) && is_aligned<float, kQuad>(args.grad_prior_mean) &&
+         is_aligned<float, kQuad>(args.grad_prior_logvar);
 }
 
 template <class T, class Access, bool PriorGiven>

@@ -98,8 +98,8 @@ inline void sum_lanes4(const Vec<double> (&v)[4], double* out) {
   }
 }
 
-// One of the products that are summed: rows of `weight` times rows of `x`, both `size` long. Where `packed`, the weights
-// lie transposed instead: a block's units dense for each k, k's `weight_stride` apart.
+// One of the products that are summed: rows of `weight` times rows of `x`, both `size` long. Where `packed`, the
+// weights lie transposed instead: a block's units dense for each k, k's `weight_stride` apart.
 template <class S>
 struct RowProduct {
   const S* weight;
@@ -118,8 +118,8 @@ inline constexpr int kMaxRowsOfX = 2;
 #endif
 
 // out[b·out_stride + r] = Σ over `count` products, for R rows of weights (a multiple of 4; rows beyond `rows` repeat
-// the last one, and their sums are for the caller to ignore) and B rows of x. The pragmas make the compiler unroll before
-// it assigns registers; without them the accumulators live on the stack and the tile costs a fifth more.
+// the last one, and their sums are for the caller to ignore) and B rows of x. The pragmas make the compiler unroll
+// before it assigns registers; without them the accumulators live on the stack and the tile costs a fifth more.
 template <int R, int B, class S>
 inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row, int64_t rows, int64_t first_x,
                      Compute<S>* out, int64_t out_stride, int64_t next_rows) {

@@ -25,10 +25,10 @@ inline Vec<float> ldexp(Vec<float> x, Vec<float> n) {
 
 // What exp, expm1 and expm1(x) − x share: x = n·ln 2 + r with |r| ≤ ln(2)/2.
 struct ReducedExp {
-  Vec<float> n;    // integral; NaN where x is
+  Vec<float> n;  // integral; NaN where x is
   Vec<float> r;
-  Vec<float> em1;  // e^r − 1
-  Vec<float> tail; // e^r − 1 − r, free of cancellation
+  Vec<float> em1;   // e^r − 1
+  Vec<float> tail;  // e^r − 1 − r, free of cancellation
 };
 
 inline ReducedExp reduced_exp(Vec<float> x) {
@@ -104,8 +104,8 @@ struct SinCos {
 // and what is left is exact: no reduction by π is needed.
 inline SinCos sincos_turns(VecI x) {
   const VecI quadrant = x + VecI(1 << 29);
-  const Vec<float> quarter_turns =
-      at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)), Vec<float>(0x1p-32f), Vec<float>(0x1p-31f));
+  const Vec<float> quarter_turns = at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)),
+                                                  Vec<float>(0x1p-32f), Vec<float>(0x1p-31f));
   const Vec<float> a = quarter_turns * Vec<float>(1.57079632679489662f);
   const Vec<float> z = a * a;
   Vec<float> s(-1.9515295891e-4f);

@@ -20,10 +20,10 @@ inline void with_type(DType dtype, F f) {
 }
 
 template <class T>
-inline constexpr DType kDType = std::is_same_v<T, float> ? DType::Float
-    : std::is_same_v<T, double>                          ? DType::Double
-    : std::is_same_v<T, at::BFloat16>                    ? DType::BFloat16
-                                                         : DType::Half;
+inline constexpr DType kDType = std::is_same_v<T, float>          ? DType::Float
+                                : std::is_same_v<T, double>       ? DType::Double
+                                : std::is_same_v<T, at::BFloat16> ? DType::BFloat16
+                                                                  : DType::Half;
 
 template <class T>
 inline constexpr bool kIsHalf = sizeof(T) == 2;

@@ -34,8 +34,8 @@ struct PhiloxKeys {
 // A counter word occupies 64 bits, of which mul_epu32 reads the lower half: a product's halves need no shuffle.
 inline PhiloxWords philox_words(const PhiloxKeys& keys, uint64_t counter) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
-  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(counter)),
-                                _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+  __m512i c0 =
+      _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(counter)), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
   __m512i c1 = _mm512_srli_epi64(c0, 32), c2 = _mm512_setzero_si512(), c3 = c2;
   constexpr int kXor3 = 0x96;
 #pragma GCC unroll 10

@@ -15,10 +15,10 @@
 namespace lect11ext::cuda {
 
 template <class S>
-inline constexpr DType kDType = std::is_same_v<S, float>   ? DType::Float
-    : std::is_same_v<S, double>                            ? DType::Double
-    : std::is_same_v<S, __nv_bfloat16>                     ? DType::BFloat16
-                                                           : DType::Half;
+inline constexpr DType kDType = std::is_same_v<S, float>           ? DType::Float
+                                : std::is_same_v<S, double>        ? DType::Double
+                                : std::is_same_v<S, __nv_bfloat16> ? DType::BFloat16
+                                                                   : DType::Half;
 
 // The type of the arithmetic for storage type S.
 template <class S>
@@ -90,8 +90,9 @@ bool is_aligned(const void* pointer) {
 
 // The integer whose access moves that many bytes; a struct of halves would be split into several.
 template <int Bytes>
-using Word = std::conditional_t<Bytes == 16, uint4,
-    std::conditional_t<Bytes == 8, uint2, std::conditional_t<Bytes == 4, uint32_t, uint16_t>>>;
+using Word =
+    std::conditional_t<Bytes == 16, uint4,
+                       std::conditional_t<Bytes == 8, uint2, std::conditional_t<Bytes == 4, uint32_t, uint16_t>>>;
 
 // N elements in registers, kept in their storage type until they are used, which takes the fewest registers.
 template <class S, int N>

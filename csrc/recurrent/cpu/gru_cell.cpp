@@ -74,7 +74,8 @@ class Block {
     const RowProduct<S> input = input_product(2);
     dot(NInput, &input, 1);
     const bool after = args_.stage == GruStage::After;
-    const RowProduct<S> hidden = hidden_product(2, after ? args_.h : args_.reset_h, after ? args_.h_stride : args_.hidden);
+    const RowProduct<S> hidden =
+        hidden_product(2, after ? args_.h : args_.reset_h, after ? args_.h_stride : args_.hidden);
     dot(NHidden, &hidden, 1);
   }
 

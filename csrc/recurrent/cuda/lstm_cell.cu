@@ -96,9 +96,9 @@ void lstm_gates_backward(const LstmGatesBackward& args, void* stream) {
     using S = std::remove_pointer_t<decltype(storage)>;
     using P = std::remove_pointer_t<decltype(gradient)>;
     constexpr int N = kVector<S>;
-    const bool vectors = use_vectors<S>(
-        args.batch, args.hidden, args.c_stride,
-        {args.grad_h, args.grad_c, args.gates, args.c, args.c_out, args.grad_pre, args.grad_c_in});
+    const bool vectors =
+        use_vectors<S>(args.batch, args.hidden, args.c_stride,
+                       {args.grad_h, args.grad_c, args.gates, args.c, args.c_out, args.grad_pre, args.grad_c_in});
     launch_cell<N>(backward_kernel<S, P, 1>, backward_kernel<S, P, N>, vectors, args, stream);
   });
 }

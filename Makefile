@@ -1,0 +1,101 @@
+# `make demo` and `make test` do all the set-up; `make help` lists the rest.
+TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := -m pip --quiet --disable-pip-version-check
+BUILD_TOOLS := 'setuptools>=70' wheel pybind11 'cmake>=3.24' ninja numpy
+LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
+CXX := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+# Stamps carry what was asked for in their names, so that another torch or another linter is another set-up.
+tag = $(shell echo '$(1)' | tr -cs '[:alnum:].\n' -)
+TOOLS := .venv/tools-$(call tag,$(TORCH))
+BUILT := .venv/built-$(call tag,$(TORCH))
+LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+.PHONY: help demo test nightly bench cuda lint format wheel compat link clean
+.SILENT:
+
+help:  ## this list
+	grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(TOOLS): Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -f .venv/tools-* .venv/built-*
+	echo "Installing $(TORCH) into .venv ..."
+	$(BIN)/python $(PIP) install --upgrade pip
+	$(BIN)/python $(PIP) install $(TORCH) $(BUILD_TOOLS)
+	touch $@
+
+# The first command shows its progress; the second links again and installs.
+$(BUILT): $(TOOLS) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python $(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
+	touch $@
+
+$(LINTERS): $(TOOLS)
+	$(BIN)/python $(PIP) install $(LINT_TOOLS)
+	touch $@
+
+demo: $(BUILT)  ## trains two models on real data, prints a table, draws pictures into out/
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(BUILT)  ## the tests (ARGS="-k lstm" for some)
+	$(BIN)/python -m pytest tests -m 'not slow' $(ARGS)
+
+nightly: $(BUILT)  ## the long sweeps
+	$(BIN)/python -m pytest tests -m slow $(ARGS)
+
+bench: $(BUILT)  ## all benchmarks and one table of ratios
+	$(BIN)/python -m bench $(ARGS)
+
+cuda:  ## compiles every .cu with nvcc alone: registers and spills of each kernel
+	$(PYTHON) tools/cuda_report.py --jobs $$(nproc) $(ARGS)
+
+lint: $(LINTERS)  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX)
+	$(BIN)/mypy
+
+format: $(LINTERS)  ## rewrites the files as lint wants them
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX)
+
+# A throw-away environment with torch $(1): the package is built with LECT11EXT_CUDA=$(2), and runs one call.
+CALL := import torch, lect11ext.functional as f; \
+        z, kl = f.gaussian_rsample_kl(torch.zeros(2, 3), torch.zeros(2, 3)); \
+        assert z.shape == (2, 3) and not kl.any()
+define try
+	echo "Building with $(1), LECT11EXT_CUDA=$(2) ..."
+	rm -rf build/try
+	$(PYTHON) -m venv build/try/venv
+	build/try/venv/bin/python $(PIP) install $(1) $(BUILD_TOOLS)
+	PATH="$(CURDIR)/build/try/venv/bin:$$PATH" LECT11EXT_CUDA=$(2) build/try/venv/bin/python setup.py --quiet build --build-lib build/try/lib
+	cd build/try/lib && ../venv/bin/python -m lect11ext && ../venv/bin/python -c "$(CALL)"
+endef
+
+compat:  ## compiles the C++ side against the oldest and the newest torch
+	$(call try,torch==2.11.0,0)
+	$(call try,torch,0)
+	rm -rf build/try
+
+link:  ## compiles and links the whole CUDA extension against a CUDA build of torch; needs nvcc, no GPU
+	$(call try,$(CUDA_TORCH),1)
+	cd build/try/lib && ../venv/bin/python -m lect11ext --json | grep -q '"cuda": true'
+	rm -rf build/try
+
+wheel: $(TOOLS)  ## builds a wheel into dist/ and runs it in a clean environment
+	rm -rf build/lib.* build/bdist.* build/wheel dist
+	$(BIN)/python $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python $(PIP) install $(TORCH) dist/*.whl
+	cd build/wheel && bin/python -m lect11ext && bin/python -c "$(CALL)"
+
+clean:  ## removes what make has made, except out/
+	rm -rf .venv build dist *.egg-info lect11ext/_C.*.so

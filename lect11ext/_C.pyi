@@ -1,0 +1,75 @@
+"""The compiled module, csrc/python.cpp. All arguments are positional; what they mean: lect11ext.functional."""
+
+from typing import TypedDict
+
+from torch import Generator, Tensor
+
+class BuildInfo(TypedDict):
+    torch: str
+    compiler: str
+    cuda: bool
+    cuda_architectures: str
+
+def gaussian_rsample_kl(
+    mean: Tensor,
+    logvar: Tensor,
+    prior_mean: Tensor | None,
+    prior_logvar: Tensor | None,
+    num_samples: int | None,
+    free_bits: float,
+    logvar_min: float | None,
+    logvar_max: float | None,
+    reduction: str,
+    generator: Generator | None,
+    key: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def philox_key(like: Tensor, numel: int, generator: Generator | None, /) -> Tensor: ...
+def lstm_cell(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    candidate: str,
+    grad_clip: float | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def lstm_cell_packed(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    packed_ih: Tensor,
+    packed_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    candidate: str,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def gru_cell(
+    input: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    reset_after: bool,
+    grad_clip: float | None,
+    /,
+) -> Tensor: ...
+def gru_cell_packed(
+    input: Tensor,
+    h: Tensor,
+    packed_ih: Tensor,
+    packed_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    reset_after: bool,
+    /,
+) -> Tensor: ...
+def build_info() -> BuildInfo: ...
+def cpu_capability() -> str: ...
+def best_cpu_capability() -> str: ...
+def set_cpu_capability(name: str, /) -> None: ...

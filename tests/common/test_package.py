@@ -1,0 +1,126 @@
+"""The package as it is shipped: the report, the stub, what is said where something is missing."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lect11ext
+from lect11ext._load import _C
+
+PACKAGE = Path(lect11ext.__file__).parent
+SETUP = Path(__file__).resolve().parents[2] / "setup.py"
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lect11ext::"))
+
+# Runs setup.py (argument 1) with a folder for what it builds (argument 2) where torch cannot be found.
+SETUP_WITHOUT_TORCH = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, Absent())
+_, setup, folder = sys.argv
+sys.argv = [setup, "build_ext", "--build-lib", folder, "--build-temp", folder]
+runpy.run_path(setup, run_name="__main__")
+"""
+
+
+def run(*arguments: str | Path, cwd: Path, capability: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs Python with the CPU capability forced, or the best where it is empty."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "LECT11EXT_CPU_CAPABILITY": capability}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def report(capability: str = "") -> dict[str, Any]:
+    done = run("-m", "lect11ext", "--json", cwd=PACKAGE.parent, capability=capability)
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def test_the_report_names_every_op_and_its_backends() -> None:
+    facts = report()
+    assert facts["torch"] == torch.__version__
+    assert facts["build"] == _C.build_info()
+    assert facts["best_cpu_capability"] == _C.best_cpu_capability()
+    assert OPS
+    assert [f"lect11ext::{name}" for name in facts["ops"]] == OPS
+    for name, backends in facts["ops"].items():
+        assert {"CPU", "Meta"} <= set(backends), name
+        assert ("CUDA" in backends) <= _C.build_info()["cuda"], name
+    assert {"Autograd", "vmap"} <= set(facts["ops"]["lstm_cell"])
+
+
+def test_the_report_reads_well() -> None:
+    done = run("-m", "lect11ext", cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    for word in (torch.__version__, _C.best_cpu_capability(), *(op.removeprefix("lect11ext::") for op in OPS)):
+        assert word in done.stdout
+    assert _C.build_info()["cuda"] != ("this is a CPU-only build" in done.stdout)
+
+
+def test_the_stub_lists_the_module() -> None:
+    tree = ast.parse((PACKAGE / "_C.pyi").read_text())
+    stub = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    public = {name for name in dir(_C) if not name.startswith("_")}
+    assert set(stub) == public
+    for name in public:  # pybind11 writes one "arg0: …" a parameter into the docstring's signature
+        signature = str(getattr(_C, name).__doc__).partition("->")[0]
+        assert len(stub[name].args.posonlyargs) == signature.count(": ", signature.index("(")), name
+        assert not stub[name].args.args, name
+
+
+def test_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_without_the_compiled_module_the_import_says_what_to_do(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "lect11ext", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    done = run("-c", "import lect11ext", cwd=tmp_path)  # which comes first on the path of -c
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert "lect11ext's compiled module does not load with torch" in message
+    assert "pip install --no-build-isolation" in message
+
+
+def test_without_torch_the_build_stops_with_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    done = run("-c", SETUP_WITHOUT_TORCH, SETUP, tmp_path, cwd=SETUP.parent)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("lect11ext: torch was not found; install it first")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_a_capability_can_be_forced(name: str) -> None:
+    best = CAPABILITIES.index(_C.best_cpu_capability())
+    if CAPABILITIES.index(name) <= best:
+        assert report(name)["cpu_capability"] == name
+    else:
+        done = run("-m", "lect11ext", capability=name, cwd=PACKAGE.parent)
+        assert done.returncode != 0
+        assert f"CPU capability '{name}' is beyond this machine, whose best is" in done.stderr
+
+
+def test_an_unknown_capability_is_refused() -> None:
+    done = run("-m", "lect11ext", capability="sse9", cwd=PACKAGE.parent)
+    assert done.returncode != 0
+    expected = "CPU capability must be one of default, avx2, avx512, avx512_bf16, but got 'sse9'"
+    assert f"ValueError: {expected}" in done.stderr
+    with pytest.raises(ValueError, match=expected):
+        _C.set_cpu_capability("sse9")
