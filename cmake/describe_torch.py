@@ -1,6 +1,6 @@
 """Prints what the build needs to know of torch, as a CMake list:
 
-version; CUDA version or "none"; folders: of torch, of pybind11's headers, of the headers of NVIDIA's packages or "none".
+version; CUDA version or "none"; folders: of torch, of pybind11's headers, of the headers in NVIDIA packages or "none".
 """
 
 import site

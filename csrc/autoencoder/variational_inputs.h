@@ -1,0 +1,132 @@
+// What the parts of gaussian_rsample_kl on PyTorch's side share: its arguments, their checks, and the ops' signatures.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "common/autograd.h"
+#include "common/random_ops.h"
+#include "common/tensors.h"
+
+namespace lect11ext::gaussian {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+enum class Reduction { None, SumLatent, BatchMean, Sum };
+
+inline Reduction parse_reduction(c10::string_view name) {
+  if (name == "sum_latent") return Reduction::SumLatent;
+  if (name == "none") return Reduction::None;
+  if (name == "batchmean") return Reduction::BatchMean;
+  if (name == "sum") return Reduction::Sum;
+  TORCH_CHECK_VALUE(false, "reduction must be one of 'none', 'sum_latent', 'batchmean', 'sum', but got '", name, "'");
+}
+
+// The arguments that are the same for the forward and its derivatives.
+struct Inputs {
+  const Tensor &mean, &logvar;
+  const OptionalTensor &prior_mean, &prior_logvar;
+  const Tensor& key;
+  const std::optional<c10::SymInt>& num_samples;
+  double free_bits;
+  std::optional<double> logvar_min, logvar_max;
+  Reduction reduction;
+
+  bool has_prior() const { return autograd::defined(prior_mean); }
+  bool clamps() const { return logvar_min.has_value() || logvar_max.has_value(); }
+  at::ScalarType z_dtype() const { return c10::promoteTypes(mean.scalar_type(), logvar.scalar_type()); }
+
+  at::ScalarType compute_dtype() const {
+    at::ScalarType type = c10::promoteTypes(z_dtype(), at::kFloat);
+    if (has_prior()) {
+      type = c10::promoteTypes(type, prior_mean->scalar_type());
+      type = c10::promoteTypes(type, prior_logvar->scalar_type());
+    }
+    return type;
+  }
+
+  c10::SymDimVector z_size() const {
+    c10::SymDimVector size;
+    if (num_samples.has_value()) size.push_back(*num_samples);
+    size.append(mean.sym_sizes().begin(), mean.sym_sizes().end());
+    return size;
+  }
+
+  c10::SymDimVector kl_size() const {
+    const auto size = mean.sym_sizes();
+    if (reduction == Reduction::None) return c10::SymDimVector(size.begin(), size.end());
+    if (reduction == Reduction::SumLatent) return c10::SymDimVector(size.begin(), size.end() - 1);
+    return {};
+  }
+
+  void check() const {
+    for (const auto& [name, tensor] : {std::pair("mean", &mean), std::pair("logvar", &logvar)}) {
+      TORCH_CHECK_TYPE(is_kernel_dtype(tensor->scalar_type()), name,
+                       " must be float32, float64, bfloat16 or float16, but got ", tensor->scalar_type());
+    }
+    check_shape("logvar", logvar.sym_sizes(), mean.sym_sizes(), "that of mean");
+    check_same_device({{"mean", &mean}, {"logvar", &logvar}});
+    TORCH_CHECK_VALUE(has_prior() == autograd::defined(prior_logvar),
+                      "prior_mean and prior_logvar must be given "
+                      "together, but got only ",
+                      has_prior() ? "prior_mean" : "prior_logvar");
+    if (has_prior()) {
+      check_same_device({{"mean", &mean}, {"prior_mean", &*prior_mean}, {"prior_logvar", &*prior_logvar}});
+      check_prior("prior_mean", *prior_mean);
+      check_prior("prior_logvar", *prior_logvar);
+    }
+    check_key(key, mean.device());
+    TORCH_CHECK_VALUE(!num_samples.has_value() || *num_samples >= 1, "num_samples must be at least 1, but got ",
+                      *num_samples);
+    TORCH_CHECK_VALUE(free_bits >= 0, "free_bits must be nonnegative, but got ", free_bits);
+    TORCH_CHECK_VALUE(!clamps() || logvar_min.value_or(-INFINITY) <= logvar_max.value_or(INFINITY),
+                      "logvar_range must be (low, high) with low <= high, but got (", logvar_min.value_or(-INFINITY),
+                      ", ", logvar_max.value_or(INFINITY), ")");
+    TORCH_CHECK_VALUE(mean.dim() > 0 || reduction == Reduction::None || reduction == Reduction::Sum,
+                      "mean must have at least one dimension for this reduction, but got a scalar");
+  }
+
+ private:
+  void check_prior(const char* name, const Tensor& prior) const {
+    TORCH_CHECK_TYPE(is_kernel_dtype(prior.scalar_type()), name,
+                     " must be float32, float64, bfloat16 or float16, but got ", prior.scalar_type());
+    bool fits = prior.dim() <= mean.dim();
+    for (int64_t d = 1; fits && d <= prior.dim(); ++d) {
+      fits = prior.sym_size(-d) == mean.sym_size(-d) || prior.sym_size(-d) == 1;
+    }
+    TORCH_CHECK_VALUE(fits, name, " must broadcast to the shape of mean, ", mean.sym_sizes(), ", but got ",
+                      prior.sym_sizes());
+  }
+};
+
+// grad_kl as a view over the shape of mean, before the scale of batchmean.
+inline Tensor expand_grad_kl(const Tensor& grad_kl, const Inputs& in) {
+  return (in.reduction == Reduction::SumLatent ? grad_kl.unsqueeze(-1) : grad_kl).expand_symint(in.mean.sym_sizes());
+}
+
+// The schema's argument list, shared by all registrations of the two ops.
+#define GAUSSIAN_PARAMETERS                                                                                      \
+  const Tensor &mean, const Tensor &logvar, const OptionalTensor &prior_mean, const OptionalTensor &prior_logvar, \
+      const Tensor &key, std::optional<c10::SymInt> num_samples, double free_bits,                              \
+      std::optional<double> logvar_min, std::optional<double> logvar_max, c10::string_view reduction
+#define GAUSSIAN_INPUTS                                                                             \
+  Inputs {                                                                                          \
+    mean, logvar, prior_mean, prior_logvar, key, num_samples, free_bits, logvar_min, logvar_max,    \
+        parse_reduction(reduction)                                                                  \
+  }
+#define GAUSSIAN_ARGUMENTS \
+  mean, logvar, prior_mean, prior_logvar, key, num_samples, free_bits, logvar_min, logvar_max, reduction
+
+using ForwardSignature = std::tuple<Tensor, Tensor>(GAUSSIAN_PARAMETERS);
+using BackwardSignature = Gradients(const OptionalTensor&, const OptionalTensor&, GAUSSIAN_PARAMETERS,
+                                    std::array<bool, 4>);
+
+}  // namespace lect11ext::gaussian
