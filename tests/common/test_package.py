@@ -90,7 +90,8 @@ def test_types_are_shipped() -> None:
 
 def test_without_the_compiled_module_the_import_says_what_to_do(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "lect11ext", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
-    done = run("-c", "import lect11ext", cwd=tmp_path)  # which comes first on the path of -c
+    # The copy comes first on the path of -c; -S keeps out the finder of an editable install, which knows the module.
+    done = run("-S", "-c", f"import sys; sys.path += {sys.path!r}; import lect11ext", cwd=tmp_path)
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert "lect11ext's compiled module does not load with torch" in message

@@ -1,0 +1,59 @@
+"""The rule by which results are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flat(out: Any) -> list[Tensor]:
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def double(args: Sequence[Any]) -> list[Any]:
+    """The same inputs in float64, as leaves of their own."""
+    return [a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+
+
+# oneDNN's bound for a recurrent step, 4 · (2 in the backward) · ceil(log2(length of the sum)) · eps, at its smallest:
+# where the sums have one or two terms, plain PyTorch's error can be zero by luck.
+ONE_STEP = 8.0
+
+
+def assert_within_rule(got: Tensor, plain: Tensor, exact: Tensor, slack: float = 1.0) -> None:
+    """Error against float64 at most twice that of plain PyTorch in the same type, plus slack · eps · max|exact|."""
+    assert got.shape == exact.shape and got.dtype == plain.dtype
+    if exact.numel() == 0:
+        return
+    exact = exact.double()
+    error, allowed = (got.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    if got.dtype == torch.float64:
+        slack = max(slack, ONE_STEP)  # "exact" is float64 too
+    bound = 2 * allowed + slack * torch.finfo(got.dtype).eps * exact.abs().max().clamp_min(1e-30)
+    assert error <= bound, f"error {error:.3e}, bound {bound:.3e}"
+
+
+def check(
+    ours: Callable[..., Any], reference: Callable[..., Any], args: Sequence[Any], slack: float = 1.0
+) -> None:
+    """Values, and gradients to every input that requires one, of ``ours`` by the rule."""
+    wide = double(args)
+    outs = [flat(ours(*args)), flat(reference(*args)), flat(reference(*wide))]
+    for triple in zip(*outs, strict=True):
+        assert_within_rule(*triple, slack)
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    if not inputs:
+        return
+    cotangents = [torch.randn(o.shape).to(o) for o in outs[1]]
+    results = [
+        torch.autograd.grad(outs[0], inputs, cotangents),
+        torch.autograd.grad(outs[1], inputs, cotangents),
+        torch.autograd.grad(
+            outs[2], [a for a in wide if isinstance(a, Tensor) and a.requires_grad], [c.double() for c in cotangents]
+        ),
+    ]
+    for triple in zip(*results, strict=True):
+        assert_within_rule(*triple, slack)
