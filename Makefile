@@ -34,7 +34,7 @@ $(TOOLS): Makefile
 # The first command shows its progress; the second links again and installs.
 $(BUILT): $(TOOLS) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	$(BIN)/python $(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
+	PYTHONWARNINGS=ignore $(BIN)/python $(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
 	touch $@
 
 $(LINTERS): $(TOOLS)

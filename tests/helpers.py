@@ -36,9 +36,7 @@ def assert_within_rule(got: Tensor, plain: Tensor, exact: Tensor, slack: float =
     assert error <= bound, f"error {error:.3e}, bound {bound:.3e}"
 
 
-def check(
-    ours: Callable[..., Any], reference: Callable[..., Any], args: Sequence[Any], slack: float = 1.0
-) -> None:
+def check(ours: Callable[..., Any], reference: Callable[..., Any], args: Sequence[Any], slack: float = 1.0) -> None:
     """Values, and gradients to every input that requires one, of ``ours`` by the rule."""
     wide = double(args)
     outs = [flat(ours(*args)), flat(reference(*args)), flat(reference(*wide))]

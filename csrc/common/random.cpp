@@ -49,7 +49,8 @@ PhiloxNormal describe(const at::Tensor& key, const at::Tensor& out) {
 
 at::Tensor philox_normal_cpu(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
   at::Tensor out = at::empty_symint(size, key.options().dtype(dtype));
-  const PhiloxNormal args = describe(key, out);
+  const at::Tensor dense = key.contiguous();
+  const PhiloxNormal args = describe(dense, out);
   run_parallel(philox_normal_kernel, args, (args.numel + kNormalChunk - 1) / kNormalChunk, kNormalChunk);
   return out;
 }
@@ -85,7 +86,8 @@ at::Tensor philox_key_cuda(const at::Tensor& like, c10::SymInt numel, const std:
 at::Tensor philox_normal_cuda(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
   const c10::cuda::CUDAGuard guard(key.device());
   at::Tensor out = at::empty_symint(size, key.options().dtype(dtype));
-  const PhiloxNormal args = describe(key, out);
+  const at::Tensor dense = key.contiguous();
+  const PhiloxNormal args = describe(dense, out);
   if (args.numel > 0) cuda::philox_normal(args, c10::cuda::getCurrentCUDAStream().stream());
   return out;
 }

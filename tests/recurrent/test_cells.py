@@ -196,6 +196,4 @@ def test_in_place_change_of_a_saved_input_is_noticed() -> None:
 def test_same_tensor_for_two_arguments() -> None:
     w = torch.randn(16, 4, requires_grad=True)
     x = torch.randn(3, 4, requires_grad=True)
-    check(
-        lambda x, w: functional.lstm_cell(x, (x, x), w, w), lambda x, w: reference.lstm_cell(x, (x, x), w, w), [x, w]
-    )
+    check(lambda x, w: functional.lstm_cell(x, (x, x), w, w), lambda x, w: reference.lstm_cell(x, (x, x), w, w), [x, w])

@@ -1,0 +1,206 @@
+"""Values, derivatives and numerics of gaussian_rsample_kl."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lect11ext import functional, reference
+from tests.helpers import check
+
+KEY = torch.tensor([2**40 + 3, 5])
+SHAPES = [(1,), (1, 1), (3, 2), (5, 7), (64, 64), (3, 1025), (2, 3, 5, 31), (1, 4099), (700, 3), (0, 4), (4, 0)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "none"},
+    {"reduction": "sum"},
+    {"reduction": "batchmean"},
+    {"num_samples": 1},
+    {"num_samples": 3, "free_bits": 0.2},
+    {"logvar_range": (-0.5, 0.7)},
+]
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype, prior: bool, device: str = "cpu") -> list[Tensor]:
+    count = 4 if prior else 2
+    return [torch.randn(shape).to(device, dtype).requires_grad_() for _ in range(count)]
+
+
+def call(module: Any, **options: Any) -> Any:
+    def run(mean: Tensor, logvar: Tensor, prior_mean: Tensor | None = None, prior_logvar: Tensor | None = None) -> Any:
+        key = KEY.to(mean.device)
+        if module is reference:  # float64 results are to be judged by float32's stream
+            shape = mean.shape if options.get("num_samples") is None else (options["num_samples"], *mean.shape)
+            dtype = torch.promote_types(run.dtype, torch.float32)
+            noise = reference.philox_normal(shape, key, dtype=dtype, exact=mean.dtype == torch.float64)
+            return reference.gaussian_rsample_kl(
+                mean, logvar, prior_mean=prior_mean, prior_logvar=prior_logvar, noise=noise, **options
+            )
+        return module.gaussian_rsample_kl(
+            mean, logvar, prior_mean=prior_mean, prior_logvar=prior_logvar, key=key, **options
+        )
+
+    run.dtype = torch.float32
+    return run
+
+
+def check_both(args: list[Tensor], slack: float = 8.0, **options: Any) -> None:
+    plain = call(reference, **options)
+    plain.dtype = args[0].dtype
+    check(call(functional, **options), plain, args, slack)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(
+    shape: tuple[int, ...], prior: bool, options: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    if options.get("reduction") == "batchmean" and shape[0] == 0:
+        options = {"reduction": "sum"}
+    check_both(operands(shape, dtype, prior, device), **options)
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+def test_every_capability(prior: bool, dtype: torch.dtype, capability: str) -> None:
+    for shape in [(5, 7), (2, 1500)]:
+        check_both(operands(shape, dtype, prior), num_samples=2)
+
+
+def test_strided_halves_broadcast_priors_and_mixed_types(dtype: torch.dtype) -> None:
+    packed = torch.randn(9, 2 * 13).to(dtype)
+    mean, logvar = (t.requires_grad_() for t in packed.chunk(2, -1))
+    check_both([mean, logvar])
+    prior = [torch.randn(13, requires_grad=True), torch.randn(9, 1, requires_grad=True)]
+    if dtype != torch.float64:
+        check_both([mean, logvar, *prior])
+    transposed = [torch.randn(13, 9).to(dtype).t().requires_grad_() for _ in range(2)]
+    check_both(transposed)
+    expanded = [torch.randn(1, 13).to(dtype).expand(9, 13), torch.randn(9, 13).to(dtype)]
+    check_both(expanded)
+    permuted = [torch.randn(2, 3, 4, 5).to(dtype).permute(3, 1, 0, 2).requires_grad_() for _ in range(2)]
+    check_both(permuted, num_samples=2)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    order=st.randoms(use_true_random=False),
+    step=st.integers(1, 3),
+    samples=st.sampled_from([None, 1, 2]),
+)
+def test_any_shape_and_strides(shape: list[int], order: Any, step: int, samples: int | None) -> None:
+    axes = list(range(len(shape)))
+    order.shuffle(axes)
+    args = []
+    for _ in range(2):
+        big = torch.randn([s * step for s in shape]).permute(axes)
+        args.append(big[tuple(slice(None, None, step) for _ in shape)].requires_grad_())
+    check_both(args, num_samples=samples)
+
+
+def test_noise_is_the_public_stream(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(3, 50, dtype=dtype)
+    z, _ = functional.gaussian_rsample_kl(zeros, zeros, key=KEY)
+    assert torch.equal(z, functional.philox_normal((3, 50), KEY, dtype=dtype))
+
+
+def test_gradcheck_of_every_order() -> None:
+    for prior, options in [(False, {}), (True, {"num_samples": 2}), (True, {"reduction": "batchmean"})]:
+        args = operands((2, 3), torch.float64, prior)
+        function = call(functional, **options)
+        assert torch.autograd.gradcheck(function, args, check_forward_ad=True, check_undefined_grad=True)
+        assert torch.autograd.gradgradcheck(function, args, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (1, 50001), (3000, 5)], ids=str)
+def test_threads_and_repeats_give_the_same_bits(shape: tuple[int, ...]) -> None:
+    args = operands(shape, torch.float32, True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            for reduction in ("sum_latent", "sum"):
+                outs = call(functional, reduction=reduction)(*args)
+                results.append([*outs, *torch.autograd.grad(outs, args, [torch.ones_like(o) for o in outs])])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[2:]:
+        base = results[0] if other[1].shape == results[0][1].shape else results[1]
+        assert all(torch.equal(a, b) for a, b in zip(base, other, strict=True))
+
+
+def excess(x: Tensor) -> Tensor:
+    """e^x − 1 − x for small x, by its series: near zero the difference loses its digits in float64 too."""
+    x = x.double()
+    return sum(x**k / float(math.factorial(k)) for k in range(2, 25))
+
+
+def test_kl_keeps_its_digits_near_the_prior() -> None:
+    for exponent in range(-12, 0):
+        logvar = torch.full((1, 8), 10.0**exponent)
+        exact = excess(logvar).sum() / 2
+        _, kl = functional.gaussian_rsample_kl(torch.zeros(1, 8), logvar, key=KEY)
+        assert (kl.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact
+        prior = torch.randn(1, 8)
+        _, kl = functional.gaussian_rsample_kl(
+            prior, prior + logvar, prior_mean=prior, prior_logvar=prior, key=KEY, reduction="none"
+        )
+        d = (prior + logvar).double() - prior.double()
+        exact = excess(d) / 2
+        assert ((kl.double() - exact).abs() <= 8 * torch.finfo(torch.float32).eps * exact).all()
+
+
+@pytest.mark.parametrize("value", [-100.0, -88.0, 80.0, 88.5, 100.0, 200.0, float("inf"), float("-inf")])
+def test_extreme_logvar_is_infinite_where_the_reference_is(value: float) -> None:
+    mean, logvar = torch.randn(4, 16), torch.randn(4, 16)
+    logvar[1, 3] = value
+    ours = functional.gaussian_rsample_kl(mean, logvar, key=KEY)
+    plain = reference.gaussian_rsample_kl(mean, logvar, key=KEY)
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a.isinf(), b.isinf()) and torch.equal(a.isnan(), b.isnan())
+        finite = b.isfinite()
+        torch.testing.assert_close(a[finite], b[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_drifted_logvars_do_not_overflow() -> None:
+    mean, zeros = torch.ones(1, 4), torch.zeros(1, 4)
+    _, kl = functional.gaussian_rsample_kl(mean, zeros - 120, prior_mean=zeros + 1, prior_logvar=zeros - 120, key=KEY)
+    assert kl.item() == 0.0
+    _, kl = functional.gaussian_rsample_kl(mean, zeros - 80, prior_mean=zeros, prior_logvar=zeros + 80, key=KEY)
+    torch.testing.assert_close(kl, torch.tensor([4 * 0.5 * 159.0]))
+
+
+def test_nan_survives_in_its_own_row_alone() -> None:
+    for clamp in (None, (-1.0, 1.0)):
+        mean, logvar = torch.randn(4, 40), torch.randn(4, 40)
+        logvar[1, 3] = mean[2, 5] = float("nan")
+        z, kl = functional.gaussian_rsample_kl(mean, logvar, key=KEY, logvar_range=clamp)
+        assert kl.isnan().tolist() == [False, True, True, False]
+        assert z.isnan().sum() == 2 and z[1, 3].isnan() and z[2, 5].isnan()
+
+
+def test_free_bits_have_no_gradient_below() -> None:
+    mean = torch.tensor([[0.1, 2.0]], requires_grad=True)
+    logvar = torch.zeros(1, 2, requires_grad=True)
+    _, kl = functional.gaussian_rsample_kl(mean, logvar, free_bits=0.5, key=KEY)
+    torch.testing.assert_close(kl, torch.tensor([2.5]))
+    kl.sum().backward()
+    assert mean.grad.tolist() == [[0.0, 2.0]]
+
+
+def test_types_of_the_results() -> None:
+    for dtype, kl_dtype in [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2]:
+        t = torch.zeros(2, 3, dtype=dtype)
+        z, kl = functional.gaussian_rsample_kl(t, t)
+        assert z.dtype == dtype and kl.dtype == kl_dtype
+    half, single = torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)
+    assert functional.gaussian_rsample_kl(half, single)[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.gaussian_rsample_kl(single, single)[0].dtype == torch.float32
