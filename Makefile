@@ -96,6 +96,7 @@ wheel: $(TOOLS)  ## builds a wheel into dist/ and runs it in a clean environment
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python $(PIP) install $(TORCH) dist/*.whl
 	cd build/wheel && bin/python -m lect11ext && bin/python -c "$(CALL)"
+	rm -rf build/wheel
 
 clean:  ## removes what make has made, except out/
 	rm -rf .venv build dist *.egg-info lect11ext/_C.*.so
