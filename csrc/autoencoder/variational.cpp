@@ -133,14 +133,14 @@ std::tuple<Tensor, Tensor> kernel_forward(const Inputs& in) {
   args.tiles = tiles_of(in);
   const auto options = in.mean.options();
   const auto z_size = in.z_size(), kl_size = in.kl_size();
-  Tensor z = at::empty_symint(z_size, options.dtype(in.z_dtype()));
+  Tensor z = empty_output(C10_AS_INTARRAYREF_SLOW(z_size), options.dtype(in.z_dtype()));
   if (args.tiles.count == 0) return {z, at::zeros_symint(kl_size, options.dtype(in.compute_dtype()))};
 
   args.kl_elements = in.reduction == Reduction::None;
   const bool partial = !args.kl_elements && args.tiles.tiles_per_row > 1;
   const auto size = C10_AS_INTARRAYREF_SLOW(kl_size);
   Tensor kl = partial ? at::empty({args.tiles.count}, options.dtype(in.compute_dtype()))
-                      : at::empty(size, options.dtype(in.compute_dtype()));
+                      : empty_output(size, options.dtype(in.compute_dtype()));
   args.z = z.mutable_data_ptr();
   args.z_dtype = dtype_of(z, "z");
   args.kl = kl.mutable_data_ptr();
@@ -168,7 +168,7 @@ Gradients kernel_backward(const OptionalTensor& grad_z, const OptionalTensor& gr
   const auto options = in.mean.options();
   const auto make = [&](bool wanted, at::ScalarType type, void*& pointer) {
     if (!wanted) return Tensor();
-    Tensor out = at::empty(in.mean.sizes(), options.dtype(type));
+    Tensor out = empty_output(in.mean.sizes(), options.dtype(type));
     pointer = out.mutable_data_ptr();
     return out;
   };

@@ -48,7 +48,7 @@ PhiloxNormal describe(const at::Tensor& key, const at::Tensor& out) {
 }
 
 at::Tensor philox_normal_cpu(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
-  at::Tensor out = at::empty_symint(size, key.options().dtype(dtype));
+  at::Tensor out = empty_output(C10_AS_INTARRAYREF_SLOW(size), key.options().dtype(dtype));
   const at::Tensor dense = key.contiguous();
   const PhiloxNormal args = describe(dense, out);
   run_parallel(philox_normal_kernel, args, (args.numel + kNormalChunk - 1) / kNormalChunk, kNormalChunk);

@@ -22,6 +22,7 @@ struct Shape {
 struct View {
   void* data = nullptr;
   DType dtype = DType::Float;
+  bool dense = false;  // whether element number i lies at data[i]
   int64_t strides[kMaxDims] = {};
 };
 

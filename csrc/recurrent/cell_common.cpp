@@ -1,14 +1,8 @@
 #include "recurrent/cell_common.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
-#include "common/dispatch.h"
-#include "common/product.h"
 #include "common/tensors.h"
 
 namespace lect11ext::recurrent {
@@ -21,28 +15,6 @@ void check_matrix(const char* name, const at::Tensor& tensor) {
 void check_same_type(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), name, " must have the type of input, ",
                    input.scalar_type(), ", but got ", tensor.scalar_type());
-}
-
-// Multiply-adds of a nanosecond, roughly, on one core.
-constexpr int64_t kMultiplyAddsPerUnit = 32;
-
-void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool accumulate) {
-  const Rows rows(b);
-  Product args{};
-  args.m = a.size(0);
-  args.n = b.size(1);
-  args.k = a.size(1);
-  args.a = a.const_data_ptr();
-  args.a_row = a.stride(0);
-  args.a_column = a.stride(1);
-  args.b = rows.data;
-  args.b_stride = rows.stride;
-  args.c = c.mutable_data_ptr();
-  args.dtype = dtype_of(b, "matrix");
-  args.accumulate = accumulate;
-  const int64_t blocks = product_blocks(args);
-  if (blocks == 0) return;
-  run_parallel(product_kernel, args, blocks, args.m * args.n * args.k / blocks / kMultiplyAddsPerUnit + 1);
 }
 
 void check_biases(const at::Tensor& input, const std::optional<at::Tensor>& bias_ih,
@@ -121,32 +93,6 @@ at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType 
 
 at::ScalarType grad_pre_type(const at::Tensor& like) {
   return like.is_cpu() ? c10::promoteTypes(like.scalar_type(), at::kFloat) : like.scalar_type();
-}
-
-at::Tensor input_gradient(const at::Tensor& grad_pre, const at::Tensor& weight, const at::Tensor& onto) {
-  if (!weight.is_cpu()) return onto.defined() ? at::addmm(onto, grad_pre, weight) : at::mm(grad_pre, weight);
-  at::Tensor out = onto.defined() ? onto : at::empty({grad_pre.size(0), weight.size(1)}, weight.options());
-  multiply(grad_pre, weight, out, onto.defined());
-  return out;
-}
-
-at::Tensor weight_gradient(const at::Tensor& grad_pre, const at::Tensor& x, at::Tensor out) {
-  if (!out.defined()) out = at::empty({grad_pre.size(1), x.size(1)}, x.options());
-  if (x.is_cpu()) {
-    multiply(grad_pre.t(), x, out, false);
-  } else {
-    at::mm_out(out, grad_pre.t(), x);
-  }
-  return out;
-}
-
-at::Tensor bias_gradient(const at::Tensor& grad_pre, at::ScalarType type) {
-  if (!grad_pre.is_cpu()) return grad_pre.sum(0);
-  at::Tensor out = at::empty({grad_pre.size(1)}, grad_pre.options().dtype(type));
-  const ColumnSums args{grad_pre.size(0), grad_pre.size(1), grad_pre.const_data_ptr(), out.mutable_data_ptr(),
-                        dtype_of(out, "bias")};
-  run_parallel(column_sums_kernel, args, (args.n + kSumColumns - 1) / kSumColumns, args.m * kSumColumns / 16);
-  return out;
 }
 
 }  // namespace lect11ext::recurrent

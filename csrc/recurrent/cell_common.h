@@ -1,5 +1,4 @@
-// What the LSTM and the GRU cell share on PyTorch's side: checks of their arguments, and the products of their
-// backward.
+// What the LSTM and the GRU cell share on PyTorch's side: checks of their arguments, and how kernels take them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,14 +52,5 @@ at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType 
 // The type in which the CPU's kernels keep the gradient of the pre-activations: float, or double. CUDA keeps `storage`,
 // which cuBLAS takes.
 at::ScalarType grad_pre_type(const at::Tensor& like);
-
-// grad_pre [B, G·H] · weight [G·H, N], in weight's type; added to `onto` where that is given.
-at::Tensor input_gradient(const at::Tensor& grad_pre, const at::Tensor& weight, const at::Tensor& onto = {});
-
-// grad_preᵀ [G·H, B] · x [B, N], in x's type, written to `out` where that is given.
-at::Tensor weight_gradient(const at::Tensor& grad_pre, const at::Tensor& x, at::Tensor out = {});
-
-// The column sums of grad_pre, in type `type`.
-at::Tensor bias_gradient(const at::Tensor& grad_pre, at::ScalarType type);
 
 }  // namespace lect11ext::recurrent

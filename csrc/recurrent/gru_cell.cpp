@@ -19,6 +19,7 @@
 #include "recurrent/cell_common.h"
 #include "recurrent/cells_ops.h"
 #include "recurrent/gru_cell_inputs.h"
+#include "recurrent/products.h"
 
 #ifdef LECT11EXT_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -150,7 +151,9 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
                         mask[1] ? grad_h_in.mutable_data_ptr() : nullptr};
   if (batch > 0) launch(args);
   if (!in.reset_after && batch > 0) {
-    const Tensor through = recurrent::input_gradient(pre.narrow(1, 2 * H, H), in.weight_hh.narrow(0, 2 * H, H));
+    recurrent::Products first;
+    const Tensor through = first.input_gradient(pre.narrow(1, 2 * H, H), in.weight_hh.narrow(0, 2 * H, H));
+    first.run();
     const Tensor grad_reset_h = through.to(pre.scalar_type());
     args.stage = GruStage::Output;
     args.grad_reset_h = grad_reset_h.const_data_ptr();
@@ -158,27 +161,30 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
   }
 
   const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  recurrent::Products products;
   const auto state_gradient = [&] {
     const Tensor direct = grad_h_in.to(storage);
     return in.reset_after
-               ? recurrent::input_gradient(pre_hidden, in.weight_hh, direct)
-               : recurrent::input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
+               ? products.input_gradient(pre_hidden, in.weight_hh, direct)
+               : products.input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
   };
   const auto recurrent_weight_gradient = [&] {
-    if (in.reset_after) return recurrent::weight_gradient(pre_hidden, in.h);
-    Tensor out = at::empty({3 * H, H}, in.input.options());
+    if (in.reset_after) return products.weight_gradient(pre_hidden, in.h);
+    Tensor out = empty_output({3 * H, H}, in.input.options());
     const Tensor reset_h = kept.narrow(1, 0, H) * in.h;
-    recurrent::weight_gradient(pre.narrow(1, 0, 2 * H), in.h, out.narrow(0, 0, 2 * H));
-    recurrent::weight_gradient(pre.narrow(1, 2 * H, H), reset_h, out.narrow(0, 2 * H, H));
+    products.weight_gradient(pre.narrow(1, 0, 2 * H), in.h, out.narrow(0, 0, 2 * H));
+    products.weight_gradient(pre.narrow(1, 2 * H, H), reset_h, out.narrow(0, 2 * H, H));
     return out;
   };
-  return {when(mask[0], [&] { return recurrent::input_gradient(pre, in.weight_ih); }),
-          when(mask[1], state_gradient),
-          when(mask[2], [&] { return recurrent::weight_gradient(pre, in.input); }),
-          when(mask[3], recurrent_weight_gradient),
-          when(mask[4] && autograd::defined(in.bias_ih), [&] { return recurrent::bias_gradient(pre, storage); }),
-          when(mask[5] && autograd::defined(in.bias_hh),
-               [&] { return recurrent::bias_gradient(pre_hidden, storage); })};
+  Gradients gradients{
+      when(mask[0], [&] { return products.input_gradient(pre, in.weight_ih); }),
+      when(mask[1], state_gradient),
+      when(mask[2], [&] { return products.weight_gradient(pre, in.input); }),
+      when(mask[3], recurrent_weight_gradient),
+      when(mask[4] && autograd::defined(in.bias_ih), [&] { return products.bias_gradient(pre, storage); }),
+      when(mask[5] && autograd::defined(in.bias_hh), [&] { return products.bias_gradient(pre_hidden, storage); })};
+  products.run();
+  return gradients;
 }
 
 Gradients cpu_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {

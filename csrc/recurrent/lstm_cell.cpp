@@ -21,6 +21,7 @@
 #include "recurrent/cell_common.h"
 #include "recurrent/cells_ops.h"
 #include "recurrent/lstm_cell_inputs.h"
+#include "recurrent/products.h"
 
 #ifdef LECT11EXT_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -161,17 +162,21 @@ Pointwise gates_backward(const OptionalTensor& grad_h, const OptionalTensor& gra
   return out;
 }
 
-Gradients products(const Pointwise& pointwise, const Inputs& in, const Mask& mask) {
+Gradients multiply(const Pointwise& pointwise, const Inputs& in, const Mask& mask) {
   const auto& pre = pointwise.grad_pre;
   const auto type = in.input.scalar_type();
   const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
-  return {when(mask[0], [&] { return recurrent::input_gradient(pre, in.weight_ih); }),
-          when(mask[1], [&] { return recurrent::input_gradient(pre, in.weight_hh); }),
-          pointwise.grad_c_in,
-          when(mask[3], [&] { return recurrent::weight_gradient(pre, in.input); }),
-          when(mask[4], [&] { return recurrent::weight_gradient(pre, in.h); }),
-          when(mask[5] && autograd::defined(in.bias_ih), [&] { return recurrent::bias_gradient(pre, type); }),
-          when(mask[6] && autograd::defined(in.bias_hh), [&] { return recurrent::bias_gradient(pre, type); })};
+  recurrent::Products products;
+  Gradients gradients{
+      when(mask[0], [&] { return products.input_gradient(pre, in.weight_ih); }),
+      when(mask[1], [&] { return products.input_gradient(pre, in.weight_hh); }),
+      pointwise.grad_c_in,
+      when(mask[3], [&] { return products.weight_gradient(pre, in.input); }),
+      when(mask[4], [&] { return products.weight_gradient(pre, in.h); }),
+      when(mask[5] && autograd::defined(in.bias_ih), [&] { return products.bias_gradient(pre, type); }),
+      when(mask[6] && autograd::defined(in.bias_hh), [&] { return products.bias_gradient(pre, type); })};
+  products.run();
+  return gradients;
 }
 
 Gradients cpu_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
@@ -179,7 +184,7 @@ Gradients cpu_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
   const auto launch = [](const LstmGatesBackward& args) {
     run_parallel(lstm_gates_backward_kernel, args, args.batch, args.hidden * 4);
   };
-  return products(gates_backward(grad_h, grad_c, in, gates, c_out, mask[2], launch), in, mask);
+  return multiply(gates_backward(grad_h, grad_c, in, gates, c_out, mask[2], launch), in, mask);
 }
 
 // --- CUDA ---------------------------------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ Gradients cuda_backward(const OptionalTensor& grad_h, const OptionalTensor& grad
                         const Tensor& gates, const Tensor& c_out, const Mask& mask) {
   const c10::cuda::CUDAGuard guard(in.input.device());
   const auto launch = [](const LstmGatesBackward& args) { cuda::lstm_gates_backward(args, current_stream()); };
-  return products(gates_backward(grad_h, grad_c, in, gates, c_out, mask[2], launch), in, mask);
+  return multiply(gates_backward(grad_h, grad_c, in, gates, c_out, mask[2], launch), in, mask);
 }
 #endif
 

@@ -28,9 +28,9 @@ inline HalfExp<float> half_exp(Vec<float> x) {
   const ReducedExp e = reduced_exp(x * Vec<float>(0.5f));
   const Vec<float> root = ldexp(e.em1 + one, e.n);
   const Vec<float> square_less_1 = at::vec::fmsub(root, root, one);
-  const Vec<float> near = e.n == Vec<float>(0.0f);
-  return {root, Vec<float>::blendv(square_less_1, e.em1 * (two + e.em1), near),
-          Vec<float>::blendv(square_less_1 - x, at::vec::fmadd(two, e.tail, e.em1 * e.em1), near)};
+  const Vec<float> zero(0.0f);
+  return {root, select_equal(e.n, zero, e.em1 * (two + e.em1), square_less_1),
+          select_equal(e.n, zero, at::vec::fmadd(two, e.tail, e.em1 * e.em1), square_less_1 - x)};
 }
 
 inline HalfExp<double> half_exp(Vec<double> x) {
@@ -46,10 +46,10 @@ template <class T>
 class Tile {
  public:
   Tile(const Gaussian& args, int64_t start, int64_t n, Buffer<T>* buffers)
-      : args_(args), prior_(args.prior_mean.data != nullptr) {
+      : clamps_(args.clamps), low_(T(args.low)), high_(T(args.high)) {
     mean_ = fetch<T>(args.shape, args.mean, start, n, buffers[0]);
     logvar_ = fetch<T>(args.shape, args.logvar, start, n, buffers[1]);
-    if (!prior_) return;
+    if (args.prior_mean.data == nullptr) return;
     prior_mean_ = fetch<T>(args.shape, args.prior_mean, start, n, buffers[2]);
     prior_logvar_ = fetch<T>(args.shape, args.prior_logvar, start, n, buffers[3]);
   }
@@ -72,8 +72,8 @@ class Tile {
     Element e;
     const Vec<T> raw = Vec<T>::loadu(logvar_ + i);
     Vec<T> logvar = raw, u = mean(i);
-    if (args_.clamps) {
-      logvar = at::vec::clamp(raw, Vec<T>(T(args_.low)), Vec<T>(T(args_.high)));
+    if (clamps_) {
+      logvar = at::vec::clamp(raw, low_, high_);
       e.inside = raw == logvar;
     }
     if constexpr (PriorGiven) {
@@ -98,8 +98,8 @@ class Tile {
   }
 
  private:
-  const Gaussian& args_;
-  bool prior_;
+  const bool clamps_;
+  const Vec<T> low_, high_;
   const T *mean_, *logvar_, *prior_mean_ = nullptr, *prior_logvar_ = nullptr;
 };
 
@@ -147,6 +147,7 @@ template <class T, bool PriorGiven>
 void forward(const GaussianForward& args, int64_t begin, int64_t end) {
   Buffer<T> operands[4], noise, scale, kl, staged;
   const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
+  const bool raises = args.free_bits > 0;
   const Vec<T> free_bits(T(args.free_bits));
   for (int64_t t = begin; t < end; ++t) {
     int64_t n;
@@ -155,7 +156,7 @@ void forward(const GaussianForward& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const auto e = tile.template element<PriorGiven>(i);
       e.scale.store(scale + i);
-      const Vec<T> raised = args.free_bits > 0 ? Vec<T>::blendv(e.kl, free_bits, e.kl < free_bits) : e.kl;
+      const Vec<T> raised = raises ? select_less(e.kl, free_bits, free_bits, e.kl) : e.kl;
       raised.store(kl + i);
     }
     store_kl<T>(args, t, start, n, kl);
@@ -200,12 +201,13 @@ SampleSums<T> sum_samples(const GaussianBackward& args, int64_t start, int64_t n
 template <class T, bool PriorGiven>
 void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
   Buffer<T> operands[4], sums[4], weights, staged_mean, staged_logvar, staged_prior_mean, staged_prior_logvar;
+  const bool sampled = args.grad_z.data != nullptr, diverges = args.grad_kl.data != nullptr;
+  const bool clamps = args.clamps, raises = args.free_bits > 0;
   const Vec<T> zero(T(0)), half(T(0.5)), free_bits(T(args.free_bits)), scale(T(args.grad_kl_scale));
   for (int64_t t = begin; t < end; ++t) {
     int64_t n;
     const int64_t start = tile_range(args.tiles, t, &n);
     const Tile<T> tile(args, start, n, operands);
-    const bool sampled = args.grad_z.data != nullptr, diverges = args.grad_kl.data != nullptr;
     SampleSums<T> sum{};
     if (sampled) sum = sum_samples<T>(args, start, n, sums);
     const T* weight = diverges ? fetch<T>(args.shape, args.grad_kl, start, n, weights) : nullptr;
@@ -222,11 +224,11 @@ void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
       }
       if (diverges) {
         w = scale * Vec<T>::loadu(weight + i);
-        if (args.free_bits > 0) w = Vec<T>::blendv(zero, w, e.kl >= free_bits);
+        if (raises) w = Vec<T>::blendv(zero, w, e.kl >= free_bits);
         d_mean = at::vec::fmadd(w, e.d_mean, d_mean);
         d_logvar = at::vec::fmadd(w, e.d_logvar, d_logvar);
       }
-      if (args.clamps) d_logvar = Vec<T>::blendv(zero, d_logvar, e.inside);
+      if (clamps) d_logvar = Vec<T>::blendv(zero, d_logvar, e.inside);
       if (args.grad_mean != nullptr) d_mean.store(grad_mean + i);
       if (args.grad_logvar != nullptr) d_logvar.store(grad_logvar + i);
       if constexpr (PriorGiven) {

@@ -11,6 +11,28 @@ using VecI = Vec<int32_t>;
 inline VecI bits(Vec<float> x) { return at::vec::cast<int32_t>(x); }
 inline Vec<float> from_bits(VecI x) { return at::vec::cast<float>(x); }
 
+// a < b ? x : y and a == b ? x : y, neither being true of NaN. at::vec's comparisons make lanes of ones, which its
+// blendv then tests again.
+template <class T>
+inline Vec<T> select_less(Vec<T> a, Vec<T> b, Vec<T> x, Vec<T> y) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+  }
+#endif
+  return Vec<T>::blendv(y, x, a < b);
+}
+
+template <class T>
+inline Vec<T> select_equal(Vec<T> a, Vec<T> b, Vec<T> x, Vec<T> y) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x);
+  }
+#endif
+  return Vec<T>::blendv(y, x, a == b);
+}
+
 // 2^n · x for integral n in [-252, 254], in two steps, so that neither scale leaves the range of a float.
 inline Vec<float> ldexp(Vec<float> x, Vec<float> n) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -77,23 +99,24 @@ inline Vec<double> sigmoid(Vec<double> x) {
 
 inline Vec<double> tanh(Vec<double> x) { return x.tanh(); }
 
-// ln u for normal u > 0: u = m·2^e with m in [√½, √2), and f − f²/2 + f³·P(f) at f = m − 1. P was fitted to an absolute
-// error of 7e-9, below the rounding of the sum.
-inline Vec<float> log_normal_range(Vec<float> u) {
+// −2·ln u for normal u > 0: u = m·2^e with m in [√½, √2), and ln m = f − f²/2 + f³·P(f) at f = m − 1. P was fitted to an
+// absolute error of 7e-9, below the rounding of the sum; the coefficients carry the factor −2.
+inline Vec<float> minus_2_log_normal_range(Vec<float> u) {
   const VecI sqrt_half(0x3F3504F3);
   const VecI exponent = (bits(u) - sqrt_half) >> VecI(23);
   const Vec<float> e = at::vec::convert_to_fp_of_same_size<float>(exponent);
   const Vec<float> f = from_bits(bits(u) - (exponent << VecI(23))) - Vec<float>(1.0f);
   const Vec<float> z = f * f;
-  Vec<float> p(8.672009025e-2f);
-  p = at::vec::fmadd(p, f, Vec<float>(-1.437901216e-1f));
-  p = at::vec::fmadd(p, f, Vec<float>(1.497805223e-1f));
-  p = at::vec::fmadd(p, f, Vec<float>(-1.656442535e-1f));
-  p = at::vec::fmadd(p, f, Vec<float>(1.995487028e-1f));
-  p = at::vec::fmadd(p, f, Vec<float>(-2.500169879e-1f));
-  p = at::vec::fmadd(p, f, Vec<float>(3.333416605e-1f));
-  const Vec<float> tail = z * at::vec::fmadd(p, f, Vec<float>(-0.5f));
-  return at::vec::fmadd(e, Vec<float>(0.69314718055994531f), f + tail);
+  Vec<float> p(-2 * 8.672009025e-2f);
+  p = at::vec::fmadd(p, f, Vec<float>(-2 * -1.437901216e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-2 * 1.497805223e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-2 * -1.656442535e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-2 * 1.995487028e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-2 * -2.500169879e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(-2 * 3.333416605e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(1.0f));
+  const Vec<float> log_m = at::vec::fmadd(p, z, f * Vec<float>(-2.0f));
+  return at::vec::fmadd(e, Vec<float>(-2 * 0.69314718055994531f), log_m);
 }
 
 struct SinCos {
@@ -104,18 +127,19 @@ struct SinCos {
 // and what is left is exact: no reduction by π is needed.
 inline SinCos sincos_turns(VecI x) {
   const VecI quadrant = x + VecI(1 << 29);
-  const Vec<float> quarter_turns = at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)),
+  const Vec<float> a = at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)),
                                                   Vec<float>(0x1p-32f), Vec<float>(0x1p-31f));
-  const Vec<float> a = quarter_turns * Vec<float>(1.57079632679489662f);
   const Vec<float> z = a * a;
-  Vec<float> s(-1.9515295891e-4f);
-  s = at::vec::fmadd(s, z, Vec<float>(8.3321608736e-3f));
-  s = at::vec::fmadd(s, z, Vec<float>(-1.6666654611e-1f));
-  s = at::vec::fmadd(s * z, a, a);
-  Vec<float> c(2.443315711809948e-5f);
-  c = at::vec::fmadd(c, z, Vec<float>(-1.388731625493765e-3f));
-  c = at::vec::fmadd(c, z, Vec<float>(4.166664568298827e-2f));
-  c = at::vec::fmadd(c, z, Vec<float>(-0.5f));
+  // In quarter turns: Cephes' coefficients, each times the power of π/2 that belongs to it.
+  Vec<float> s(-4.604837188878714e-3f);
+  s = at::vec::fmadd(s, z, Vec<float>(7.968141387872897e-2f));
+  s = at::vec::fmadd(s, z, Vec<float>(-6.459636302545759e-1f));
+  s = at::vec::fmadd(s, z, Vec<float>(1.57079632679489662f));
+  s = s * a;
+  Vec<float> c(9.056045669359857e-4f);
+  c = at::vec::fmadd(c, z, Vec<float>(-2.0861118398843314e-2f));
+  c = at::vec::fmadd(c, z, Vec<float>(2.53669380150983e-1f));
+  c = at::vec::fmadd(c, z, Vec<float>(-1.2337005501361697f));
   c = at::vec::fmadd(c, z, Vec<float>(1.0f));
   const VecI odd = (quadrant << VecI(1)) >> VecI(31);  // all ones in quadrants 1 and 3, where the two change places
   const VecI exchange = (bits(s) ^ bits(c)) & odd;

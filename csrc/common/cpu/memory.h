@@ -105,8 +105,7 @@ inline void gather(const Shape& shape, const View& view, int64_t start, int64_t 
 // copied to `buffer`, whose last vector may hold anything beyond n.
 template <class Compute>
 inline const Compute* fetch(const Shape& shape, const View& view, int64_t start, int64_t n, Compute* buffer) {
-  const bool dense = shape.ndim == 1 && view.strides[0] == 1;
-  if (dense && view.dtype == kDType<Compute> && n % kLanes<Compute> == 0) {
+  if (view.dense && view.dtype == kDType<Compute> && n % kLanes<Compute> == 0) {
     return static_cast<const Compute*>(view.data) + start;
   }
   with_type(view.dtype, [&](auto* type) {

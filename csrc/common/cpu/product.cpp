@@ -5,25 +5,42 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
+constexpr int64_t kLineBytes = 64;
 // Rows of C that a build has registers for, beside the four vectors of a row of B.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileRows = 6, kTileVectors = 4;
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
-// Depth of a packed panel: 256 × 64 floats are 64 KiB, an eighth to a half of a second-level cache.
-constexpr int64_t kDepth = 256;
+// Depth of a packed panel, narrow or wide: 64 and 128 KiB of floats, a part of a second-level cache.
+constexpr int64_t kNarrowDepth = 256, kWideDepth = 128;
 // From this many rows on a panel of B is copied, dense and converted, before it is used: fewer do not repay the copy.
 constexpr int64_t kRowsWorthPacking = 12;
 
 template <class C>
 constexpr int kTileColumns = kTileVectors * kLanes<C>;
 
+// One cache line in each row of what a later block reads. Its rows lie on different pages, where no hardware prefetcher
+// follows: fetched here, between multiply-adds, they are near when they are packed.
+struct Ahead {
+  const char* line;
+  int64_t stride;  // bytes; 0 where there is nothing to fetch
+};
+
+inline void prefetch_far(const char* line) {
+#if defined(__x86_64__)
+  // gcc keeps the accumulators in memory when __builtin_prefetch stands in their loop: half the speed.
+  asm volatile("prefetcht1 (%0)" ::"r"(line));
+#else
+  __builtin_prefetch(line, /*write=*/0, /*locality=*/2);
+#endif
+}
+
 // The pragmas make the compiler unroll before it assigns registers; without them the accumulators live on the stack.
 // M rows × kTileColumns of C, from dense rows of B in the arithmetic's type.
 template <int M, class C>
 void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t b_stride, C* out,
-          int64_t out_stride, bool add) {
+          int64_t out_stride, bool add, const char* line, int64_t line_stride) {
   Vec<C> acc[M][kTileVectors];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -32,7 +49,7 @@ void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b
       acc[m][v] = add ? Vec<C>::loadu(out + m * out_stride + v * kLanes<C>) : Vec<C>(C(0));
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, line += line_stride) {
     Vec<C> row[kTileVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) row[v] = Vec<C>::loadu(b + k * b_stride + v * kLanes<C>);
@@ -42,6 +59,7 @@ void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) acc[m][v] = at::vec::fmadd(scale, row[v], acc[m][v]);
     }
+    prefetch_far(line);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -52,11 +70,17 @@ void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b
 
 template <class C>
 void tiles(int64_t rows, int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t b_stride,
-           C* out, int64_t out_stride, bool add) {
+           C* out, int64_t out_stride, bool add, Ahead ahead, int ahead_lines) {
   for (int64_t m = 0; m < rows; m += kTileRows) {
     const C* from = a + m * a_row;
     C* to = out + m * out_stride;
-    const auto run = [&]<int M>() { tile<M>(depth, from, a_row, a_column, b, b_stride, to, out_stride, add); };
+    // The next rows of C: their lines come while this tile computes.
+    for (int64_t r = std::min(m + kTileRows, rows); r < std::min(m + 2 * kTileRows, rows); ++r) {
+      for (int v = 0; v < kTileVectors; ++v) __builtin_prefetch(out + r * out_stride + v * kLanes<C>, /*write=*/1);
+    }
+    const Ahead next = ahead_lines-- > 0 ? ahead : Ahead{reinterpret_cast<const char*>(to), 0};
+    ahead.line += kLineBytes;
+    const auto run = [&]<int M>() { tile<M>(depth, from, a_row, a_column, b, b_stride, to, out_stride, add, next.line, next.stride); };
     switch (std::min<int64_t>(kTileRows, rows - m)) {
       case 1: run.template operator()<1>(); break;
       case 2: run.template operator()<2>(); break;
@@ -71,39 +95,43 @@ void tiles(int64_t rows, int64_t depth, const C* a, int64_t a_row, int64_t a_col
 template <class S>
 void product(const Product& args, int64_t begin, int64_t end) {
   using C = Compute<S>;
-  constexpr int64_t kColumns = kProductColumns;
-  static_assert(kColumns % kTileColumns<C> == 0);
-  alignas(64) C panel[kDepth * kColumns];
-  alignas(64) C sums[kProductRows * kColumns];
-  const int64_t blocks = (args.n + kColumns - 1) / kColumns;
+  static_assert(kNarrow % kTileColumns<C> == 0 && kWide % kTileColumns<C> == 0);
+  alignas(64) C panel[std::max(kNarrowDepth * kNarrow, kWideDepth * kWide)];
+  alignas(64) C sums[kProductRows * kWide];
+  const int64_t width = args.columns, max_depth = width == kWide ? kWideDepth : kNarrowDepth;
+  const int64_t blocks = (args.n + width - 1) / width;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first_row = item / blocks * kProductRows, first_column = item % blocks * kColumns;
+    const int64_t first_row = item / blocks * kProductRows, first_column = item % blocks * width;
     const int64_t rows = std::min(kProductRows, args.m - first_row);
-    const int64_t columns = std::min(kColumns, args.n - first_column);
+    const int64_t columns = std::min(width, args.n - first_column);
     const C* a = static_cast<const C*>(args.a) + first_row * args.a_row;
     const S* b = static_cast<const S*>(args.b) + first_column;
     S* c = static_cast<S*>(args.c) + first_row * args.n + first_column;
-    const bool whole = columns == kColumns && std::is_same_v<S, C>;
     // Blocks that need neither conversion nor a tail go straight between memory and registers.
-    C* out = whole ? reinterpret_cast<C*>(c) : sums;
-    const int64_t out_stride = whole ? args.n : kColumns;
-    if (!whole && args.accumulate) {
-      for (int64_t r = 0; r < rows; ++r) convert(c + r * args.n, sums + r * kColumns, columns);
+    const bool direct = columns % kTileColumns<C> == 0 && std::is_same_v<S, C>;
+    C* out = direct ? reinterpret_cast<C*>(c) : sums;
+    const int64_t out_stride = direct ? args.n : width;
+    if (!direct && args.accumulate) {
+      for (int64_t r = 0; r < rows; ++r) convert(c + r * args.n, sums + r * width, columns);
     }
-    const bool pack = !whole || rows >= kRowsWorthPacking;
-    for (int64_t k = 0; k == 0 || k < args.k; k += kDepth) {
-      const int64_t depth = std::min(kDepth, args.k - k);
+    const bool pack = !direct || rows >= kRowsWorthPacking;
+    for (int64_t k = 0; k == 0 || k < args.k; k += max_depth) {
+      const int64_t depth = std::min(max_depth, args.k - k);
       const C* source = reinterpret_cast<const C*>(b + k * args.b_stride);
       if (pack) {
-        for (int64_t d = 0; d < depth; ++d) convert(b + (k + d) * args.b_stride, panel + d * kColumns, columns);
+        for (int64_t d = 0; d < depth; ++d) convert(b + (k + d) * args.b_stride, panel + d * width, columns);
       }
-      for (int64_t v = 0; v < columns; v += kTileColumns<C>) {
+      // The next panel: further down, or the first of the next columns.
+      const S* next = b + (k + max_depth < args.k ? (k + max_depth) * args.b_stride : width);
+      Ahead ahead{reinterpret_cast<const char*>(next), args.b_stride * static_cast<int64_t>(sizeof(S))};
+      const int lines = pack ? kTileColumns<C> * sizeof(S) / kLineBytes : 0;
+      for (int64_t v = 0; v < columns; v += kTileColumns<C>, ahead.line += kTileColumns<C> * sizeof(S)) {
         tiles(rows, depth, a + k * args.a_column, args.a_row, args.a_column, (pack ? panel : source) + v,
-              pack ? kColumns : args.b_stride, out + v, out_stride, args.accumulate || k > 0);
+              pack ? width : args.b_stride, out + v, out_stride, args.accumulate || k > 0, ahead, lines);
       }
     }
-    if (!whole) {
-      for (int64_t r = 0; r < rows; ++r) convert(sums + r * kColumns, c + r * args.n, columns);
+    if (!direct) {
+      for (int64_t r = 0; r < rows; ++r) convert(sums + r * width, c + r * args.n, columns);
     }
   }
 }
