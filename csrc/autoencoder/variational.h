@@ -22,6 +22,7 @@ struct Gaussian {
   double free_bits;
   bool clamps;  // whether [low, high] was asked for
   double low, high;
+  bool streams;  // whether the outputs are too large to stay in a CPU's caches
 };
 
 // A tile is what one thread does at a time: whole rows of the last dimension where several fit, else part of one row.

@@ -16,7 +16,8 @@ inline bool is_kernel_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-// An uninitialised output. Where it is large, on the CPU, the system is asked to back it with huge pages, as NumPy does.
+// An uninitialised output. Where it is large, on the CPU, the system is asked to back it with huge pages, as NumPy
+// does.
 at::Tensor empty_output(at::IntArrayRef size, const at::TensorOptions& options);
 
 // One operand to be seen as a View: a tensor expanded to the common size, or an undefined one.

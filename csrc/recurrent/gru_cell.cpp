@@ -164,9 +164,8 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
   recurrent::Products products;
   const auto state_gradient = [&] {
     const Tensor direct = grad_h_in.to(storage);
-    return in.reset_after
-               ? products.input_gradient(pre_hidden, in.weight_hh, direct)
-               : products.input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
+    return in.reset_after ? products.input_gradient(pre_hidden, in.weight_hh, direct)
+                          : products.input_gradient(pre.narrow(1, 0, 2 * H), in.weight_hh.narrow(0, 0, 2 * H), direct);
   };
   const auto recurrent_weight_gradient = [&] {
     if (in.reset_after) return products.weight_gradient(pre_hidden, in.h);

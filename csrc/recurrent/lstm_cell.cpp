@@ -167,14 +167,14 @@ Gradients multiply(const Pointwise& pointwise, const Inputs& in, const Mask& mas
   const auto type = in.input.scalar_type();
   const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
   recurrent::Products products;
-  Gradients gradients{
-      when(mask[0], [&] { return products.input_gradient(pre, in.weight_ih); }),
-      when(mask[1], [&] { return products.input_gradient(pre, in.weight_hh); }),
-      pointwise.grad_c_in,
-      when(mask[3], [&] { return products.weight_gradient(pre, in.input); }),
-      when(mask[4], [&] { return products.weight_gradient(pre, in.h); }),
-      when(mask[5] && autograd::defined(in.bias_ih), [&] { return products.bias_gradient(pre, type); }),
-      when(mask[6] && autograd::defined(in.bias_hh), [&] { return products.bias_gradient(pre, type); })};
+  Gradients gradients{when(mask[0], [&] { return products.input_gradient(pre, in.weight_ih); }),
+                      when(mask[1], [&] { return products.input_gradient(pre, in.weight_hh); }),
+                      pointwise.grad_c_in,
+                      when(mask[3], [&] { return products.weight_gradient(pre, in.input); }),
+                      when(mask[4], [&] { return products.weight_gradient(pre, in.h); }),
+                      when(mask[5] && autograd::defined(in.bias_ih), [&] { return products.bias_gradient(pre, type); }),
+                      when(mask[6] && autograd::defined(in.bias_hh),
+                           [&] { return products.bias_gradient(pre, type); })};
   products.run();
   return gradients;
 }

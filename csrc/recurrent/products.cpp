@@ -56,8 +56,8 @@ at::Tensor Products::weight_gradient(const at::Tensor& grad_pre, const at::Tenso
 at::Tensor Products::bias_gradient(const at::Tensor& grad_pre, at::ScalarType type) {
   if (!grad_pre.is_cpu()) return grad_pre.sum(0);
   at::Tensor out = at::empty({grad_pre.size(1)}, grad_pre.options().dtype(type));
-  sums_.push_back({grad_pre.size(0), grad_pre.size(1), grad_pre.const_data_ptr(), out.mutable_data_ptr(),
-                   dtype_of(out, "bias")});
+  sums_.push_back(
+      {grad_pre.size(0), grad_pre.size(1), grad_pre.const_data_ptr(), out.mutable_data_ptr(), dtype_of(out, "bias")});
   held_.append({grad_pre, out});
   return out;
 }

@@ -8,8 +8,8 @@
 
 namespace lect11ext::recurrent {
 
-// On the CPU products are collected, and run() computes all of them in one parallel region: a cell has up to six, and to
-// wake the threads for each costs as much as a small one takes. On CUDA each is launched at once.
+// On the CPU products are collected, and run() computes all of them in one parallel region: a cell has up to six, and
+// to wake the threads for each costs as much as a small one takes. On CUDA each is launched at once.
 class Products {
  public:
   // grad_pre [B, G·H] · weight [G·H, N], in weight's type; added to `onto` where that is given.

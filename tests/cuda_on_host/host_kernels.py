@@ -31,7 +31,7 @@ class Shape(Structure):
 
 
 class View(Structure):
-    _fields_ = [("data", c_void_p), ("dtype", c_int8), ("strides", c_int64 * MAX_DIMS)]
+    _fields_ = [("data", c_void_p), ("dtype", c_int8), ("dense", c_bool), ("strides", c_int64 * MAX_DIMS)]
 
 
 class GaussianTiles(Structure):
@@ -65,6 +65,7 @@ class Gaussian(Structure):
         ("clamps", c_bool),
         ("low", c_double),
         ("high", c_double),
+        ("streams", c_bool),
     ]
 
 
@@ -214,7 +215,7 @@ def make_views(size: Sequence[int], *tensors: Tensor | None) -> tuple[Shape, lis
     for t in expanded:
         view = View()
         if t is not None:
-            view.data, view.dtype = t.data_ptr(), DTYPE_CODES[t.dtype]
+            view.data, view.dtype, view.dense = t.data_ptr(), DTYPE_CODES[t.dtype], t.is_contiguous()
             view.strides[: len(dims)] = [t.stride(d) for d in dims]
         views.append(view)
     return shape, views

@@ -52,7 +52,7 @@ class Call:
         return dict(
             shape=shape, mean=views[0], logvar=views[1], prior_mean=views[2], prior_logvar=views[3],
             compute_double=self.compute == F64, key=KEY, samples=self.samples, free_bits=self.free_bits,
-            clamps=self.limits is not None, low=low, high=high,
+            clamps=self.limits is not None, low=low, high=high, streams=False,
         )  # fmt: skip
 
     def expected(self) -> tuple[list[Tensor], Tensor, Tensor]:

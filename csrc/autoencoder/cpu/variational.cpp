@@ -164,12 +164,14 @@ void forward(const GaussianForward& args, int64_t begin, int64_t end) {
       const int64_t first = k * args.shape.numel + start;
       const T* eps = normals(seed, offset, first, n, noise.data);
       T* z = target<T>(args.z, args.z_dtype, first, n, staged);
+      const bool stream = args.streams && z != staged && can_stream(z);
       for (int64_t i = 0; i < n; i += kLanes<T>) {
-        at::vec::fmadd(Vec<T>::loadu(scale + i), Vec<T>::loadu(eps + i), tile.mean(i)).store(z + i);
+        store(at::vec::fmadd(Vec<T>::loadu(scale + i), Vec<T>::loadu(eps + i), tile.mean(i)), z + i, stream);
       }
       flush<T>(args.z, args.z_dtype, first, n, z, staged);
     }
   }
+  if (args.streams) finish_streams();
 }
 
 // Sums over the samples of grad_z and of grad_z·ε.
@@ -215,6 +217,8 @@ void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
     T* grad_logvar = target<T>(args.grad_logvar, args.grad_logvar_dtype, start, n, staged_logvar);
     T* grad_prior_mean = target<T>(args.grad_prior_mean, kDType<T>, start, n, staged_prior_mean);
     T* grad_prior_logvar = target<T>(args.grad_prior_logvar, kDType<T>, start, n, staged_prior_logvar);
+    const bool stream_mean = args.streams && grad_mean != staged_mean && can_stream(grad_mean);
+    const bool stream_logvar = args.streams && grad_logvar != staged_logvar && can_stream(grad_logvar);
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const auto e = tile.template element<PriorGiven>(i);
       Vec<T> d_mean = zero, d_logvar = zero, w = zero;
@@ -229,8 +233,8 @@ void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
         d_logvar = at::vec::fmadd(w, e.d_logvar, d_logvar);
       }
       if (clamps) d_logvar = Vec<T>::blendv(zero, d_logvar, e.inside);
-      if (args.grad_mean != nullptr) d_mean.store(grad_mean + i);
-      if (args.grad_logvar != nullptr) d_logvar.store(grad_logvar + i);
+      if (args.grad_mean != nullptr) store(d_mean, grad_mean + i, stream_mean);
+      if (args.grad_logvar != nullptr) store(d_logvar, grad_logvar + i, stream_logvar);
       if constexpr (PriorGiven) {
         if (args.grad_prior_mean != nullptr) (w * e.d_mean).neg().store(grad_prior_mean + i);
         if (args.grad_prior_logvar != nullptr) (w * e.d_prior_logvar).store(grad_prior_logvar + i);
@@ -247,6 +251,7 @@ void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
       flush<T>(args.grad_prior_logvar, kDType<T>, start, n, grad_prior_logvar, staged_prior_logvar);
     }
   }
+  if (args.streams) finish_streams();
 }
 
 }  // namespace

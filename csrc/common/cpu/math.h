@@ -99,8 +99,8 @@ inline Vec<double> sigmoid(Vec<double> x) {
 
 inline Vec<double> tanh(Vec<double> x) { return x.tanh(); }
 
-// −2·ln u for normal u > 0: u = m·2^e with m in [√½, √2), and ln m = f − f²/2 + f³·P(f) at f = m − 1. P was fitted to an
-// absolute error of 7e-9, below the rounding of the sum; the coefficients carry the factor −2.
+// −2·ln u for normal u > 0: u = m·2^e with m in [√½, √2), and ln m = f − f²/2 + f³·P(f) at f = m − 1. P was fitted to
+// an absolute error of 7e-9, below the rounding of the sum; the coefficients carry the factor −2.
 inline Vec<float> minus_2_log_normal_range(Vec<float> u) {
   const VecI sqrt_half(0x3F3504F3);
   const VecI exponent = (bits(u) - sqrt_half) >> VecI(23);
@@ -127,8 +127,8 @@ struct SinCos {
 // and what is left is exact: no reduction by π is needed.
 inline SinCos sincos_turns(VecI x) {
   const VecI quadrant = x + VecI(1 << 29);
-  const Vec<float> a = at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)),
-                                                  Vec<float>(0x1p-32f), Vec<float>(0x1p-31f));
+  const Vec<float> a = at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)), Vec<float>(0x1p-32f),
+                                      Vec<float>(0x1p-31f));
   const Vec<float> z = a * a;
   // In quarter turns: Cephes' coefficients, each times the power of π/2 that belongs to it.
   Vec<float> s(-4.604837188878714e-3f);

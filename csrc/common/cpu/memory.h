@@ -128,4 +128,32 @@ inline void flush(void* data, DType dtype, int64_t start, int64_t n, const Compu
   with_type(dtype, [&](auto* type) { convert(buffer, static_cast<decltype(type)>(data) + start, n); });
 }
 
+// Stores that go past the caches do not first read the lines that they fill, and leave the caches to others: for
+// outputs too large to be found there again. They take whole vectors at aligned addresses.
+template <class T>
+inline bool can_stream(const T* to) {
+  return reinterpret_cast<uintptr_t>(to) % sizeof(Vec<T>) == 0;
+}
+
+template <class T>
+inline void store(Vec<T> v, T* to, bool stream) {
+  if (!stream) return v.store(to);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) _mm512_stream_ps(to, v);
+  else _mm512_stream_pd(to, v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) _mm256_stream_ps(to, v);
+  else _mm256_stream_pd(to, v);
+#else
+  v.store(to);
+#endif
+}
+
+// Puts streamed stores before whatever this thread does next.
+inline void finish_streams() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace lect11ext::CPU_CAPABILITY

@@ -26,9 +26,10 @@ struct PhiloxKeys {
 
 inline constexpr int kNormalsPerStep = 2 * kLanes<float>;
 
-// Writes the words of kNormalsPerStep/4 consecutive blocks a step. Lanes 2b and 2b+1 of a step's first vector are x0 and
-// x2 of its block b, from which radii are made; those of the second, x1 and x3, are for angles. N steps go side by side:
-// a round's four instructions wait for one another, and the processor's scheduler holds too few to look past them.
+// Writes the words of kNormalsPerStep/4 consecutive blocks a step. Lanes 2b and 2b+1 of a step's first vector are x0
+// and x2 of its block b, from which radii are made; those of the second, x1 and x3, are for angles. N steps go side by
+// side: a round's four instructions wait for one another, and the processor's scheduler holds too few to look past
+// them.
 template <int N>
 inline void philox_words(const PhiloxKeys& keys, uint64_t counter, float* out);
 

@@ -80,7 +80,9 @@ void tiles(int64_t rows, int64_t depth, const C* a, int64_t a_row, int64_t a_col
     }
     const Ahead next = ahead_lines-- > 0 ? ahead : Ahead{reinterpret_cast<const char*>(to), 0};
     ahead.line += kLineBytes;
-    const auto run = [&]<int M>() { tile<M>(depth, from, a_row, a_column, b, b_stride, to, out_stride, add, next.line, next.stride); };
+    const auto run = [&]<int M>() {
+      tile<M>(depth, from, a_row, a_column, b, b_stride, to, out_stride, add, next.line, next.stride);
+    };
     switch (std::min<int64_t>(kTileRows, rows - m)) {
       case 1: run.template operator()<1>(); break;
       case 2: run.template operator()<2>(); break;
