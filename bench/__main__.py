@@ -12,52 +12,54 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-FAMILIES = ["ceilings", "autoencoder", "recurrent"]
+from .ceilings import CEILINGS
+
+FAMILIES = ["autoencoder", "recurrent"]
 HERE = Path(__file__).parent
 
 
-def medians(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Seconds a call of every implementation, by workload, with the workload's flops and bytes."""
-    rounds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    facts: dict[str, dict[str, Any]] = {}
+def seconds_by_turn(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of every workload: seconds a call of every implementation and ceiling, turn by turn, and its work."""
+    results: dict[str, dict[str, Any]] = {}
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
-        rounds[entry["group"]][info["implementation"]] += entry["stats"]["data"]
-        facts[entry["group"]] = {"flops": info["flops"], "bytes": info["bytes"]}
+        result = results.setdefault(entry["group"], {"work": info["work"], "turns": defaultdict(dict)})
+        result["turns"][info["turn"]][info["implementation"]] = median(entry["stats"]["data"])
+    return results
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Medians over the turns: seconds, ratios to the peers, per cent of the ceilings."""
+    turns, work = list(result["turns"].values()), result["work"]
+    peers = [name for name in turns[0] if name not in CEILINGS and name != "lect11ext"]
+    share = {name: median(t[name] / t["lect11ext"] * work[name] / CEILINGS[name].work for t in turns) for name in work}
     return {
-        name: {**facts[name], "seconds": {impl: median(data) for impl, data in implementations.items()}}
-        for name, implementations in rounds.items()
+        "seconds": {name: median(t[name] for t in turns) for name in turns[0]},
+        "ratios": {peer: median(t[peer] / t["lect11ext"] for t in turns) for peer in peers},
+        "per_cent": {name: 100 * value for name, value in share.items()},
     }
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Ratios to every peer; per cent of the product's and of the copy's ceiling; microseconds."""
-    ceilings = {k: v for k, v in results.items() if k.startswith("ceiling/")}
+    """Microseconds, the ratio to the best peer, per cent of the product's and of the copy's ceiling."""
     lines = []
-    for name, r in ceilings.items():
-        rate = (r["flops"] or r["bytes"]) / r["seconds"]["eager"] / 1e9
-        lines.append(f"{name:32} {rate:8.1f} {'GFLOP/s' if r['flops'] else 'GB/s'}")
+    for name, ceiling in CEILINGS.items():
+        seconds = [r["seconds"][name] for r in results.values() if name in r["seconds"]]
+        if seconds:
+            lines.append(f"{name:32} {ceiling.work / median(seconds) / 1e9:8.1f} {ceiling.unit}")
     lines.append(f"\n{'workload':46} {'us':>9} {'best peer':>16} {'ratio':>6} {'% product':>10} {'% copy':>7}")
     for name, r in results.items():
-        if name in ceilings:
-            continue
-        seconds = dict(r["seconds"])
-        ours = seconds.pop("lect11ext")
-        peer = min(seconds, key=lambda impl: seconds[impl])
-        dtype = "bfloat16" if "/bfloat16/" in name else "float32"
-        product, copy = ceilings.get(f"ceiling/product/{dtype}"), ceilings.get("ceiling/copy/float32")
-        per_cent = [
-            100 * (r[unit] / ours) / (ceiling[unit] / ceiling["seconds"]["eager"]) if ceiling and r[unit] else None
-            for unit, ceiling in (("flops", product), ("bytes", copy))
-        ]
-        shown = [f"{p:.0f}" if p is not None else "" for p in per_cent]
-        lines.append(f"{name:46} {ours * 1e6:9.1f} {peer:>16} {seconds[peer] / ours:6.2f} {shown[0]:>10} {shown[1]:>7}")
+        peer = min(r["ratios"], key=lambda p: r["ratios"][p])
+        product = next((f"{v:.0f}" for k, v in r["per_cent"].items() if k.startswith("product")), "")
+        copy = f"{r['per_cent']['copy']:.0f}"
+        ours = r["seconds"]["lect11ext"] * 1e6
+        lines.append(f"{name:46} {ours:9.1f} {peer:>16} {r['ratios'][peer]:6.2f} {product:>10} {copy:>7}")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", default="", help="workloads whose name contains this text (the ceilings always run)")
+    parser.add_argument("--only", default="", help="only workloads whose name contains this text")
     parser.add_argument("--json", default="out/bench.json", help="where the medians are written")
     args = parser.parse_args()
     out = Path(args.json)
@@ -74,7 +76,7 @@ def main() -> int:
         return status
     report = json.loads(raw.read_text())
     raw.unlink()
-    results = medians(report)
+    results = {name: summary(result) for name, result in seconds_by_turn(report).items()}
     machine = report["machine_info"]["cpu"].get("brand_raw", "")
     out.write_text(json.dumps({"cpu": machine, "results": results}, indent=1))
     print(table(results))

@@ -59,7 +59,7 @@ def _sampling(elements: int, train: bool) -> Workload:
         f"gaussian_rsample_kl/{'train' if train else 'forward'}/float32/{elements}",
         make,
         ("lect11ext", "eager", "distributions", "compile", "fallback_random"),
-        bytes=(12.0 + (20.0 if train else 0.0)) * elements,
+        work={"copy": (12.0 + (20.0 if train else 0.0)) * elements},
         check=False,
     )
 

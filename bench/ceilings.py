@@ -1,38 +1,39 @@
-"""What the machine can do: a large product and a large copy, measured in the same run as everything else."""
+"""What the machine can do: a large product and a large copy. Every workload takes turns with the one that bounds it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-
-from .common import Workload, parametrize, run_turn
 
 PRODUCT = 2048
 COPY = 2**25
 
 
-def _product(dtype: torch.dtype) -> Workload:
-    def make() -> dict[str, Any]:
-        a = torch.randn(PRODUCT, PRODUCT, dtype=dtype)
-        out = torch.empty_like(a)
-        return {"eager": lambda: torch.mm(a, a, out=out)}
-
-    return Workload(f"ceiling/product/{str(dtype)[6:]}", make, ("eager",), flops=2.0 * PRODUCT**3, check=False)
+@dataclass(frozen=True)
+class Ceiling:
+    work: float  # operations, or bytes that cross the memory bus, per call
+    unit: str
+    make: Callable[[], Callable[[], Any]]
 
 
-def _copy() -> Workload:
-    def make() -> dict[str, Any]:
-        a = torch.randn(COPY)
-        out = torch.empty_like(a)
-        return {"eager": lambda: out.copy_(a)}
-
-    return Workload("ceiling/copy/float32", make, ("eager",), bytes=8.0 * COPY, check=False)
+def _product(dtype: torch.dtype) -> Callable[[], Any]:
+    a = torch.randn(PRODUCT, PRODUCT, dtype=dtype)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a, out=out)
 
 
-WORKLOADS = [_product(torch.float32), _product(torch.bfloat16), _copy()]
+def _copy() -> Callable[[], Any]:
+    a = torch.randn(COPY)
+    out = torch.empty_like(a)
+    return lambda: out.copy_(a)
 
 
-@parametrize(WORKLOADS)
-def test_ceiling(benchmark: Any, workload: Workload, implementation: str, turn: int) -> None:
-    run_turn(benchmark, workload, implementation, turn)
+CEILINGS = {
+    "product/float32": Ceiling(2.0 * PRODUCT**3, "GFLOP/s", lru_cache(lambda: _product(torch.float32))),
+    "product/bfloat16": Ceiling(2.0 * PRODUCT**3, "GFLOP/s", lru_cache(lambda: _product(torch.bfloat16))),
+    "copy": Ceiling(8.0 * COPY, "GB/s", lru_cache(_copy)),
+}

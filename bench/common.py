@@ -1,12 +1,14 @@
 """How a workload is measured.
 
-A workload names its implementations. They take turns: a few rounds of each, ``REPEATS`` times over, so that whatever
-else the machine does hurts all alike; pytest-benchmark keeps every round, and the table takes medians over all of them.
+A workload names its implementations and the ceilings that may bound it. They take turns: a few rounds of each,
+``REPEATS`` times over. A machine that others share changes its speed by a factor from one second to the next, so a
+ratio is taken within a turn, of medians over its rounds, and the table shows the median over the turns.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,8 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-REPEATS = 5
-ROUND_SECONDS = 0.02  # an implementation's turn takes about this long, or one call
+from .ceilings import CEILINGS
+
+REPEATS = 7
+ROUND_SECONDS = 0.01  # an implementation's turn takes about this long, or one call
+# Before a turn: OpenMP threads of the implementation before it spin for some milliseconds, and slow down whoever shares
+# their core.
+PAUSE_SECONDS = 0.02
 MIN_ROUND = 100e-6  # a round shorter than this is mostly clock: several calls make one
 
 Call = Callable[[], Any]
@@ -29,8 +36,7 @@ class Workload:
     name: str
     make: Callable[[], dict[str, Call]] = field(compare=False)
     implementations: tuple[str, ...]
-    flops: float = 0.0  # of the products, per call
-    bytes: float = 0.0  # that must cross the memory bus, per call
+    work: dict[str, float] = field(compare=False)  # per call, in the unit of each ceiling that may bound it
     check: bool = True  # whether the implementations' results are comparable number by number
     tolerance: float = 1e-3
 
@@ -41,9 +47,9 @@ def parametrize(workloads: list[Workload]) -> Any:
     turns = [
         pytest.param(w, impl, turn, id=f"{w.name}/{impl}/{turn}")
         for w in workloads
-        if chosen in w.name or w.name.startswith("ceiling/")
+        if chosen in w.name
         for turn in range(REPEATS)
-        for impl in w.implementations
+        for impl in (*w.implementations, *w.work)
     ]
     return pytest.mark.parametrize(("workload", "implementation", "turn"), turns)
 
@@ -51,8 +57,6 @@ def parametrize(workloads: list[Workload]) -> Any:
 @lru_cache(maxsize=1)
 def _prepared(workload: Workload) -> dict[str, tuple[Call, int, int]]:
     """Implementations of one workload, warmed up and compared, each with its rounds and calls a round."""
-    import time
-
     torch._dynamo.reset()
     torch.manual_seed(0)
     calls = workload.make()
@@ -60,6 +64,7 @@ def _prepared(workload: Workload) -> dict[str, tuple[Call, int, int]]:
     if workload.check:
         for name, result in results.items():
             _compare(result, results["eager"], workload, name)
+    calls |= {name: CEILINGS[name].make() for name in workload.work}
     prepared = {}
     for name, call in calls.items():
         call()
@@ -79,7 +84,8 @@ def _compare(got: Any, expected: Any, workload: Workload, name: str) -> None:
 
 def run_turn(benchmark: Any, workload: Workload, implementation: str, turn: int) -> None:
     """The body of every benchmark."""
+    time.sleep(PAUSE_SECONDS)
     call, rounds, iterations = _prepared(workload)[implementation]
     benchmark.group = workload.name
-    benchmark.extra_info.update(implementation=implementation, turn=turn, flops=workload.flops, bytes=workload.bytes)
+    benchmark.extra_info.update(implementation=implementation, turn=turn, work=workload.work)
     benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)

@@ -49,8 +49,10 @@ def _step(kind: str, batch: int, hidden: int, dtype: torch.dtype, train: bool) -
         f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/B{batch}/H{hidden}",
         make,
         ("lect11ext", "eager", "compile"),
-        flops=2 * weights * batch * (3 if train else 1),
-        bytes=weights * dtype.itemsize * (3 if train else 1),  # forward: read once; backward: read, gradient written
+        work={
+            f"product/{str(dtype)[6:]}": 2 * weights * batch * (3 if train else 1),
+            "copy": weights * dtype.itemsize * (3 if train else 1),  # forward: read once; backward: read, written
+        },
         tolerance=1e-3 if dtype == torch.float32 else 0.1,
     )
 

@@ -117,6 +117,13 @@ inline constexpr int kMaxRowsOfX = 6;
 inline constexpr int kMaxRowsOfX = 2;
 #endif
 
+// Rows of x for the next tile where `left` remain. Seven or eight are halved: a tile of one or two rows takes nearly as
+// long as one of four.
+inline int64_t next_rows_of_x(int64_t left) {
+  const bool halve = left > kMaxRowsOfX && left <= kMaxRowsOfX + 2 && kMaxRowsOfX > 2;
+  return halve ? (left + 1) / 2 : std::min<int64_t>(left, kMaxRowsOfX);
+}
+
 // out[b·out_stride + r] = Σ over `count` products, for R rows of weights (a multiple of 4; rows beyond `rows` repeat
 // the last one, and their sums are for the caller to ignore) and B rows of x. The pragmas make the compiler unroll
 // before it assigns registers; without them the accumulators live on the stack and the tile costs a fifth more.

@@ -30,8 +30,8 @@ class Block {
   }
 
   void run() {
-    for (int64_t row = 0; row < args_.batch; row += kMaxRowsOfX) {
-      const int64_t rows = std::min<int64_t>(kMaxRowsOfX, args_.batch - row);
+    for (int64_t row = 0, rows; row < args_.batch; row += rows) {
+      rows = next_rows_of_x(args_.batch - row);
       multiply(row, rows);
       for (int64_t r = 0; r < rows; ++r) finish(row + r, pre_ + r * kSlots * kUnits);
     }

@@ -66,8 +66,8 @@ void step(const LstmCell& args, int64_t begin, int64_t end) {
       if (args.bias_hh != nullptr) convert(static_cast<const S*>(args.bias_hh) + at, other, units);
       for (int64_t u = 0; u < units; ++u) bias[g * kUnits + u] = (args.bias_ih ? bias[g * kUnits + u] : 0) + other[u];
     }
-    for (int64_t row = 0; row < args.batch; row += kMaxRowsOfX) {
-      const int64_t rows = std::min<int64_t>(kMaxRowsOfX, args.batch - row);
+    for (int64_t row = 0, rows; row < args.batch; row += rows) {
+      rows = next_rows_of_x(args.batch - row);
       for (int g = 0; g < kGates; ++g) {
         const RowProduct<S> products[2] = {gate_rows<S>(args, args.weight_ih, args.weight_ih_stride, args.input,
                                                         args.input_stride, args.input_size, block, g),
