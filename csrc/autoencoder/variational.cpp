@@ -167,7 +167,8 @@ Gradients kernel_backward(const OptionalTensor& grad_z, const OptionalTensor& gr
                       sampled.tensor.sym_sizes());
     set_views(sampled.tensor.sizes(), args.grad_z_shape, {&sampled});
   }
-  args.grad_kl_scale = in.reduction == Reduction::BatchMean ? 1.0 / static_cast<double>(in.mean.size(0)) : 1.0;
+  args.grad_kl_scale =
+      in.reduction == Reduction::BatchMean ? 1.0 / static_cast<double>(std::max<int64_t>(in.mean.size(0), 1)) : 1.0;
   args.tiles = GaussianTiles(1, in.mean.numel());
   const auto options = in.mean.options();
   const auto make = [&](bool wanted, at::ScalarType type, void*& pointer) {

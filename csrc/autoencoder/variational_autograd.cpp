@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> composite_forward(const Inputs& in) {
   Tensor kl = in.free_bits > 0 ? at::clamp(t.kl, in.free_bits) : t.kl;
   if (in.reduction == Reduction::SumLatent) kl = kl.sum(-1);
   if (in.reduction == Reduction::Sum || in.reduction == Reduction::BatchMean) kl = kl.sum();
-  if (in.reduction == Reduction::BatchMean) kl = kl / at::Scalar(in.mean.sym_size(0));
+  if (in.reduction == Reduction::BatchMean) kl = kl / at::Scalar(in.mean.sym_size(0).max(1));
   return {z, kl};
 }
 
@@ -77,7 +77,7 @@ Gradients composite_backward(const OptionalTensor& grad_z, const OptionalTensor&
   }
   if (autograd::defined(grad_kl)) {
     Tensor w = expand_grad_kl(grad_kl->to(type), in);
-    if (in.reduction == Reduction::BatchMean) w = w / at::Scalar(in.mean.sym_size(0));
+    if (in.reduction == Reduction::BatchMean) w = w / at::Scalar(in.mean.sym_size(0).max(1));
     if (in.free_bits > 0) w = w * (t.kl >= in.free_bits).to(type);
     const Tensor precision = in.has_prior() ? t.precision_root * t.precision_root : Tensor();
     const Tensor d_mean = in.has_prior() ? w * t.u * precision : w * t.u;

@@ -44,8 +44,15 @@ void CellInputs::check() const {
   check_matrix("weight_ih", weight_ih);
   check_matrix("weight_hh", weight_hh);
   const c10::SymInt rows = hidden() * gates;
-  check_shape("weight_ih", weight_ih.sym_sizes(), {rows, input.sym_size(1)}, "gates * hidden_size, input_size");
+  // A weight that fits itself, as a module's does, is not to blame for a state or an input that do not fit it.
+  const c10::SymInt columns = weight_hh.sym_size(1);
+  TORCH_CHECK_VALUE(columns == hidden() || weight_hh.sym_size(0) != columns * gates,
+                    "h must have hidden_size columns, as weight_hh has: ", columns, ", but got ", hidden());
   check_shape("weight_hh", weight_hh.sym_sizes(), {rows, hidden()}, "gates * hidden_size, hidden_size");
+  check_shape("weight_ih", weight_ih.sym_sizes(), {rows, weight_ih.sym_size(1)}, "gates * hidden_size, input_size");
+  TORCH_CHECK_VALUE(input.sym_size(1) == weight_ih.sym_size(1),
+                    "input must have input_size columns, as weight_ih has: ", weight_ih.sym_size(1), ", but got ",
+                    input.sym_size(1));
   check_same_type("weight_ih", weight_ih, input);
   check_same_type("weight_hh", weight_hh, input);
   check_same_device({{"input", &input}, {"weight_ih", &weight_ih}, {"weight_hh", &weight_hh}});

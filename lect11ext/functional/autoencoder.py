@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_INT, OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from .._load import _C
 from .random import in_functorch, philox_key
 
@@ -41,7 +42,8 @@ def gaussian_rsample_kl(
             gradient.
         logvar_range: ``(low, high)``; ``logvar`` is clamped to it first, as by ``torch.clamp``.
         reduction: of the KL. ``"sum_latent"`` sums over the last dimension, ``"batchmean"`` sums everything and
-            divides by ``mean.size(0)``, ``"sum"`` sums everything, ``"none"`` leaves the elements.
+            divides by ``mean.size(0)`` (an empty batch gives 0), ``"sum"`` sums everything, ``"none"`` leaves the
+            elements.
         generator: where the key is drawn from, by default the device's default generator.
         key: int64 tensor ``[seed, offset]`` that makes the draw explicit (:func:`philox_key`); then no generator is
             touched. Pass one under ``torch.compile`` with an explicit generator.
@@ -66,13 +68,25 @@ def gaussian_rsample_kl(
         >>> z.shape, kl.shape
         (torch.Size([8, 2]), torch.Size([8]))
     """
-    low, high = (None, None) if logvar_range is None else logvar_range
+    try:
+        low, high = (None, None) if logvar_range is None else logvar_range
+    except (TypeError, ValueError):
+        raise TypeError(f"logvar_range must be (low, high), but got {logvar_range!r}") from None
     if torch.compiler.is_compiling() or in_functorch():
         if key is None:
             key = philox_key(mean, mean.numel() * (1 if num_samples is None else num_samples), generator)
         return torch.ops.lect11ext.gaussian_rsample_kl(
             mean, logvar, prior_mean, prior_logvar, key, num_samples, free_bits, low, high, reduction
         )
-    return _C.gaussian_rsample_kl(
-        mean, logvar, prior_mean, prior_logvar, num_samples, free_bits, low, high, reduction, generator, key
-    )
+    try:
+        return _C.gaussian_rsample_kl(
+            mean, logvar, prior_mean, prior_logvar, num_samples, free_bits, low, high, reduction, generator, key
+        )
+    except TypeError as error:
+        raise wrong_type(
+            error, mean=(mean, TENSOR), logvar=(logvar, TENSOR), prior_mean=(prior_mean, OPTIONAL_TENSOR),
+            prior_logvar=(prior_logvar, OPTIONAL_TENSOR), num_samples=(num_samples, OPTIONAL_INT),
+            free_bits=(free_bits, NUMBER), **{"logvar_range[0]": (low, OPTIONAL_NUMBER)},
+            **{"logvar_range[1]": (high, OPTIONAL_NUMBER)}, reduction=(reduction, (str,)),
+            generator=(generator, OPTIONAL_GENERATOR), key=(key, OPTIONAL_TENSOR),
+        ) from None  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from .._load import _C
 
 
@@ -68,9 +69,16 @@ def lstm_cell(
         >>> h.shape, c.shape
         (torch.Size([3, 4]), torch.Size([3, 4]))
     """
-    h, c = state
-    dim = input.dim()
-    if dim != 2 or h.dim() != 2 or c.dim() != 2:
+    try:
+        h, c = state
+    except (TypeError, ValueError):
+        raise TypeError(f"state must be (h, c), two tensors, but got {type(state).__name__}") from None
+    try:
+        dim = input.dim()
+        batched = dim == 2 and h.dim() == 2 and c.dim() == 2
+    except AttributeError as error:
+        raise wrong_type(error, input=(input, TENSOR), h=(h, TENSOR), c=(c, TENSOR)) from None
+    if not batched:
         _check_input("lstm_cell", input)
         _check_state("lstm_cell", "h", h, dim)
         _check_state("lstm_cell", "c", c, dim)
@@ -83,7 +91,13 @@ def lstm_cell(
         return torch.ops.lect11ext.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)[
             :2
         ]
-    return _C.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)
+    try:
+        return _C.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)
+    except TypeError as error:
+        raise wrong_type(
+            error, weight_ih=(weight_ih, TENSOR), weight_hh=(weight_hh, TENSOR), bias_ih=(bias_ih, OPTIONAL_TENSOR),
+            bias_hh=(bias_hh, OPTIONAL_TENSOR), candidate=(candidate, (str,)), grad_clip=(grad_clip, OPTIONAL_NUMBER),
+        ) from None  # fmt: skip
 
 
 def gru_cell(
@@ -129,8 +143,12 @@ def gru_cell(
         >>> lect11ext.functional.gru_cell(torch.randn(3, 5), h, torch.randn(12, 5), torch.randn(12, 4)).shape
         torch.Size([3, 4])
     """
-    dim = input.dim()
-    if dim != 2 or h.dim() != 2:
+    try:
+        dim = input.dim()
+        batched = dim == 2 and h.dim() == 2
+    except AttributeError as error:
+        raise wrong_type(error, input=(input, TENSOR), h=(h, TENSOR)) from None
+    if not batched:
         _check_input("gru_cell", input)
         _check_state("gru_cell", "h", h, dim)
         return gru_cell(
@@ -139,4 +157,11 @@ def gru_cell(
         ).squeeze(0)  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.lect11ext.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)[0]
-    return _C.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)
+    try:
+        return _C.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)
+    except TypeError as error:
+        raise wrong_type(
+            error, weight_ih=(weight_ih, TENSOR), weight_hh=(weight_hh, TENSOR), bias_ih=(bias_ih, OPTIONAL_TENSOR),
+            bias_hh=(bias_hh, OPTIONAL_TENSOR), reset_after=(reset_after, (bool,)),
+            grad_clip=(grad_clip, OPTIONAL_NUMBER),
+        ) from None  # fmt: skip

@@ -95,5 +95,5 @@ def gaussian_rsample_kl(
     elif reduction == "sum":
         kl = kl.sum()
     elif reduction == "batchmean":
-        kl = kl.sum() / mean.size(0)
+        kl = kl.sum() / max(mean.size(0), 1)
     return z.to(out_dtype), kl

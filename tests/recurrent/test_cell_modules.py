@@ -157,7 +157,8 @@ X, H, W, U, B = (torch.zeros(s) for s in ((3, 5), (3, 7), (28, 5), (28, 7), (28,
         ((X, (H[:2], H), W, U), ValueError, r"h must have shape \[3, 7\].*got \[2, 7\]"),
         ((X, (H, H[:, :6]), W, U), ValueError, r"c must have shape \[3, 7\]"),
         ((X, (H, H), W[:27], U), ValueError, r"weight_ih must have shape \[28, 5\].*got \[27, 5\]"),
-        ((X, (H, H), W[:, :4], U), ValueError, r"weight_ih must have shape \[28, 5\]"),
+        ((X[:, :4], (H, H), W, U), ValueError, "input must have input_size columns, as weight_ih has: 5, but got 4"),
+        ((X, (H[:, :6], H), W, U), ValueError, "h must have hidden_size columns, as weight_hh has: 7, but got 6"),
         ((X, (H, H), W, U[:, :6]), ValueError, r"weight_hh must have shape \[28, 7\]"),
         ((X, (H, H), W[0], U), ValueError, "weight_ih must be 2-D, but got 1-D"),
         ((X, (H, H), W, U, B[:27]), ValueError, r"bias_ih must have shape \[28\].*got \[27\]"),
@@ -180,6 +181,41 @@ def test_errors_name_the_argument(arguments: Any, error: type[Exception], messag
     cut = w[:21] if w.size(0) == 28 or w.dim() == 1 else w[:20]
     with pytest.raises(error, match=message.replace("28", "21").replace("27", "20")):
         functional.gru_cell(x, h, cut if w.dim() == 2 else w, u[:21], *biases)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, [1.0], "input must be a Tensor, but got list"),
+        (0, None, "input must be a Tensor, but got NoneType"),
+        (1, 3, "h must be a Tensor, but got int"),
+        (2, None, "weight_ih must be a Tensor, but got NoneType"),
+        (3, 1.5, "weight_hh must be a Tensor, but got float"),
+        (4, "b", "bias_ih must be a Tensor or None, but got str"),
+        (5, 0, "bias_hh must be a Tensor or None, but got int"),
+    ],
+)
+def test_wrong_python_types_are_named(position: int, value: Any, message: str) -> None:
+    arguments: list[Any] = [X, H, W, U, B, B]
+    arguments[position] = value
+    with pytest.raises(TypeError, match=message):
+        functional.lstm_cell(arguments[0], (arguments[1], H), *arguments[2:])
+    arguments = [X, H, W[:21], U[:21], B[:21], B[:21]]
+    arguments[position] = value
+    with pytest.raises(TypeError, match=message):
+        functional.gru_cell(*arguments)
+
+
+def test_wrong_types_of_options_are_named() -> None:
+    for state in (None, H, (H, H, H), 3):
+        with pytest.raises(TypeError, match=r"state must be \(h, c\), two tensors, but got"):
+            functional.lstm_cell(X, state, W, U)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="candidate must be a str, but got NoneType"):
+        functional.lstm_cell(X, (H, H), W, U, candidate=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="grad_clip must be a float or an int or None, but got str"):
+        functional.lstm_cell(X, (H, H), W, U, grad_clip="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="reset_after must be a bool, but got str"):
+        functional.gru_cell(X, H, W[:21], U[:21], reset_after="no")  # type: ignore[arg-type]
 
 
 def test_errors_of_options() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
@@ -53,6 +55,49 @@ def test_values_and_gradients(variant: str, shape: tuple[int, int, int], dtype: 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_wide_products(variant: str) -> None:
+    """Where the backward's products take wide blocks: one block of rows, at least four of 256 columns."""
+    for shape in [(32, 1040, 70), (17, 70, 1040), (100, 1100, 40)]:
+        check(cell(functional, variant), cell(reference, variant), operands(variant, *shape, torch.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    variant=st.sampled_from(list(VARIANTS)),
+    batch=st.integers(0, 20),
+    inputs=st.integers(0, 70),
+    hidden=st.integers(0, 70),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(
+    variant: str, batch: int, inputs: int, hidden: int, bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    args = operands(variant, batch, inputs, hidden, dtype, bias=bias)
+    check(cell(functional, variant), cell(reference, variant), args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [*range(1, 36), 63, 64, 65, 127, 129, 255, 257, 511, 513])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_size(variant: str, hidden: int, dtype: torch.dtype, capability: str) -> None:
+    for batch in (*range(1, 15), 31, 97, 193):
+        check(cell(functional, variant), cell(reference, variant), operands(variant, batch, hidden, hidden, dtype))
+
+
+def test_strides_beyond_32_bits() -> None:
+    room = torch.empty(2**31 + 2**16, dtype=torch.bfloat16)  # only the pages that are touched take memory
+    args = [a.detach() for a in operands("lstm", 2, 5, 4, torch.bfloat16)]
+    x = room.as_strided((2, 5), (2**31 + 11, 1)).copy_(args[0])
+    weight = room.as_strided((16, 5), (2**27 + 3, 1), 64).copy_(args[3])
+    far = functional.lstm_cell(x, (args[1], args[2]), weight, *args[4:])
+    near = functional.lstm_cell(args[0], (args[1], args[2]), *args[3:])
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_capability(variant: str, dtype: torch.dtype, capability: str) -> None:
     for shape in [(1, 33, 17), (2, 5, 40), (9, 64, 33), (30, 100, 20)]:
         check(cell(functional, variant), cell(reference, variant), operands(variant, *shape, dtype))
@@ -67,8 +112,8 @@ def test_without_biases(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_bias_alone(variant: str) -> None:
     args = operands(variant, 3, 5, 7, torch.float32)
-    for given in ((args[-2], None), (None, args[-1])):
-        check(cell(functional, variant), cell(reference, variant), [*args[:-2], *given])
+    for biases in ((args[-2], None), (None, args[-1])):
+        check(cell(functional, variant), cell(reference, variant), [*args[:-2], *biases])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
