@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from .._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_INT, OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from .._load import _C
@@ -72,7 +73,7 @@ def gaussian_rsample_kl(
         low, high = (None, None) if logvar_range is None else logvar_range
     except (TypeError, ValueError):
         raise TypeError(f"logvar_range must be (low, high), but got {logvar_range!r}") from None
-    if torch.compiler.is_compiling() or in_functorch():
+    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(mean, logvar):
         if key is None:
             key = philox_key(mean, mean.numel() * (1 if num_samples is None else num_samples), generator)
         return torch.ops.lect11ext.gaussian_rsample_kl(
