@@ -28,9 +28,9 @@ void Products::add(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c
   args.c = c.mutable_data_ptr();
   args.dtype = dtype_of(b, "matrix");
   args.accumulate = accumulate;
-  // Wide blocks where B is read only once and two blocks a thread remain.
+  // Wide blocks where two a thread remain.
   args.columns = kWide;
-  if (args.m > kProductRows || product_blocks(args) < 2 * at::get_num_threads()) args.columns = kNarrow;
+  if (product_blocks(args) < 2 * at::get_num_threads()) args.columns = kNarrow;
   held_.append({a, rows.held, c});
   products_.push_back(args);
   multiply_adds_ += args.m * args.n * args.k;

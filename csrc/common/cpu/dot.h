@@ -141,10 +141,12 @@ inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row
   for (int p = 0; p < count; ++p) {
     const RowProduct<S>& product = products[p];
     const S *w[R], *x[B];
+    w[0] = product.weight + first_row * product.weight_stride;
+    x[0] = product.x + first_x * product.x_stride;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w[r] = product.weight + std::min(first_row + r, rows - 1) * product.weight_stride;
+    for (int r = 1; r < R; ++r) w[r] = w[r - 1] + (first_row + r < rows ? product.weight_stride : 0);
 #pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) x[b] = product.x + (first_x + b) * product.x_stride;
+    for (int b = 1; b < B; ++b) x[b] = x[b - 1] + product.x_stride;
     const int64_t whole = product.size - product.size % Loader::kElements;
     const auto step = [&](auto load) {
       typename Loader::Loaded wide[R];

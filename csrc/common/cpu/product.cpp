@@ -12,8 +12,9 @@ constexpr int kTileRows = 6, kTileVectors = 4;
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
-// Depth of a packed panel, narrow or wide: 64 and 128 KiB of floats, a part of a second-level cache.
-constexpr int64_t kNarrowDepth = 256, kWideDepth = 128;
+// Depth of a packed panel: narrow and wide ones are 32 and 128 KiB of floats, a part of a second-level cache. A panel's
+// sums start from zero and are then added up, which keeps their error that of sums of this length.
+constexpr int64_t kDepth = 128;
 // From this many rows on a panel of B is copied, dense and converted, before it is used: fewer do not repay the copy.
 constexpr int64_t kRowsWorthPacking = 12;
 
@@ -45,9 +46,7 @@ void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) {
-      acc[m][v] = add ? Vec<C>::loadu(out + m * out_stride + v * kLanes<C>) : Vec<C>(C(0));
-    }
+    for (int v = 0; v < kTileVectors; ++v) acc[m][v] = Vec<C>(C(0));
   }
   for (int64_t k = 0; k < depth; ++k, line += line_stride) {
     Vec<C> row[kTileVectors];
@@ -64,7 +63,10 @@ void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) acc[m][v].store(out + m * out_stride + v * kLanes<C>);
+    for (int v = 0; v < kTileVectors; ++v) {
+      C* to = out + m * out_stride + v * kLanes<C>;
+      (add ? acc[m][v] + Vec<C>::loadu(to) : acc[m][v]).store(to);
+    }
   }
 }
 
@@ -98,9 +100,9 @@ template <class S>
 void product(const Product& args, int64_t begin, int64_t end) {
   using C = Compute<S>;
   static_assert(kNarrow % kTileColumns<C> == 0 && kWide % kTileColumns<C> == 0);
-  alignas(64) C panel[std::max(kNarrowDepth * kNarrow, kWideDepth * kWide)];
+  alignas(64) C panel[kDepth * kWide];
   alignas(64) C sums[kProductRows * kWide];
-  const int64_t width = args.columns, max_depth = width == kWide ? kWideDepth : kNarrowDepth;
+  const int64_t width = args.columns;
   const int64_t blocks = (args.n + width - 1) / width;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first_row = item / blocks * kProductRows, first_column = item % blocks * width;
@@ -117,14 +119,14 @@ void product(const Product& args, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; ++r) convert(c + r * args.n, sums + r * width, columns);
     }
     const bool pack = !direct || rows >= kRowsWorthPacking;
-    for (int64_t k = 0; k == 0 || k < args.k; k += max_depth) {
-      const int64_t depth = std::min(max_depth, args.k - k);
+    for (int64_t k = 0; k == 0 || k < args.k; k += kDepth) {
+      const int64_t depth = std::min(kDepth, args.k - k);
       const C* source = reinterpret_cast<const C*>(b + k * args.b_stride);
       if (pack) {
         for (int64_t d = 0; d < depth; ++d) convert(b + (k + d) * args.b_stride, panel + d * width, columns);
       }
       // The next panel: further down, or the first of the next columns.
-      const S* next = b + (k + max_depth < args.k ? (k + max_depth) * args.b_stride : width);
+      const S* next = b + (k + kDepth < args.k ? (k + kDepth) * args.b_stride : width);
       Ahead ahead{reinterpret_cast<const char*>(next), args.b_stride * static_cast<int64_t>(sizeof(S))};
       const int lines = pack ? kTileColumns<C> * sizeof(S) / kLineBytes : 0;
       for (int64_t v = 0; v < columns; v += kTileColumns<C>, ahead.line += kTileColumns<C> * sizeof(S)) {
