@@ -3,6 +3,7 @@
 // A call through here costs 2 µs less than one through torch.ops; under torch.compile the wrappers take torch.ops.
 #include <torch/extension.h>
 
+#include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/capability.h"
 #include "common/random_ops.h"
@@ -22,8 +23,13 @@ std::tuple<at::Tensor, at::Tensor> draw_gaussian_rsample_kl(
     const std::optional<at::Generator>& generator, const OptionalTensor& key) {
   std::optional<c10::SymInt> samples;
   if (num_samples.has_value()) samples = *num_samples;
-  const at::Tensor used =
-      key.has_value() ? *key : philox_key(mean, mean.sym_numel() * num_samples.value_or(1), generator);
+  at::Tensor used = key.value_or(at::Tensor());
+  if (!key.has_value()) {
+    gaussian::Inputs{mean,    logvar,    prior_mean, prior_logvar, used,
+                     samples, free_bits, logvar_min, logvar_max,   gaussian::parse_reduction(reduction)}
+        .check_operands();
+    used = philox_key(mean, mean.sym_numel() * num_samples.value_or(1), generator);
+  }
   return gaussian_rsample_kl(mean, logvar, prior_mean, prior_logvar, used, samples, free_bits, logvar_min, logvar_max,
                              reduction);
 }
@@ -47,7 +53,11 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace lect11ext;
   using NoGil = py::call_guard<py::gil_scoped_release>;
-  m.def("gaussian_rsample_kl", &draw_gaussian_rsample_kl, NoGil());
+  m.def("gaussian_rsample_kl", &draw_gaussian_rsample_kl, NoGil(), py::arg("mean"), py::arg("logvar"),
+        py::arg("prior_mean"), py::arg("prior_logvar"),
+        py::arg("num_samples").noconvert(),  // a fraction is no number of samples
+        py::arg("free_bits"), py::arg("logvar_min"), py::arg("logvar_max"), py::arg("reduction"), py::arg("generator"),
+        py::arg("key"));
   m.def(
       "philox_key",
       [](const at::Tensor& like, int64_t numel, const std::optional<at::Generator>& generator) {

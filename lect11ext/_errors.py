@@ -18,9 +18,11 @@ _WORDS = {NoneType: "None", Tensor: "a Tensor", float: "a float", int: "an int",
 
 
 def wrong_type(error: Exception, **arguments: tuple[object, tuple[type, ...]]) -> Exception:
-    """A TypeError that names the first argument that is not of its types; ``error`` itself where all of them are."""
+    """An error that names the first argument of another type or out of range; ``error`` itself where there is none."""
     for name, (value, types) in arguments.items():
         if not isinstance(value, types):
             words = " or ".join(_WORDS.get(t, f"a {t.__name__}") for t in types)
             return TypeError(f"{name} must be {words}, but got {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return ValueError(f"{name} must fit in 64 bits, but got {value:.3g}")
     return error

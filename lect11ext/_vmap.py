@@ -42,7 +42,7 @@ def _fold(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
     if x is None:
         return None
     x = x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _cell(op: Callable[..., Any], rows: Sequence[int], shared: Sequence[int]) -> Rule:
@@ -73,7 +73,7 @@ def _cell_backward(op: Callable[..., Any], rows: Sequence[int], shared: Sequence
     return rule
 
 
-def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any) -> tuple[Any, Any]:
+def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any = None) -> tuple[Any, Any]:
     """One key for all samples with randomness="same"; with "different" offsets ceil(numel / 4) apart."""
     op = torch.ops.lect11ext.philox_key
     if info.randomness == "error":

@@ -38,7 +38,10 @@ std::tuple<Tensor, Tensor> meta_forward(const Inputs& in) {
           at::empty_symint(in.kl_size(), in.mean.options().dtype(in.compute_dtype()))};
 }
 
-Gradients meta_backward(const OptionalTensor&, const OptionalTensor&, const Inputs& in, std::array<bool, 4> mask) {
+Gradients meta_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Inputs& in,
+                        std::array<bool, 4> mask) {
+  in.check();
+  in.check_gradients(grad_z, grad_kl);
   const auto like = [](bool wanted, const Tensor& t) {
     return wanted ? at::empty_symint(t.sym_sizes(), t.options()) : Tensor();
   };
@@ -157,14 +160,13 @@ std::tuple<Tensor, Tensor> kernel_forward(const Inputs& in) {
 Gradients kernel_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Inputs& in,
                           std::array<bool, 4> mask) {
   in.check();
+  in.check_gradients(grad_z, grad_kl);
   GaussianBackward args{};
   Held held;
   const Tensor weights = autograd::defined(grad_kl) ? expand_grad_kl(*grad_kl, in) : Tensor();
   describe(in, weights, &args.grad_kl, args, held);
   Operand sampled{autograd::tensor_or_none(grad_z), &args.grad_z};
   if (sampled.tensor.defined()) {
-    TORCH_CHECK_VALUE(sampled.tensor.sym_sizes().equals(in.z_size()), "grad_z must have the shape of z, but got ",
-                      sampled.tensor.sym_sizes());
     set_views(sampled.tensor.sizes(), args.grad_z_shape, {&sampled});
   }
   args.grad_kl_scale =

@@ -78,19 +78,22 @@ Gradients composite_backward(const OptionalTensor& grad_z, const OptionalTensor&
   if (autograd::defined(grad_kl)) {
     Tensor w = expand_grad_kl(grad_kl->to(type), in);
     if (in.reduction == Reduction::BatchMean) w = w / at::Scalar(in.mean.sym_size(0).max(1));
-    if (in.free_bits > 0) w = w * (t.kl >= in.free_bits).to(type);
+    // By selection, as torch.clamp has it: a product with zero would be NaN where a factor is infinite.
+    const auto active = [&](const Tensor& grad) {
+      return in.free_bits > 0 ? at::where(t.kl >= in.free_bits, grad, at::zeros_like(grad)) : grad;
+    };
     const Tensor precision = in.has_prior() ? t.precision_root * t.precision_root : Tensor();
-    const Tensor d_mean = in.has_prior() ? w * t.u * precision : w * t.u;
-    const Tensor d_logvar = w * at::expm1(t.d) * 0.5;
+    const Tensor d_mean = active(in.has_prior() ? w * t.u * precision : w * t.u);
+    const Tensor d_logvar = active(w * at::expm1(t.d) * 0.5);
     mean = add(mean, d_mean);
     logvar = add(logvar, d_logvar);
     if (in.has_prior()) {
       prior_mean = -d_mean;
-      prior_logvar = -(d_logvar + w * t.u * t.u * precision * 0.5);
+      prior_logvar = -(d_logvar + active(w * t.u * t.u * precision * 0.5));
     }
   }
   if (in.clamps() && logvar.defined()) {
-    logvar = logvar * (in.logvar.to(type) == t.logvar).to(type);
+    logvar = at::where(in.logvar.to(type) == t.logvar, logvar, at::zeros_like(logvar));
   }
   const auto finish = [](bool wanted, const Tensor& grad, const Tensor& like) {
     if (!wanted) return Tensor();

@@ -68,6 +68,12 @@ struct Inputs {
   }
 
   void check() const {
+    check_operands();
+    check_key(key, mean.device());
+  }
+
+  // All but the key, so that a call that fails draws none.
+  void check_operands() const {
     for (const auto& [name, tensor] : {std::pair("mean", &mean), std::pair("logvar", &logvar)}) {
       TORCH_CHECK_TYPE(is_kernel_dtype(tensor->scalar_type()), name,
                        " must be float32, float64, bfloat16 or float16, but got ", tensor->scalar_type());
@@ -83,7 +89,6 @@ struct Inputs {
       check_prior("prior_mean", *prior_mean);
       check_prior("prior_logvar", *prior_logvar);
     }
-    check_key(key, mean.device());
     TORCH_CHECK_VALUE(!num_samples.has_value() || *num_samples >= 1, "num_samples must be at least 1, but got ",
                       *num_samples);
     TORCH_CHECK_VALUE(free_bits >= 0, "free_bits must be nonnegative, but got ", free_bits);
@@ -92,6 +97,18 @@ struct Inputs {
                       ", ", logvar_max.value_or(INFINITY), ")");
     TORCH_CHECK_VALUE(mean.dim() > 0 || reduction == Reduction::None || reduction == Reduction::Sum,
                       "mean must have at least one dimension for this reduction, but got a scalar");
+  }
+
+  // Incoming gradients of the outputs, where defined.
+  void check_gradients(const OptionalTensor& grad_z, const OptionalTensor& grad_kl) const {
+    if (autograd::defined(grad_z)) {
+      check_shape("grad_z", grad_z->sym_sizes(), z_size(), "that of z");
+      check_same_device({{"mean", &mean}, {"grad_z", &*grad_z}});
+    }
+    if (autograd::defined(grad_kl)) {
+      check_shape("grad_kl", grad_kl->sym_sizes(), kl_size(), "that of kl");
+      check_same_device({{"mean", &mean}, {"grad_kl", &*grad_kl}});
+    }
   }
 
  private:

@@ -20,11 +20,17 @@
 namespace lect11ext {
 namespace {
 
+void check_numel(const c10::SymInt& numel) {
+  TORCH_CHECK_VALUE(numel >= 0, "numel must be nonnegative, but got ", numel);
+}
+
 at::Tensor philox_key_meta(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
+  check_numel(numel);
   return at::empty({2}, like.options().dtype(at::kLong));
 }
 
 at::Tensor philox_key_cpu(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
+  check_numel(numel);
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   uint64_t seed;
   {
@@ -38,16 +44,23 @@ at::Tensor philox_key_cpu(const at::Tensor& like, c10::SymInt numel, const std::
   return key;
 }
 
+void check_normal(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
+  check_key(key, key.device());
+  TORCH_CHECK_TYPE(is_kernel_dtype(dtype), "dtype must be float32, float64, bfloat16 or float16, but got ", dtype);
+  for (const auto& n : size) TORCH_CHECK_VALUE(n >= 0, "size must be nonnegative, but got ", size);
+}
+
 at::Tensor philox_normal_meta(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
+  check_normal(key, size, dtype);
   return at::empty_symint(size, key.options().dtype(dtype));
 }
 
 PhiloxNormal describe(const at::Tensor& key, const at::Tensor& out) {
-  check_key(key, out.device());
   return {key.const_data_ptr<int64_t>(), out.mutable_data_ptr(), dtype_of(out, "dtype"), out.numel()};
 }
 
 at::Tensor philox_normal_cpu(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
+  check_normal(key, size, dtype);
   at::Tensor out = empty_output(C10_AS_INTARRAYREF_SLOW(size), key.options().dtype(dtype));
   const at::Tensor dense = key.contiguous();
   const PhiloxNormal args = describe(dense, out);
@@ -58,6 +71,7 @@ at::Tensor philox_normal_cpu(const at::Tensor& key, c10::SymIntArrayRef size, at
 #ifdef LECT11EXT_WITH_CUDA
 
 at::Tensor philox_key_cuda(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
+  check_numel(numel);
   const c10::cuda::CUDAGuard guard(like.device());
   auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(like.get_device()));
@@ -84,6 +98,7 @@ at::Tensor philox_key_cuda(const at::Tensor& like, c10::SymInt numel, const std:
 }
 
 at::Tensor philox_normal_cuda(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
+  check_normal(key, size, dtype);
   const c10::cuda::CUDAGuard guard(key.device());
   at::Tensor out = at::empty_symint(size, key.options().dtype(dtype));
   const at::Tensor dense = key.contiguous();

@@ -64,11 +64,11 @@ void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor
                   const std::optional<at::Tensor>& bias_hh, int64_t gates) {
   constexpr int64_t kUnits = 16;
   check_rows(input, h);
-  const int64_t hidden = h.size(1), blocks = (hidden + kUnits - 1) / kUnits;
+  const c10::SymInt hidden = h.sym_size(1), blocks = (hidden + kUnits - 1) / kUnits;
   TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
                    "input must be float32 or float64 where the weights are packed, but got ", input.scalar_type());
   for (const auto& [name, packed, size] :
-       {std::tuple("packed_ih", &packed_ih, input.size(1)), std::tuple("packed_hh", &packed_hh, hidden)}) {
+       {std::tuple("packed_ih", &packed_ih, input.sym_size(1)), std::tuple("packed_hh", &packed_hh, hidden)}) {
     check_shape(name, packed->sym_sizes(), {blocks, gates, size, kUnits}, "blocks, gates, size, units");
     check_same_type(name, *packed, input);
     TORCH_CHECK_VALUE(packed->is_contiguous(), name, " must be contiguous");
@@ -81,6 +81,13 @@ void check_state(const char* name, const at::Tensor& state, const CellInputs& in
   check_shape(name, state.sym_sizes(), {in.batch(), in.hidden()}, "batch of input, hidden_size");
   check_same_type(name, state, in.input);
   check_same_device({{"input", &in.input}, {name, &state}});
+}
+
+void check_rows_of(const char* name, const at::Tensor& tensor, const CellInputs& in, const c10::SymInt& columns,
+                   bool any_type) {
+  check_shape(name, tensor.sym_sizes(), {in.batch(), columns}, "batch of input, units");
+  if (!any_type) check_same_type(name, tensor, in.input);
+  check_same_device({{"input", &in.input}, {name, &tensor}});
 }
 
 Rows::Rows(const at::Tensor& matrix) : held(with_unit_columns(matrix)) {

@@ -24,6 +24,11 @@ struct CellInputs {
 // The cells' types are equal, except that autograd may hand over gradients of another: throws unless they are.
 void check_state(const char* name, const at::Tensor& state, const CellInputs& in);
 
+// Throws unless `tensor` has the rows of the batch, `columns` columns, and input's device; and its type, but for a
+// gradient (`any_type`), which is converted.
+void check_rows_of(const char* name, const at::Tensor& tensor, const CellInputs& in, const c10::SymInt& columns,
+                   bool any_type = false);
+
 // The same for weights in packed blocks, which are dense [blocks, gates, I or H, 16].
 void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor& packed_ih,
                   const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih,

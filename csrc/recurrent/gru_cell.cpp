@@ -41,7 +41,8 @@ Outputs meta_forward(const Inputs& in, bool save_gates) {
           save_gates ? at::empty_symint({in.batch(), in.hidden() * in.kept()}, options) : Tensor()};
 }
 
-Gradients meta_backward(const Tensor&, const Inputs& in, const Tensor&, const Mask& mask) {
+Gradients meta_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
+  in.check_backward(grad_h, gates);
   const auto like = [&](bool wanted, const OptionalTensor& t) {
     return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
   };
@@ -116,17 +117,16 @@ Tensor cpu_packed(const Tensor& input, const Tensor& h, const Tensor& packed_ih,
                              bias_ih, bias_hh, reset_after, /*save_gates=*/false));
 }
 
-Tensor meta_packed(const Tensor& input, const Tensor& h, const Tensor&, const Tensor&, const OptionalTensor&,
-                   const OptionalTensor&, bool) {
+Tensor meta_packed(const Tensor& input, const Tensor& h, const Tensor& packed_ih, const Tensor& packed_hh,
+                   const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool) {
+  recurrent::check_packed(input, h, packed_ih, packed_hh, bias_ih, bias_hh, /*gates=*/3);
   return at::empty_symint(h.sym_sizes(), input.options());
 }
 
 // The backward is the same on both devices, but for how its elementwise stages are launched.
 template <class Launch>
 Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask, Launch launch) {
-  in.check();
-  TORCH_CHECK_VALUE(gates.dim() == 2, "gates must be 2-D (was the forward called with save_gates?), but got ",
-                    gates.dim(), "-D");
+  in.check_backward(grad_h, gates);
   const int64_t batch = in.input.size(0), H = in.h.size(1);
   const auto storage = in.input.scalar_type();
   const auto options = in.input.options().dtype(recurrent::grad_pre_type(in.input));

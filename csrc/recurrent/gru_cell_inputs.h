@@ -35,6 +35,15 @@ struct Inputs : recurrent::CellInputs {
 
   // Blocks of H columns that the forward keeps: r, z, n, and for "reset after" the state's part of n.
   int64_t kept() const { return reset_after ? 4 : 3; }
+
+  // What a backward is given beside the inputs.
+  void check_backward(const Tensor& grad_h, const Tensor& gates) const {
+    check();
+    recurrent::check_rows_of("grad_h", grad_h, *this, hidden(), /*any_type=*/true);
+    TORCH_CHECK_VALUE(gates.dim() == 2, "gates must be 2-D (was the forward called with save_gates?), but got ",
+                      gates.dim(), "-D");
+    recurrent::check_rows_of("gates", gates, *this, hidden() * kept());
+  }
 };
 
 // The schema's argument list, shared by all registrations of the two ops.

@@ -43,8 +43,9 @@ Outputs meta_forward(const Inputs& in, bool save_gates) {
           save_gates ? at::empty_symint({in.batch(), in.hidden() * 4}, options) : Tensor()};
 }
 
-Gradients meta_backward(const OptionalTensor&, const OptionalTensor&, const Inputs& in, const Tensor&, const Tensor&,
-                        const Mask& mask) {
+Gradients meta_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
+                        const Tensor& gates, const Tensor& c_out, const Mask& mask) {
+  in.check_backward(grad_h, grad_c, gates, c_out);
   const auto like = [&](bool wanted, const OptionalTensor& t) {
     return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
   };
@@ -106,21 +107,31 @@ Outputs cpu_forward(const Inputs& in, bool save_gates) {
                  in.bias_hh, in.sigmoid_candidate, save_gates);
 }
 
-std::tuple<Tensor, Tensor> cpu_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih,
-                                      const Tensor& packed_hh, const OptionalTensor& bias_ih,
-                                      const OptionalTensor& bias_hh, c10::string_view candidate) {
+void check_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih,
+                  const Tensor& packed_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                  c10::string_view candidate) {
   recurrent::check_packed(input, h, packed_ih, packed_hh, bias_ih, bias_hh, /*gates=*/4);
   check_shape("c", c.sym_sizes(), h.sym_sizes(), "that of h");
   TORCH_CHECK_TYPE(c.scalar_type() == input.scalar_type(), "c must have the type of input, ", input.scalar_type(),
                    ", but got ", c.scalar_type());
+  check_same_device({{"input", &input}, {"c", &c}});
+  check_candidate(candidate);
+}
+
+std::tuple<Tensor, Tensor> cpu_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih,
+                                      const Tensor& packed_hh, const OptionalTensor& bias_ih,
+                                      const OptionalTensor& bias_hh, c10::string_view candidate) {
+  check_packed(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
   auto [h_out, c_out, gates] =
       run_cpu(input, h, c, {packed_ih.const_data_ptr(), packed_hh.const_data_ptr(), 0, 0, /*packed=*/true}, bias_ih,
               bias_hh, candidate == "sigmoid", /*save_gates=*/false);
   return {h_out, c_out};
 }
 
-std::tuple<Tensor, Tensor> meta_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor&,
-                                       const Tensor&, const OptionalTensor&, const OptionalTensor&, c10::string_view) {
+std::tuple<Tensor, Tensor> meta_packed(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih,
+                                       const Tensor& packed_hh, const OptionalTensor& bias_ih,
+                                       const OptionalTensor& bias_hh, c10::string_view candidate) {
+  check_packed(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
   return {at::empty_symint(h.sym_sizes(), input.options()), at::empty_symint(h.sym_sizes(), input.options())};
 }
 
@@ -131,9 +142,7 @@ struct Pointwise {
 template <class Launch>
 Pointwise gates_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
                          const Tensor& gates, const Tensor& c_out, bool needs_c, Launch launch) {
-  in.check();
-  TORCH_CHECK_VALUE(gates.dim() == 2, "gates must be 2-D (was the forward called with save_gates?), but got ",
-                    gates.dim(), "-D");
+  in.check_backward(grad_h, grad_c, gates, c_out);
   const int64_t batch = in.input.size(0), hidden = in.h.size(1);
   const auto options = in.input.options();
   const auto type = recurrent::grad_pre_type(in.input);

@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/autograd.h"
 #include "recurrent/cell_common.h"
 
 namespace lect11ext::lstm_cell_op {
@@ -19,6 +20,11 @@ using OptionalTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Mask = std::array<bool, 7>;
+
+inline void check_candidate(c10::string_view candidate) {
+  TORCH_CHECK_VALUE(candidate == "tanh" || candidate == "sigmoid", "candidate must be 'tanh' or 'sigmoid', but got '",
+                    candidate, "'");
+}
 
 struct Inputs : recurrent::CellInputs {
   const Tensor& c;
@@ -32,14 +38,26 @@ struct Inputs : recurrent::CellInputs {
         c(c),
         sigmoid_candidate(candidate == "sigmoid"),
         clip(grad_clip.value_or(INFINITY)) {
-    TORCH_CHECK_VALUE(candidate == "tanh" || candidate == "sigmoid", "candidate must be 'tanh' or 'sigmoid', but got '",
-                      candidate, "'");
+    check_candidate(candidate);
     TORCH_CHECK_VALUE(clip >= 0, "grad_clip must be nonnegative, but got ", clip);
   }
 
   void check() const {
     CellInputs::check();
     recurrent::check_state("c", c, *this);
+  }
+
+  // What a backward is given beside the inputs.
+  void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
+                      const Tensor& c_out) const {
+    check();
+    for (const auto& [name, grad] : {std::pair("grad_h", &grad_h), std::pair("grad_c", &grad_c)}) {
+      if (autograd::defined(*grad)) recurrent::check_rows_of(name, **grad, *this, hidden(), /*any_type=*/true);
+    }
+    TORCH_CHECK_VALUE(gates.dim() == 2, "gates must be 2-D (was the forward called with save_gates?), but got ",
+                      gates.dim(), "-D");
+    recurrent::check_rows_of("gates", gates, *this, hidden() * 4);
+    recurrent::check_rows_of("c_out", c_out, *this, hidden());
   }
 };
 

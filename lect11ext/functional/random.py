@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from .._errors import OPTIONAL_GENERATOR, TENSOR, wrong_type
 from .._load import _C
 
 
@@ -43,7 +46,12 @@ def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = Non
         return torch.ops.lect11ext.philox_key(like, numel, generator)
     if in_functorch():
         return _philox_key_vmap(like, numel, generator)
-    return _C.philox_key(like, numel, generator)
+    try:
+        return _C.philox_key(like, numel, generator)
+    except TypeError as error:
+        raise wrong_type(
+            error, like=(like, TENSOR), numel=(numel, (int,)), generator=(generator, OPTIONAL_GENERATOR)
+        ) from None
 
 
 def _philox_key_vmap(like: Tensor, numel: int, generator: torch.Generator | None) -> Tensor:
@@ -68,8 +76,9 @@ def _philox_key_vmap(like: Tensor, numel: int, generator: torch.Generator | None
     key = torch.ops.lect11ext.philox_key(device, 4 * blocks * samples, generator)
     stride = blocks
     for level, size in levels:
-        step = torch.arange(size, dtype=torch.int64, device=like.device) * stride
-        offsets = torch.stack([torch.zeros_like(step), step], 1)
+        with temporarily_clear_interpreter_stack():  # inner levels must not wrap what belongs to this one
+            step = torch.arange(size, dtype=torch.int64, device=like.device) * stride
+            offsets = torch.stack([torch.zeros_like(step), step], 1)
         key = key + _functorch._add_batch_dim(offsets, 0, level)
         stride *= size
     return key
@@ -90,7 +99,7 @@ def philox_normal(size: Sequence[int], key: Tensor, *, dtype: torch.dtype = torc
 
     Raises:
         TypeError: ``key`` is not int64, or ``dtype`` not one of the four.
-        ValueError: ``key`` does not have the shape [2].
+        ValueError: ``key`` does not have the shape [2], or ``size`` a negative number.
 
     Example::
 
@@ -99,4 +108,11 @@ def philox_normal(size: Sequence[int], key: Tensor, *, dtype: torch.dtype = torc
         >>> lect11ext.functional.philox_normal((3,), key).dtype
         torch.float32
     """
-    return torch.ops.lect11ext.philox_normal(key, list(size), dtype)
+    try:
+        shape = [operator.index(n) for n in size]
+    except TypeError:
+        raise TypeError(f"size must be a sequence of ints, but got {size!r}") from None
+    for name, value, kind in (("key", key, Tensor), ("dtype", dtype, torch.dtype)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, but got {type(value).__name__}")
+    return torch.ops.lect11ext.philox_normal(key, shape, dtype)

@@ -51,6 +51,14 @@ class GaussianLatent(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if reduction not in ("none", "sum_latent", "batchmean", "sum"):
+            raise ValueError(
+                f"reduction must be one of 'none', 'sum_latent', 'batchmean', 'sum', but got {reduction!r}"
+            )
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, but got {num_samples}")
+        if not free_bits >= 0:
+            raise ValueError(f"free_bits must be nonnegative, but got {free_bits}")
         self.mean = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.logvar = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.num_samples = num_samples

@@ -22,14 +22,14 @@ class _Cell(nn.RNNCellBase):
 
     _gates: int
     _packed: tuple[Tensor, Tensor] | None = None
-    _packed_from: tuple[Tensor, Tensor] | None = None
+    _packed_from: tuple[int, int] | None = None  # addresses
 
     def prepack(self) -> Self:
         """Lays the weights out for inference on the CPU, and returns the module.
 
         Steps taken while grad is off then read the packed copy, which for a batch of one is faster; while grad is on
-        it is ignored. ``train()``, ``load_state_dict()``, ``.to()`` and the like, ``deepcopy`` and pickling drop it,
-        and so does another tensor in the place of a weight. **Writing into a weight in place leaves it stale**:
+        it is ignored. ``train()``, ``load_state_dict()``, ``reset_parameters()``, ``.to()`` and the like,
+        ``deepcopy`` and pickling drop it, and so does other memory in the place of a weight's. **Writing into a weight in place leaves it stale**:
         ``p.data.copy_()`` changes neither a tensor's address nor its version, so no module could notice. Call
         ``prepack()`` again after that.
 
@@ -41,7 +41,7 @@ class _Cell(nn.RNNCellBase):
         if ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64):
             with torch.no_grad():
                 self._packed = (_pack(ih, self._gates), _pack(hh, self._gates))
-            self._packed_from = (ih, hh)
+            self._packed_from = (ih.data_ptr(), hh.data_ptr())
         return self
 
     def _unpack(self) -> None:
@@ -49,9 +49,11 @@ class _Cell(nn.RNNCellBase):
 
     def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
         """The packed weights, if this step may use them."""
-        if torch.is_grad_enabled() or input.dim() != 2 or input.size(0) != 1 or input.dtype != ih.dtype:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
-        if self._packed_from is None or ih is not self._packed_from[0] or hh is not self._packed_from[1]:
+        if input.shape != (1, self.input_size) or input.dtype != ih.dtype:
+            return None
+        if (ih.data_ptr(), hh.data_ptr()) != self._packed_from:
             return None  # torch.func.functional_call, or an assignment
         return self._packed
 
@@ -59,6 +61,10 @@ class _Cell(nn.RNNCellBase):
         if mode:
             self._unpack()
         return super().train(mode)
+
+    def reset_parameters(self) -> None:
+        self._unpack()
+        super().reset_parameters()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._unpack()
@@ -80,8 +86,9 @@ def _pack(weight: Tensor, gates: int) -> Tensor:
     """``[gates · H, K] → [blocks, gates, K, 16]``: what 16 hidden units need of a gate is one stream."""
     rows, size = weight.shape
     hidden = rows // gates
-    padded = nn.functional.pad(weight.view(gates, hidden, size), (0, 0, 0, -hidden % _UNITS))
-    return padded.view(gates, -1, _UNITS, size).permute(1, 0, 3, 2).contiguous()
+    padding = -hidden % _UNITS
+    padded = nn.functional.pad(weight.view(gates, hidden, size), (0, 0, 0, padding))
+    return padded.view(gates, (hidden + padding) // _UNITS, _UNITS, size).permute(1, 0, 3, 2).contiguous()
 
 
 class LSTMCell(_Cell):
@@ -122,7 +129,7 @@ class LSTMCell(_Cell):
         if candidate not in ("tanh", "sigmoid"):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
         self.candidate = candidate
-        self.grad_clip = grad_clip
+        self.grad_clip = _checked_clip(grad_clip)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step; ``hx`` is ``(h, c)``."""
@@ -131,7 +138,7 @@ class LSTMCell(_Cell):
             hx = (zeros, zeros)
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
-        if packed is not None:
+        if packed is not None and len(hx) == 2 and _are_rows(*hx):
             return _packed_op("lstm_cell_packed")(input, *hx, *packed, b_ih, b_hh, self.candidate)
         return lstm_cell(input, hx, ih, hh, b_ih, b_hh, candidate=self.candidate, grad_clip=self.grad_clip)
 
@@ -173,7 +180,7 @@ class GRUCell(_Cell):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         self.reset_after = reset_after
-        self.grad_clip = grad_clip
+        self.grad_clip = _checked_clip(grad_clip)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step; ``hx`` is h."""
@@ -181,7 +188,7 @@ class GRUCell(_Cell):
             hx = _zero_state(self, input)
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
-        if packed is not None:
+        if packed is not None and _are_rows(hx):
             return _packed_op("gru_cell_packed")(input, hx, *packed, b_ih, b_hh, self.reset_after)
         return gru_cell(input, hx, ih, hh, b_ih, b_hh, reset_after=self.reset_after, grad_clip=self.grad_clip)
 
@@ -192,14 +199,26 @@ class GRUCell(_Cell):
 def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     # From the dictionary: four look-ups through Module.__getattr__ take longer than a small step.
     p = cell._parameters
-    if len(p) == 4:
+    try:
         return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]  # type: ignore[return-value]
-    # Parametrised (weight_norm, …): the attribute is computed.
-    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+    except KeyError:  # weight_norm, pruning, …: the attribute is computed
+        return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+
+
+def _are_rows(*states: Tensor) -> bool:
+    return all(isinstance(state, Tensor) and state.dim() == 2 for state in states)
 
 
 def _zero_state(cell: nn.RNNCellBase, input: Tensor) -> Tensor:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, but got {type(input).__name__}")
     return torch.zeros(*input.shape[:-1], cell.hidden_size, dtype=input.dtype, device=input.device)
+
+
+def _checked_clip(grad_clip: float | None) -> float | None:
+    if grad_clip is not None and not grad_clip >= 0:
+        raise ValueError(f"grad_clip must be nonnegative, but got {grad_clip}")
+    return grad_clip
 
 
 def _extra(**arguments: tuple[object, object]) -> str:

@@ -221,23 +221,30 @@ void backward(const GaussianBackward& args, int64_t begin, int64_t end) {
     const bool stream_logvar = args.streams && grad_logvar != staged_logvar && can_stream(grad_logvar);
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const auto e = tile.template element<PriorGiven>(i);
-      Vec<T> d_mean = zero, d_logvar = zero, w = zero;
+      Vec<T> d_mean = zero, d_logvar = zero, d_prior_mean = zero, d_prior_logvar = zero;
       if (sampled) {
         d_mean = Vec<T>::loadu(sum.plain + i);
         d_logvar = half * e.scale * Vec<T>::loadu(sum.noisy + i);
       }
       if (diverges) {
-        w = scale * Vec<T>::loadu(weight + i);
-        if (raises) w = Vec<T>::blendv(zero, w, e.kl >= free_bits);
-        d_mean = at::vec::fmadd(w, e.d_mean, d_mean);
-        d_logvar = at::vec::fmadd(w, e.d_logvar, d_logvar);
+        const Vec<T> w = scale * Vec<T>::loadu(weight + i);
+        // A selection, not a product with zero, which is NaN where the other factor is infinite.
+        const Vec<T> active = e.kl >= free_bits;
+        const auto weighted = [&](Vec<T> d) { return raises ? Vec<T>::blendv(zero, w * d, active) : w * d; };
+        const Vec<T> by_mean = weighted(e.d_mean);
+        d_mean = d_mean + by_mean;
+        d_logvar = d_logvar + weighted(e.d_logvar);
+        if constexpr (PriorGiven) {
+          d_prior_mean = by_mean.neg();
+          d_prior_logvar = weighted(e.d_prior_logvar);
+        }
       }
       if (clamps) d_logvar = Vec<T>::blendv(zero, d_logvar, e.inside);
       if (args.grad_mean != nullptr) store(d_mean, grad_mean + i, stream_mean);
       if (args.grad_logvar != nullptr) store(d_logvar, grad_logvar + i, stream_logvar);
       if constexpr (PriorGiven) {
-        if (args.grad_prior_mean != nullptr) (w * e.d_mean).neg().store(grad_prior_mean + i);
-        if (args.grad_prior_logvar != nullptr) (w * e.d_prior_logvar).store(grad_prior_logvar + i);
+        if (args.grad_prior_mean != nullptr) d_prior_mean.store(grad_prior_mean + i);
+        if (args.grad_prior_logvar != nullptr) d_prior_logvar.store(grad_prior_logvar + i);
       }
     }
     if (args.grad_mean != nullptr) flush<T>(args.grad_mean, args.grad_mean_dtype, start, n, grad_mean, staged_mean);

@@ -283,18 +283,20 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven)
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     const Element<T> e = operands.template at<PriorGiven>(args, i);
-    T w = T(0);
     d_mean[i] = plain[i];
+    d_prior_mean[i] = d_prior_logvar[i] = T(0);
     d_logvar[i] = sampled ? T(0.5) * e.scale * noisy[i] : T(0);
-    if (diverges) {
-      w = T(args.grad_kl_scale) * weight[i];
-      if (args.free_bits > 0 && !(e.kl >= T(args.free_bits))) w = T(0);
+    // Skipped, not weighted by zero, which makes NaN of an infinite factor.
+    if (diverges && (args.free_bits <= 0 || e.kl >= T(args.free_bits))) {
+      const T w = T(args.grad_kl_scale) * weight[i];
       d_mean[i] = std::fma(w, e.d_mean, d_mean[i]);
       d_logvar[i] = std::fma(w, e.d_logvar, d_logvar[i]);
+      if constexpr (PriorGiven) {
+        d_prior_mean[i] = -(w * e.d_mean);
+        d_prior_logvar[i] = w * e.d_prior_logvar;
+      }
     }
     if (!e.inside) d_logvar[i] = T(0);
-    d_prior_mean[i] = -(w * e.d_mean);
-    d_prior_logvar[i] = w * e.d_prior_logvar;
   }
   if (args.grad_mean != nullptr) Access::store(args.grad_mean, args.grad_mean_dtype, first, quad, d_mean);
   if (args.grad_logvar != nullptr) Access::store(args.grad_logvar, args.grad_logvar_dtype, first, quad, d_logvar);
