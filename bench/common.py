@@ -24,6 +24,7 @@ ROUND_SECONDS = 0.01  # an implementation's turn takes about this long, or one c
 # Before a turn: OpenMP threads of the implementation before it spin for some milliseconds, and slow down whoever shares
 # their core.
 PAUSE_SECONDS = 0.02
+LARGE_BLOCK = 2**24
 MIN_ROUND = 100e-6  # a round shorter than this is mostly clock: several calls make one
 
 Call = Callable[[], Any]
@@ -59,6 +60,9 @@ def _prepared(workload: Workload) -> dict[str, tuple[Call, int, int]]:
     """Implementations of one workload, warmed up and compared, each with its rounds and calls a round."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+    # glibc returns freed memory to the system at once until it has freed a larger block; a program that has run for a
+    # while has. Without this every call of the first workloads would fault its outputs in again.
+    torch.zeros(LARGE_BLOCK, dtype=torch.uint8)
     calls = workload.make()
     results = {name: call() for name, call in calls.items()}
     if workload.check:

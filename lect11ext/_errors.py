@@ -24,5 +24,5 @@ def wrong_type(error: Exception, **arguments: tuple[object, tuple[type, ...]]) -
             words = " or ".join(_WORDS.get(t, f"a {t.__name__}") for t in types)
             return TypeError(f"{name} must be {words}, but got {type(value).__name__}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return ValueError(f"{name} must fit in 64 bits, but got {value:.3g}")
+            return ValueError(f"{name} must fit in 64 bits, but got one of {value.bit_length() + 1}")
     return error

@@ -28,10 +28,10 @@ class _Cell(nn.RNNCellBase):
         """Lays the weights out for inference on the CPU, and returns the module.
 
         Steps taken while grad is off then read the packed copy, which for a batch of one is faster; while grad is on
-        it is ignored. ``train()``, ``load_state_dict()``, ``reset_parameters()``, ``.to()`` and the like,
-        ``deepcopy`` and pickling drop it, and so does other memory in the place of a weight's. **Writing into a weight in place leaves it stale**:
-        ``p.data.copy_()`` changes neither a tensor's address nor its version, so no module could notice. Call
-        ``prepack()`` again after that.
+        it is ignored. ``train()``, ``load_state_dict()``, ``reset_parameters()``, ``.to()`` and the like, ``deepcopy``
+        and pickling drop it, and so does other memory in the place of a weight's. **Writing into a weight in place
+        leaves it stale**: ``p.data.copy_()`` changes neither a tensor's address nor its version, so no module could
+        notice. Call ``prepack()`` again after that.
 
         Only float32 and float64 weights on the CPU are packed. Rows of the 16-bit types are already in the order that
         their instructions want, and on CUDA the products are cuBLAS's; there it does nothing.

@@ -193,6 +193,21 @@ def test_free_bits_have_no_gradient_below() -> None:
     assert mean.grad.tolist() == [[0.0, 2.0]]
 
 
+def test_no_gradient_where_a_factor_is_infinite() -> None:
+    """Zero times infinity is not NaN: priors so narrow that the KL's slopes overflow, unused or below the free bits."""
+    mean = torch.ones(2, 3, requires_grad=True)
+    prior_mean, prior_logvar = torch.zeros(3, requires_grad=True), torch.full((3,), -89.0, requires_grad=True)
+    z, _ = functional.gaussian_rsample_kl(mean, mean, prior_mean=prior_mean, prior_logvar=prior_logvar, key=KEY)
+    for create_graph in (False, True):
+        grads = torch.autograd.grad(z.sum(), [prior_mean, prior_logvar], retain_graph=True, create_graph=create_graph)
+        assert all(torch.equal(g, torch.zeros(3)) for g in grads)
+    logvar = torch.tensor([[float("nan"), 3.0, 0.0]], requires_grad=True)
+    z, _ = functional.gaussian_rsample_kl(torch.zeros(1, 3), logvar, logvar_range=(-1, 1), key=KEY)
+    for create_graph in (False, True):
+        (slope,) = torch.autograd.grad(z.sum(), logvar, retain_graph=True, create_graph=create_graph)
+        assert slope[0, 0] == 0 and slope[0, 1] == 0 and slope[0, 2] != 0
+
+
 def test_types_of_the_results() -> None:
     for dtype, kl_dtype in [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2]:
         t = torch.zeros(2, 3, dtype=dtype)
@@ -239,6 +254,7 @@ def test_strides_beyond_32_bits() -> None:
         ({"mean": [1.0]}, "mean must be a Tensor, but got list"),
         ({"logvar": None}, "logvar must be a Tensor, but got NoneType"),
         ({"prior_mean": 0.0, "prior_logvar": 0.0}, "prior_mean must be a Tensor or None, but got float"),
+        ({"num_samples": torch.tensor(2.5)}, "num_samples must be an int or None, but got Tensor"),
         ({"num_samples": 2.5}, "num_samples must be an int or None, but got float"),
         ({"free_bits": None}, "free_bits must be a float or an int, but got NoneType"),
         ({"logvar_range": 3}, r"logvar_range must be \(low, high\), but got 3"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import hessian, jacfwd, jacrev, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from lect11ext import functional, nn, reference
 
@@ -35,6 +35,33 @@ def test_vmap_randomness() -> None:
     blocks = (3 * 7 + 3) // 4
     for i in range(5):
         assert torch.equal(z[i], sample(mean[i], logvar[i], key=key + torch.tensor([0, i * blocks]))[0])
+
+
+def test_randomness_under_nested_transforms() -> None:
+    """Draws without a key where a derivative stands inside or outside vmap."""
+
+    def z(x: torch.Tensor) -> torch.Tensor:
+        return sample(x, x)[0]
+
+    zeros = torch.zeros(3, 4)
+    per_sample = vmap(grad(lambda x: z(x).sum()), randomness="different")(zeros)  # 1 + ε/2
+    assert per_sample.unique().numel() == 12
+    same = vmap(grad(lambda x: z(x).sum()), randomness="same")(zeros)
+    assert torch.equal(same, same[:1].expand_as(same))
+    assert jacfwd(z, randomness="different")(zeros[0]).shape == (4, 4)
+    nested = vmap(grad(lambda x: vmap(z, randomness="different")(x).sum()), randomness="different")(zeros[..., None])
+    assert nested.unique().numel() == 12
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_compiled_vmap_draws_as_the_eager_one(randomness: str) -> None:
+    def draw(x: torch.Tensor) -> torch.Tensor:
+        return vmap(lambda y: sample(y, y)[0], randomness=randomness)(x)
+
+    torch.manual_seed(0)
+    eager = draw(torch.zeros(3, 4))
+    torch.manual_seed(0)
+    assert torch.equal(torch.compile(draw, fullgraph=True, backend="aot_eager")(torch.zeros(3, 4)), eager)
 
 
 def test_vmap_with_a_key() -> None:

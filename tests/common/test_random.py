@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from scipy import stats
@@ -11,6 +13,7 @@ from lect11ext import functional, reference
 from lect11ext.functional import gaussian_rsample_kl, philox_key, philox_normal
 from lect11ext.reference.autoencoder import philox_words
 
+KEY = torch.tensor([1, 2])
 KEYS = [(0, 0), (7, 0), (2**32 + 5, 2**32 - 2), (-1, -3), (2**63 - 1, -(2**63)), (123456789, 10**12)]
 
 
@@ -120,3 +123,31 @@ def test_errors() -> None:
     assert functional.philox_normal((0, 3), torch.tensor([1, 2])).shape == (0, 3)
     strided = torch.tensor([[1, 0], [2, 0]])[:, 0]
     assert torch.equal(functional.philox_normal((3,), strided), functional.philox_normal((3,), torch.tensor([1, 2])))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: philox_key(None, 3), TypeError, "like must be a Tensor, but got NoneType"),
+        (lambda: philox_key(torch.empty(0), 2.5), TypeError, "numel must be an int, but got float"),
+        (lambda: philox_key(torch.empty(0), -1), ValueError, "numel must be nonnegative, but got -1"),
+        (lambda: philox_key(torch.empty(0), 1, 5), TypeError, "generator must be a Generator or None, but got int"),
+        (lambda: philox_normal(3, KEY), TypeError, "size must be a sequence of ints, but got 3"),
+        (lambda: philox_normal((2.5,), KEY), TypeError, "size must be a sequence of ints"),
+        (lambda: philox_normal((-3,), KEY), ValueError, "size must be nonnegative"),
+        (lambda: philox_normal((3,), None), TypeError, "key must be a Tensor, but got NoneType"),
+        (lambda: philox_normal((3,), KEY, dtype="float32"), TypeError, "dtype must be a dtype, but got str"),
+        (lambda: philox_normal((3,), KEY.to("meta"), dtype=torch.int32), TypeError, "dtype must be float32"),
+        (lambda: philox_normal((3,), torch.zeros(5, dtype=torch.int64, device="meta")), ValueError, "key must have"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_call_that_fails_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="logvar must have shape"):
+        gaussian_rsample_kl(torch.zeros(2), torch.zeros(3))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -143,3 +143,10 @@ def test_compiled_autograd_is_refused_with_a_sentence() -> None:
         torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
     ):
         cell(torch.randn(2, 3))[0].sum().backward()
+
+
+def test_vmap_over_an_input_without_columns() -> None:
+    out = vmap(lambda x: functional.gru_cell(x, torch.zeros(3, 4), torch.zeros(12, 0), torch.zeros(12, 4)))(
+        torch.zeros(2, 3, 0)
+    )
+    assert out.shape == (2, 3, 4)
