@@ -8,8 +8,8 @@
 namespace lect11ext::recurrent {
 namespace {
 
-void check_matrix(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.dim() == 2, name, " must be 2-D, but got ", tensor.dim(), "-D");
+void check_matrix(const char* name, const at::Tensor& tensor, int64_t rank = 2) {
+  TORCH_CHECK_VALUE(tensor.dim() == rank, name, " must be ", rank, "-D, but got ", tensor.dim(), "-D");
 }
 
 void check_same_type(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
@@ -27,12 +27,12 @@ void check_biases(const at::Tensor& input, const std::optional<at::Tensor>& bias
   }
 }
 
-void check_rows(const at::Tensor& input, const at::Tensor& h) {
+void check_rows(const at::Tensor& input, const at::Tensor& h, int64_t rank = 2) {
   TORCH_CHECK_TYPE(is_kernel_dtype(input.scalar_type()),
                    "input must be float32, float64, bfloat16 or float16, but got ", input.scalar_type());
-  check_matrix("input", input);
+  check_matrix("input", input, rank);
   check_matrix("h", h);
-  check_shape("h", h.sym_sizes(), {input.sym_size(0), h.sym_size(1)}, "batch of input, hidden_size");
+  check_shape("h", h.sym_sizes(), {input.sym_size(-2), h.sym_size(1)}, "batch of input, hidden_size");
   check_same_type("h", h, input);
   check_same_device({{"input", &input}, {"h", &h}});
 }
@@ -40,7 +40,7 @@ void check_rows(const at::Tensor& input, const at::Tensor& h) {
 }  // namespace
 
 void CellInputs::check() const {
-  check_rows(input, h);
+  check_rows(input, h, rank);
   check_matrix("weight_ih", weight_ih);
   check_matrix("weight_hh", weight_hh);
   const c10::SymInt rows = hidden() * gates;
@@ -50,9 +50,9 @@ void CellInputs::check() const {
                     "h must have hidden_size columns, as weight_hh has: ", columns, ", but got ", hidden());
   check_shape("weight_hh", weight_hh.sym_sizes(), {rows, hidden()}, "gates * hidden_size, hidden_size");
   check_shape("weight_ih", weight_ih.sym_sizes(), {rows, weight_ih.sym_size(1)}, "gates * hidden_size, input_size");
-  TORCH_CHECK_VALUE(input.sym_size(1) == weight_ih.sym_size(1),
+  TORCH_CHECK_VALUE(input.sym_size(-1) == weight_ih.sym_size(1),
                     "input must have input_size columns, as weight_ih has: ", weight_ih.sym_size(1), ", but got ",
-                    input.sym_size(1));
+                    input.sym_size(-1));
   check_same_type("weight_ih", weight_ih, input);
   check_same_type("weight_hh", weight_hh, input);
   check_same_device({{"input", &input}, {"weight_ih", &weight_ih}, {"weight_hh", &weight_hh}});

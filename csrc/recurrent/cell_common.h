@@ -13,8 +13,9 @@ struct CellInputs {
   const at::Tensor &weight_ih, &weight_hh;
   const std::optional<at::Tensor>&bias_ih, &bias_hh;
   int64_t gates;
+  int64_t rank = 2;  // of input: 3 where its first dimension is time
 
-  c10::SymInt batch() const { return input.sym_size(0); }
+  c10::SymInt batch() const { return input.sym_size(-2); }
   c10::SymInt hidden() const { return h.sym_size(1); }
 
   // Throws unless shapes, types and devices fit together.

@@ -4,6 +4,6 @@ Same names, same arguments and same meaning as in :mod:`lect11ext.functional`, a
 """
 
 from .autoencoder import gaussian_rsample_kl, philox_normal
-from .recurrent import gru_cell, lstm_cell
+from .recurrent import gru_cell, gru_layer, lstm_cell, lstm_layer
 
-__all__ = ["gaussian_rsample_kl", "gru_cell", "lstm_cell", "philox_normal"]
+__all__ = ["gaussian_rsample_kl", "gru_cell", "gru_layer", "lstm_cell", "lstm_layer", "philox_normal"]

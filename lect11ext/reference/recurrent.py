@@ -1,7 +1,8 @@
-"""LSTM and GRU cell steps in plain PyTorch."""
+"""LSTM and GRU, cell steps and layers, in plain PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,3 +78,72 @@ def gru_cell(
     h_n = r * linear(h, w_n, b_n) if reset_after else linear(r * h, w_n, b_n)
     n = (x_n + h_n).tanh()
     return _clip_gradient(z * h + (1 - z) * n, grad_clip)
+
+
+def lstm_layer(
+    input: Tensor,
+    state: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    candidate: str = "tanh",
+    grad_clip: float | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One LSTM layer in one direction over ``input`` ``[T, B, I]``: the outputs of all steps, and the last state."""
+
+    def step(x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+        return lstm_cell(x, (states[0], states[1]), *weights, candidate=candidate, grad_clip=grad_clip)
+
+    output, (h, c) = _unroll(step, input, state, lengths, reset, reverse)
+    return output, (h, c)
+
+
+def gru_layer(
+    input: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    grad_clip: float | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One GRU layer in one direction over ``input`` ``[T, B, I]``: the outputs of all steps, and the last state."""
+
+    def step(x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (gru_cell(x, states[0], weight_ih, weight_hh, bias_ih, bias_hh, grad_clip=grad_clip),)
+
+    output, (last,) = _unroll(step, input, (h,), lengths, reset, reverse)
+    return output, last
+
+
+def _unroll(
+    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    input: Tensor,
+    states: tuple[Tensor, ...],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All steps of a cell. Rows keep their state, and give zero, from their length on; ``reset`` restarts a row."""
+    steps, batch = input.shape[:2]
+    outputs: list[Tensor] = [states[0]] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        active = torch.ones(batch, dtype=torch.bool, device=input.device) if lengths is None else lengths > t
+        if reset is not None:
+            restart = (reset[t] & active).unsqueeze(-1)
+            states = tuple(torch.where(restart, torch.zeros_like(s), s) for s in states)
+        new = step(input[t], states)
+        mask = active.unsqueeze(-1)
+        outputs[t] = torch.where(mask, new[0], torch.zeros_like(new[0]))
+        states = tuple(torch.where(mask, a, b) for a, b in zip(new, states, strict=True))
+    return torch.stack(outputs) if outputs else input.new_zeros(0, batch, states[0].size(-1)), states

@@ -1,0 +1,164 @@
+"""Layers: the recurrence over all steps, in one direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lect11ext import reference
+from tests.helpers import ONE_STEP, assert_within_rule, check, flat
+
+KINDS = ["lstm", "gru"]
+SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (4, 1, 9, 33), (3, 9, 17, 64), (6, 2, 3, 130), (2, 40, 5, 17)]
+EMPTY = [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0)]
+
+
+def ours(kind: str, **options: Any) -> Callable[..., Any]:
+    """The op as a function of tensors alone: input, h, (c,) weights, biases."""
+    op = getattr(torch.ops.lect11ext, f"{kind}_layer")
+    return lambda *args: op(*args, **options)
+
+
+def plain(kind: str, **options: Any) -> Callable[..., Any]:
+    if kind == "gru":
+        return lambda *args: reference.gru_layer(*args, **options)
+
+    def lstm(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        output, state = reference.lstm_layer(x, (h, c), *weights, **options)
+        return output, *state
+
+    return lstm
+
+
+def operands(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype, grad: bool = False) -> list[Tensor]:
+    steps, batch, inputs, hidden = shape
+    gates, states = (4, 2) if kind == "lstm" else (3, 1)
+    sizes = [(steps, batch, inputs)] + [(batch, hidden)] * states
+    sizes += [(gates * hidden, inputs), (gates * hidden, hidden), (gates * hidden,), (gates * hidden,)]
+    return [(torch.randn(s) * 0.4).to(dtype).requires_grad_(grad) for s in sizes]
+
+
+def variants(steps: int, batch: int) -> list[dict[str, Any]]:
+    lengths = torch.randint(0, steps + 1, (batch,))
+    reset = torch.rand(steps, batch) < 0.3
+    masks: list[dict[str, Any]] = [{}, {"lengths": lengths}, {"reset": reset}, {"lengths": lengths, "reset": reset}]
+    return [{**m, "reverse": reverse} for m in masks for reverse in (False, True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    args = operands(kind, shape, dtype)
+    for options in variants(*shape[:2]):
+        # The same rule as for a cell, along the chain: the errors of the steps add up.
+        check(ours(kind, **options), plain(kind, **options), args, ONE_STEP * max(1, shape[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_capability(kind: str, capability: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for shape in [(3, 2, 5, 40), (2, 9, 33, 17)]:
+            args = operands(kind, shape, dtype)
+            for options in variants(*shape[:2]):
+                check(ours(kind, **options), plain(kind, **options), args, ONE_STEP * shape[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_order(kind: str) -> None:
+    args = operands(kind, (3, 2, 2, 3), torch.float64, grad=True)
+    for options in variants(3, 2):
+        assert torch.autograd.gradcheck(ours(kind, **options), args, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(ours(kind), args)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_torch_nn(kind: str, bias: bool) -> None:
+    steps, batch, inputs, hidden = 11, 5, 9, 48
+    module = getattr(torch.nn, kind.upper())(inputs, hidden, bias=bias)
+    x, h, c = torch.randn(steps, batch, inputs), torch.randn(1, batch, hidden), torch.randn(1, batch, hidden)
+    weights = [*module.all_weights[0], None, None][:4]
+    with torch.no_grad():
+        output, state = module(x, (h, c) if kind == "lstm" else h)
+        states = [h[0], c[0]] if kind == "lstm" else [h[0]]
+        got = ours(kind)(x, *states, *weights)
+        exact = plain(kind)(*[None if a is None else a.double() for a in (x, *states, *weights)])
+    for a, b, wide in zip(got, [output, *(s[0] for s in flat(state))], exact, strict=True):
+        assert_within_rule(a, b, wide, ONE_STEP * steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts(kind: str) -> None:
+    """Batch first is read and written without a copy; other strides are copied; slices of weights are read in place."""
+    args = operands(kind, (6, 4, 8, 32), torch.float32)
+    expected = ours(kind)(*args)
+    batch_first = args[0].transpose(0, 1).contiguous().transpose(0, 1)
+    got = ours(kind)(batch_first, *args[1:])
+    assert got[0].transpose(0, 1).is_contiguous()
+    wide = torch.randn(6, 4, 16)[..., ::2].copy_(args[0])
+    states = 2 if kind == "lstm" else 1
+    weights = [torch.cat([w, w], 1)[:, : w.size(1)] for w in args[1 + states : 3 + states]]
+    for other in (got, ours(kind)(wide, *args[1:]), ours(kind)(*args[: 1 + states], *weights, *args[3 + states :])):
+        for a, b in zip(other, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bits_for_any_number_of_threads(kind: str) -> None:
+    args = operands(kind, (7, 3, 64, 256), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            # The input product is the BLAS's, whose bits may depend on threads: here it is exact.
+            results.append(ours(kind)(torch.zeros_like(args[0]), *args[1:]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str) -> None:
+    op = getattr(torch.ops.lect11ext, f"{kind}_layer").default
+    for grad in (False, True):
+        args = operands(kind, (3, 2, 4, 5), torch.float32, grad)
+        torch.library.opcheck(op, (*args, torch.tensor([3, 1]), torch.rand(3, 2) < 0.5))
+
+
+def test_a_long_sequence_does_not_drift() -> None:
+    args = operands("lstm", (10_000, 1, 3, 20), torch.float32)
+    exact = plain("lstm")(*[a.double() for a in args])
+    for a, b in zip(ours("lstm")(*args), exact, strict=True):
+        assert (a.double() - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.zeros(3, 4)}, ValueError, "input must be 3-D, but got 2-D"),
+        ({1: torch.zeros(3, 5)}, ValueError, r"h must have shape \[2, 5\]"),
+        ({2: torch.zeros(2, 6)}, ValueError, r"c must have shape \[2, 5\]"),
+        ({2: torch.zeros(2, 5).double()}, TypeError, "c must have the type of input"),
+        ({3: torch.zeros(20, 3)}, ValueError, "input must have input_size columns, as weight_ih has: 3, but got 4"),
+        ({4: torch.zeros(20, 4)}, ValueError, r"weight_hh must have shape \[20, 5\]"),
+        ({5: torch.zeros(19)}, ValueError, r"bias_ih must have shape \[20\]"),
+        ({7: torch.tensor([1, 2, 3])}, ValueError, r"lengths must have shape \[2\]"),
+        ({7: torch.tensor([1.0, 2.0])}, TypeError, "lengths must be int64"),
+        ({8: torch.zeros(2, 3, dtype=torch.bool)}, ValueError, r"reset must have shape \[3, 2\]"),
+        ({8: torch.zeros(3, 2)}, TypeError, "reset must be bool"),
+        ({9: "relu"}, ValueError, "candidate must be 'tanh' or 'sigmoid', but got 'relu'"),
+        ({10: -1.0}, ValueError, "grad_clip must be nonnegative, but got -1"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[int, Any], error: type[Exception], message: str) -> None:
+    args: list[Any] = [*operands("lstm", (3, 2, 4, 5), torch.float32), None, None, "tanh", None]
+    for position, value in change.items():
+        args[position] = value
+    with pytest.raises(error, match=message):
+        torch.ops.lect11ext.lstm_layer(*args)
