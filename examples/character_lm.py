@@ -91,7 +91,7 @@ def run(steps: int, seed: int) -> Result:
             schedule.step()
             # The next chunk goes on from here, but its gradient does not reach back across this line.
             state = state[0].detach(), state[1].detach()
-            return float(loss)
+            return loss.item()
 
         return step
 

@@ -114,7 +114,7 @@ def run(steps: int, seed: int) -> Result:
             loss.backward()
             optimizer.step()
             schedule.step()
-            return float(loss)
+            return loss.item()
 
         return step
 
