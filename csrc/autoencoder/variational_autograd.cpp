@@ -27,6 +27,10 @@ struct Terms {
   Tensor kl;                    // per element, before free bits
 };
 
+// `clamped`, with a slope of one where it equals x and of zero elsewhere. at::clamp's slope at its bounds was one up to
+// torch 2.13 and is zero since; types of few bits often lie on a bound.
+Tensor inside_or(const Tensor& x, const Tensor& clamped) { return at::where(x == clamped, x, clamped.detach()); }
+
 Terms composite_terms(const Inputs& in) {
   const auto type = in.compute_dtype();
   Terms t;
@@ -34,7 +38,7 @@ Terms composite_terms(const Inputs& in) {
   t.logvar = in.logvar.to(type);
   if (in.clamps()) {
     const auto bound = [](std::optional<double> b) { return b ? std::optional<at::Scalar>(*b) : std::nullopt; };
-    t.logvar = at::clamp(t.logvar, bound(in.logvar_min), bound(in.logvar_max));
+    t.logvar = inside_or(t.logvar, at::clamp(t.logvar, bound(in.logvar_min), bound(in.logvar_max)));
   }
   t.root = at::exp(t.logvar * 0.5);
   t.u = t.mean;
@@ -56,7 +60,7 @@ Tensor composite_noise(const Inputs& in) { return philox_normal(in.key, in.z_siz
 std::tuple<Tensor, Tensor> composite_forward(const Inputs& in) {
   const Terms t = composite_terms(in);
   const Tensor z = (t.mean + t.root * composite_noise(in)).to(in.z_dtype());
-  Tensor kl = in.free_bits > 0 ? at::clamp(t.kl, in.free_bits) : t.kl;
+  Tensor kl = in.free_bits > 0 ? inside_or(t.kl, at::clamp(t.kl, in.free_bits)) : t.kl;
   if (in.reduction == Reduction::SumLatent) kl = kl.sum(-1);
   if (in.reduction == Reduction::Sum || in.reduction == Reduction::BatchMean) kl = kl.sum();
   if (in.reduction == Reduction::BatchMean) kl = kl / at::Scalar(in.mean.sym_size(0).max(1));

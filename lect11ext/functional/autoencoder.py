@@ -41,7 +41,8 @@ def gaussian_rsample_kl(
         num_samples: K draws a row; z gets a leading axis K (also for K = 1), kl does not.
         free_bits: nats an element; smaller elements of the KL are raised to it, before the reduction, and have no
             gradient.
-        logvar_range: ``(low, high)``; ``logvar`` is clamped to it first, as by ``torch.clamp``.
+        logvar_range: ``(low, high)``; ``logvar`` is clamped to it first, as by ``torch.clamp``; the slope is one on a
+            bound and zero beyond.
         reduction: of the KL. ``"sum_latent"`` sums over the last dimension, ``"batchmean"`` sums everything and
             divides by ``mean.size(0)`` (an empty batch gives 0), ``"sum"`` sums everything, ``"none"`` leaves the
             elements.

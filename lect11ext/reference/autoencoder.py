@@ -49,6 +49,11 @@ def philox_normal(
     return (out if exact else out.to(dtype)).to(key.device)
 
 
+def _inside_or(x: Tensor, clamped: Tensor) -> Tensor:
+    # The slope on a bound is one; torch.clamp's own was one up to torch 2.13 and is zero since.
+    return torch.where(x == clamped, x, clamped.detach())
+
+
 def gaussian_rsample_kl(
     mean: Tensor,
     logvar: Tensor,
@@ -74,7 +79,7 @@ def gaussian_rsample_kl(
     compute = torch.promote_types(compute, torch.float32)
     m, v = mean.to(compute), logvar.to(compute)
     if logvar_range is not None:
-        v = v.clamp(*logvar_range)
+        v = _inside_or(v, v.clamp(*logvar_range))
     shape = m.shape if num_samples is None else (num_samples, *m.shape)
     if noise is None and key is not None:
         noise = philox_normal(shape, key, dtype=compute)
@@ -89,7 +94,7 @@ def gaussian_rsample_kl(
         d = v - q
         kl = (((m - p) * (-q / 2).exp()).square() + d.expm1() - d) / 2
     if free_bits > 0:
-        kl = kl.clamp_min(free_bits)
+        kl = _inside_or(kl, kl.clamp_min(free_bits))
     if reduction == "sum_latent":
         kl = kl.sum(-1)
     elif reduction == "sum":
