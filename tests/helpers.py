@@ -13,6 +13,11 @@ def flat(out: Any) -> list[Tensor]:
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
+def room(elements: int, dtype: torch.dtype) -> Tensor:
+    """Memory of which only the pages that are touched exist: torch.empty would poison all of it."""
+    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(elements * dtype.itemsize)).view(elements)
+
+
 def double(args: Sequence[Any]) -> list[Any]:
     """The same inputs in float64, as leaves of their own."""
     return [a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import ONE_STEP, assert_within_rule, flat
+from tests.helpers import ONE_STEP, assert_within_rule, flat, room
 from tests.helpers import check as check_rule
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (7, 16, 16), (1, 64, 64), (5, 33, 17), (13, 31, 130), (32, 70, 48), (100, 20, 65)]
@@ -91,10 +91,10 @@ def test_every_size(variant: str, hidden: int, dtype: torch.dtype, capability: s
 
 
 def test_strides_beyond_32_bits() -> None:
-    room = torch.empty(2**31 + 2**16, dtype=torch.bfloat16)  # only the pages that are touched take memory
+    space = room(2**31 + 2**16, torch.bfloat16)
     args = [a.detach() for a in operands("lstm", 2, 5, 4, torch.bfloat16)]
-    x = room.as_strided((2, 5), (2**31 + 11, 1)).copy_(args[0])
-    weight = room.as_strided((16, 5), (2**27 + 3, 1), 64).copy_(args[3])
+    x = space.as_strided((2, 5), (2**31 + 11, 1)).copy_(args[0])
+    weight = space.as_strided((16, 5), (2**27 + 3, 1), 64).copy_(args[3])
     far = functional.lstm_cell(x, (args[1], args[2]), weight, *args[4:])
     near = functional.lstm_cell(args[0], (args[1], args[2]), *args[3:])
     assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
