@@ -12,6 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
+import lect11ext
+from lect11ext._load import _C
+
 from .ceilings import CEILINGS
 
 FAMILIES = ["autoencoder", "recurrent"]
@@ -74,11 +79,20 @@ def main() -> int:
     status = subprocess.run(command, env=environment, check=False).returncode
     if status != 0:
         return status
+    if not raw.exists():
+        parser.error(f"no workload's name contains {args.only!r}; names are those of the table of ratios")
     report = json.loads(raw.read_text())
     raw.unlink()
     results = {name: summary(result) for name, result in seconds_by_turn(report).items()}
-    machine = report["machine_info"]["cpu"].get("brand_raw", "")
-    out.write_text(json.dumps({"cpu": machine, "results": results}, indent=1))
+    facts = {
+        "cpu": report["machine_info"]["cpu"].get("brand_raw", ""),
+        "threads": torch.get_num_threads(),
+        "capability": _C.cpu_capability(),
+        "torch": torch.__version__,
+        "lect11ext": lect11ext.__version__,
+        "date": report["datetime"],
+    }
+    out.write_text(json.dumps({**facts, "results": results}, indent=1))
     print(table(results))
     print(f"\nMedians were written to {out}.")
     return 0

@@ -21,12 +21,23 @@ def _is_batched(dim: Any) -> bool:
 
 def _run_each(op: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
     """Calls ``op`` once a sample and stacks what comes back; None stays None."""
-    calls = [
-        op(*(a.select(d, i) if _is_batched(d) else a for a, d in zip(args, in_dims, strict=True))) for i in range(size)
-    ]
+    if size == 0:  # a sample of zeros gives the shapes, and is dropped
+        zeros = [
+            a.new_zeros(a.movedim(d, 0).shape[1:]) if _is_batched(d) else a for a, d in zip(args, in_dims, strict=True)
+        ]
+        return _stack_all([op(*zeros)], 0)
+    return _stack_all([op(*_sample(args, in_dims, i)) for i in range(size)], size)
+
+
+def _sample(args: Sequence[Any], in_dims: Sequence[Any], i: int) -> list[Any]:
+    return [a.select(d, i) if _is_batched(d) else a for a, d in zip(args, in_dims, strict=True)]
+
+
+def _stack_all(calls: Sequence[Any], size: int) -> tuple[Any, Any]:
+    """The first ``size`` calls' outputs, one or several, stacked."""
     if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    outputs = [None if parts[0] is None else torch.stack(parts) for parts in zip(*calls, strict=True)]
+        return torch.stack(list(calls))[:size], 0
+    outputs = [None if parts[0] is None else torch.stack(parts)[:size] for parts in zip(*calls, strict=True)]
     return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
 

@@ -192,7 +192,12 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type here: the arithmetic is in float32 or better whatever comes in.
-TORCH_LIBRARY_IMPL(lect11ext, Autocast, m) {
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
+  m.impl("gaussian_rsample_kl", torch::CppFunction::makeFallthrough());
+  m.impl("gaussian_rsample_kl_backward", torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
   m.impl("gaussian_rsample_kl", torch::CppFunction::makeFallthrough());
   m.impl("gaussian_rsample_kl_backward", torch::CppFunction::makeFallthrough());
 }

@@ -1,4 +1,4 @@
-// Short names for registration, and the parallel loop with which an op runs a CPU kernel.
+// The parallel loop with which an op runs a CPU kernel.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -1,9 +1,9 @@
 // One layer of an LSTM or a GRU (reset after the product) in one direction: the recurrence over all steps.
 //
-//   step s = 0 … T − 1 at time t = s, or T − 1 − s where `reverse`:
-//     sums = pre[t] + h · weight_hhᵀ            [B, G·H]; the gates and the new state follow as in lstm_cell.h,
-//     gru_cell.h rows with t ≥ lengths[b] keep their state and have output zero rows with reset[t][b] start the step
-//     from a state of zero
+//   step s is at time t = s, or T − 1 − s where `reverse`
+//   sums = pre[t] + h · weight_hhᵀ; gates and new state as in lstm_cell.h and gru_cell.h
+//   rows with t ≥ lengths[b] keep their state, and their output is zero
+//   rows with reset[t][b] start the step from a state of zero
 //
 // All threads stay in one parallel region for all steps. Each owns a share of the hidden units, whose rows of weight_hh
 // stay in its caches; after a step they wait for one another at a barrier.

@@ -48,7 +48,7 @@ def gaussian_rsample_kl(
             elements.
         generator: where the key is drawn from, by default the device's default generator.
         key: int64 tensor ``[seed, offset]`` that makes the draw explicit (:func:`philox_key`); then no generator is
-            touched. Pass one under ``torch.compile`` with an explicit generator.
+            touched. ``torch.compile(fullgraph=True)`` takes no generator: draw a key from it outside and pass that.
 
     Returns:
         ``(z, kl)``; z in the promoted type of ``mean`` and ``logvar``, kl in float32, or float64 where any input is.

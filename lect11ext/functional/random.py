@@ -87,7 +87,8 @@ def _philox_key_vmap(like: Tensor, numel: int, generator: torch.Generator | None
 def philox_normal(size: Sequence[int], key: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     r"""Standard normals number 0 … numel − 1 of the stream of ``key``, on the key's device.
 
-    What :func:`gaussian_rsample_kl` draws inside is bit for bit ``philox_normal(z.shape, key)``. The stream is that of
+    What :func:`gaussian_rsample_kl` draws inside is bit for bit ``philox_normal(z.shape, key, dtype=d)``, where d is
+    float64 if mean, logvar or the prior is, else float32. The stream is that of
     docs/random.md: Philox4x32-10 and Box–Muller, the same bits for any number of threads, the same values to rounding
     on every CPU and GPU. ``float64`` takes two words a uniform and is another stream; half types are ``float32``
     rounded. No gradient.

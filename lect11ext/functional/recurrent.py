@@ -31,7 +31,7 @@ def lstm_cell(
     candidate: str = "tanh",
     grad_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""One LSTM step, products and gates in one kernel.
+    r"""One LSTM step: on the CPU products and gates in one kernel, on CUDA cuBLAS and one kernel for the gates.
 
     .. math::
         i, f, o &= \sigma(\cdot), \quad g = \varphi(\cdot) \quad\text{of}\quad
@@ -55,7 +55,8 @@ def lstm_cell(
         ``(h', c')``, in the type of the inputs; sums are kept in float32 (float64 for float64).
 
     Gradients: to every tensor, of any order; forward-mode AD; ``vmap``. Deterministic, whatever the number of threads.
-    Under autocast the step runs in autocast's type, on CPU as on CUDA. On CUDA the products are cuBLAS's.
+    Under autocast the step runs in autocast's type, on CPU (where torch.nn's keeps float32) as on CUDA. On CUDA the
+    products are cuBLAS's.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -112,7 +113,7 @@ def gru_cell(
     reset_after: bool = True,
     grad_clip: float | None = None,
 ) -> Tensor:
-    r"""One GRU step, products and gates in one kernel (two where the reset gate comes first).
+    r"""One GRU step: on the CPU products and gates in one kernel (two where the reset gate comes first).
 
     .. math::
         r, z &= \sigma(x W_i^\top + b_i + h W_h^\top + b_h) \\
@@ -135,7 +136,7 @@ def gru_cell(
     Returns:
         h', in the type of the inputs. Gradients, determinism, autocast and errors as in :func:`lstm_cell`.
 
-    Source: Cho et al. 2014; Chung et al. 2014 (reset after, as cuDNN has it).
+    Source: Cho et al. 2014, arXiv:1406.1078 (its first version has the reset gate after the product, its third before).
 
     Example::
 

@@ -22,16 +22,16 @@ class _Cell(nn.RNNCellBase):
 
     _gates: int
     _packed: tuple[Tensor, Tensor] | None = None
-    _packed_from: tuple[int, int] | None = None  # addresses
+    _packed_from: tuple[tuple[int, int], ...] | None = None  # what _stamp said of the weights
 
     def prepack(self) -> Self:
         """Lays the weights out for inference on the CPU, and returns the module.
 
         Steps taken while grad is off then read the packed copy, which for a batch of one is faster; while grad is on
         it is ignored. ``train()``, ``load_state_dict()``, ``reset_parameters()``, ``.to()`` and the like, ``deepcopy``
-        and pickling drop it, and so does other memory in the place of a weight's. **Writing into a weight in place
-        leaves it stale**: ``p.data.copy_()`` changes neither a tensor's address nor its version, so no module could
-        notice. Call ``prepack()`` again after that.
+        and pickling drop it, and it is passed by under ``torch.compile`` and autocast, and once a weight was changed or
+        replaced. **Only writes through ``p.data`` go unnoticed**, and leave it stale: they change neither a tensor's
+        address nor its version. Call ``prepack()`` again after one.
 
         Only float32 and float64 weights on the CPU are packed. Rows of the 16-bit types are already in the order that
         their instructions want, and on CUDA the products are cuBLAS's; there it does nothing.
@@ -41,7 +41,7 @@ class _Cell(nn.RNNCellBase):
         if ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64):
             with torch.no_grad():
                 self._packed = (_pack(ih, self._gates), _pack(hh, self._gates))
-            self._packed_from = (ih.data_ptr(), hh.data_ptr())
+            self._packed_from = (_stamp(ih), _stamp(hh))
         return self
 
     def _unpack(self) -> None:
@@ -49,12 +49,12 @@ class _Cell(nn.RNNCellBase):
 
     def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
         """The packed weights, if this step may use them."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
         if input.shape != (1, self.input_size) or input.dtype != ih.dtype:
             return None
-        if (ih.data_ptr(), hh.data_ptr()) != self._packed_from:
-            return None  # torch.func.functional_call, or an assignment
+        if (_stamp(ih), _stamp(hh)) != self._packed_from:
+            return None  # torch.func.functional_call, an assignment, an optimizer's step
         return self._packed
 
     def train(self, mode: bool = True) -> Self:
@@ -76,10 +76,6 @@ class _Cell(nn.RNNCellBase):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_packed_from")}
-
-
-def _packed_op(name: str) -> Callable[..., Any]:
-    return getattr(torch.ops.lect11ext if torch.compiler.is_compiling() else _C, name)  # type: ignore[no-any-return]
 
 
 def _pack(weight: Tensor, gates: int) -> Tensor:
@@ -139,7 +135,7 @@ class LSTMCell(_Cell):
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
         if packed is not None and len(hx) == 2 and _are_rows(*hx):
-            return _packed_op("lstm_cell_packed")(input, *hx, *packed, b_ih, b_hh, self.candidate)
+            return _C.lstm_cell_packed(input, *hx, *packed, b_ih, b_hh, self.candidate)
         return lstm_cell(input, hx, ih, hh, b_ih, b_hh, candidate=self.candidate, grad_clip=self.grad_clip)
 
     def extra_repr(self) -> str:
@@ -189,7 +185,7 @@ class GRUCell(_Cell):
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
         if packed is not None and _are_rows(hx):
-            return _packed_op("gru_cell_packed")(input, hx, *packed, b_ih, b_hh, self.reset_after)
+            return _C.gru_cell_packed(input, hx, *packed, b_ih, b_hh, self.reset_after)
         return gru_cell(input, hx, ih, hh, b_ih, b_hh, reset_after=self.reset_after, grad_clip=self.grad_clip)
 
     def extra_repr(self) -> str:
@@ -203,6 +199,11 @@ def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tenso
         return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]  # type: ignore[return-value]
     except KeyError:  # weight_norm, pruning, …: the attribute is computed
         return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    """Changes with the memory of a weight and with every write that autograd sees."""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 def _are_rows(*states: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Every fused function in plain PyTorch: the oracle of the tests and the baseline of the benchmarks.
 
-Same names, same arguments and same meaning as in :mod:`lect11ext.functional`, any device, any dtype, all derivatives.
+Names, arguments and meaning are those of :mod:`lect11ext.functional`, on any device and dtype, with all derivatives.
+The layers are here before their fused functions.
 """
 
 from .autoencoder import gaussian_rsample_kl, philox_normal

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import json
 import os
 import shutil
@@ -148,3 +150,11 @@ def test_subclasses_and_function_modes_see_the_call() -> None:
         functional.lstm_cell(x, (h, h), *lstm)
         functional.gaussian_rsample_kl(x, x)
     assert "lect11ext.lstm_cell" in Watch.seen and "lect11ext.gaussian_rsample_kl" in Watch.seen
+
+
+@pytest.mark.parametrize("name", ["functional.autoencoder", "functional.random", "functional.recurrent", "nn"])
+def test_examples_of_the_docstrings(name: str) -> None:
+    module = importlib.import_module(f"lect11ext.{name}")
+    parts = [importlib.import_module(f"lect11ext.nn.{n}") for n in ("autoencoder", "recurrent")] if name == "nn" else []
+    results = [doctest.testmod(m) for m in parts or [module]]
+    assert all(r.attempted > 0 and r.failed == 0 for r in results)

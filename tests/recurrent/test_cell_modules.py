@@ -164,7 +164,13 @@ def test_prepacked_copy_is_dropped_with_the_memory_it_was_made_from(kind: str) -
         ),
         lambda: torch.utils.swap_tensors(cell.weight_hh, torch.nn.Parameter(torch.randn_like(cell.weight_hh))),
     ]
-    for change in changes:
+
+    def optimizer_step() -> None:
+        with torch.enable_grad():
+            step().sum().backward()
+        torch.optim.SGD(cell.parameters(), lr=0.5).step()
+
+    for change in [*changes, optimizer_step]:
         cell.eval().prepack()
         change()
         with torch.no_grad():
@@ -188,6 +194,8 @@ def test_prepacked_cells_treat_odd_calls_as_others_do(kind: str) -> None:
             cell(x, wrap(3))
         with pytest.raises(TypeError, match="input must be a Tensor, but got list"):
             cell([1.0])
+        compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(flat(compiled(x))[0], flat(cell(x))[0])
     for sizes in [(0, 4), (5, 0)]:
         getattr(nn, kind)(*sizes).prepack()
     if kind == "LSTMCell":

@@ -150,3 +150,9 @@ def test_vmap_over_an_input_without_columns() -> None:
         torch.zeros(2, 3, 0)
     )
     assert out.shape == (2, 3, 4)
+
+
+def test_vmap_over_no_samples() -> None:
+    weights = [torch.zeros(0, 12, 5), torch.zeros(0, 12, 4)]
+    out = vmap(lambda x, w, u: functional.gru_cell(x, torch.zeros(3, 4), w, u))(torch.zeros(0, 3, 5), *weights)
+    assert out.shape == (0, 3, 4)

@@ -11,7 +11,7 @@ constexpr int64_t kUnits = kLayerUnits;
 
 // A block of units of one row at one step: `sums` are the gates' products, kUnits apart.
 template <class C>
-struct Step {
+struct StepSums {
   const C* sums;
   const C* pre;  // the row's, at the block's first unit; gates H apart
   int64_t hidden;
@@ -32,7 +32,7 @@ struct LstmRule {
 
   void start_block(const Layer&, int64_t, int64_t) {}
 
-  Vec<C> new_state(const Step<C>& step, Vec<C>, int64_t u, int64_t at, int64_t n) const {
+  Vec<C> new_state(const StepSums<C>& step, Vec<C>, int64_t u, int64_t at, int64_t n) const {
     const Vec<C> i = sigmoid(step(0, u)), f = sigmoid(step(1, u)), o = sigmoid(step(3, u));
     const Vec<C> g = sigmoid_candidate ? sigmoid(step(2, u)) : tanh(step(2, u));
     const Vec<C> c = at::vec::fmadd(f, Vec<C>::loadu(cells + at, n), i * g);
@@ -52,7 +52,7 @@ struct GruRule {
     if (args.bias_hidden != nullptr) std::copy_n(static_cast<const C*>(args.bias_hidden) + first, units, bias);
   }
 
-  Vec<C> new_state(const Step<C>& step, Vec<C> h, int64_t u, int64_t, int64_t n) const {
+  Vec<C> new_state(const StepSums<C>& step, Vec<C> h, int64_t u, int64_t, int64_t n) const {
     const Vec<C> r = sigmoid(step(0, u)), z = sigmoid(step(1, u));
     const Vec<C> hidden = Vec<C>::loadu(step.sums + 2 * kUnits + u) + Vec<C>::loadu(bias + u);
     const Vec<C> candidate = tanh(at::vec::fmadd(r, hidden, Vec<C>::loadu(step.pre + 2 * step.hidden + u, n)));
@@ -97,7 +97,7 @@ void run_step(const Layer& args, Rule& rule, int64_t s, int64_t begin, int64_t e
           }
           continue;
         }
-        const Step<C> step{sums + r * kGates * kUnits, pre + b * args.pre_row + first, H, units};
+        const StepSums<C> step{sums + r * kGates * kUnits, pre + b * args.pre_row + first, H, units};
         const bool restart = resets && args.reset[next * B + b] && active(next, b);
         for (int64_t u = 0; u < units; u += kLanes<C>) {
           const int64_t n = std::min<int64_t>(units - u, kLanes<C>);
