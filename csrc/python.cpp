@@ -25,10 +25,11 @@ std::tuple<at::Tensor, at::Tensor> draw_gaussian_rsample_kl(
   if (num_samples.has_value()) samples = *num_samples;
   at::Tensor used = key.value_or(at::Tensor());
   if (!key.has_value()) {
-    gaussian::Inputs{mean,    logvar,    prior_mean, prior_logvar, used,
-                     samples, free_bits, logvar_min, logvar_max,   gaussian::parse_reduction(reduction)}
-        .check_operands();
-    used = philox_key(mean, mean.sym_numel() * num_samples.value_or(1), generator);
+    const gaussian::Inputs in{mean,    logvar,    prior_mean, prior_logvar, used,
+                              samples, free_bits, logvar_min, logvar_max,   gaussian::parse_reduction(reduction)};
+    in.check_operands();
+    const int64_t words = in.compute_dtype() == at::kDouble ? 2 : 1;  // of a uniform
+    used = philox_key(mean, words * mean.sym_numel() * num_samples.value_or(1), generator);
   }
   return gaussian_rsample_kl(mean, logvar, prior_mean, prior_logvar, used, samples, free_bits, logvar_min, logvar_max,
                              reduction);

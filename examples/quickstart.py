@@ -1,4 +1,4 @@
-"""lect11ext in two minutes: two small models on real data, trained on PyTorch and on the fused functions.
+"""lect11ext in a few minutes: two small models on real data, trained on PyTorch and on the fused functions.
 
     python examples/quickstart.py [--output out/quickstart] [--seed 0]
 

@@ -76,7 +76,9 @@ def gaussian_rsample_kl(
         raise TypeError(f"logvar_range must be (low, high), but got {logvar_range!r}") from None
     if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(mean, logvar):
         if key is None:
-            key = philox_key(mean, mean.numel() * (1 if num_samples is None else num_samples), generator)
+            given = [t for t in (mean, logvar, prior_mean, prior_logvar) if t is not None]
+            words = 2 if any(t.dtype == torch.float64 for t in given) else 1  # of a uniform
+            key = philox_key(mean, words * mean.numel() * (1 if num_samples is None else num_samples), generator)
         return torch.ops.lect11ext.gaussian_rsample_kl(
             mean, logvar, prior_mean, prior_logvar, key, num_samples, free_bits, low, high, reduction
         )

@@ -31,7 +31,7 @@ def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = Non
 
     Args:
         like: names the device; its values are not read.
-        numel: how many normals will be drawn with the key.
+        numel: how many normals will be drawn with the key; one of float64 counts twice.
         generator: a generator of that device, by default the device's default one.
 
     Example::

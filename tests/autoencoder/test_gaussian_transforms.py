@@ -53,6 +53,16 @@ def test_randomness_under_nested_transforms() -> None:
     assert nested.unique().numel() == 12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_share_no_noise(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(5, 2, 9, dtype=dtype)
+    z = vmap(lambda m: sample(m, m)[0], randomness="different")(zeros)
+    assert z.unique().numel() == z.numel()
+    prior = torch.zeros(9, dtype=dtype)
+    z = vmap(lambda m: sample(m, m, prior_mean=prior, prior_logvar=prior)[0], randomness="different")(zeros.float())
+    assert z.unique().numel() == z.numel()
+
+
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_compiled_vmap_draws_as_the_eager_one(randomness: str) -> None:
     def draw(x: torch.Tensor) -> torch.Tensor:
