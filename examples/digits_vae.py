@@ -190,6 +190,7 @@ def draw_plane(result: Result, path: Path, side: int = 17, limit: float = 2.5) -
     right.set_aspect("equal")
     right.grid(alpha=0.3)
     figure.colorbar(dots, ax=right, ticks=range(10), label="digit", shrink=0.85)
-    for ax in (left, right):
-        ax.set(xlabel="$z_1$", ylabel="$z_2$", xlim=(-edge, edge), ylim=(-edge, edge))
+    reach = max(edge, 1.05 * mean.abs().max().item())
+    for ax, bound in ((left, edge), (right, reach)):
+        ax.set(xlabel="$z_1$", ylabel="$z_2$", xlim=(-bound, bound), ylim=(-bound, bound))
     figure.savefig(path, dpi=120)

@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("matplotlib", "sklearn", "tqdm"):
         raise
-    raise SystemExit(f"The quickstart needs {error.name}: pip install lect11ext[examples]") from None
+    raise SystemExit(f"The quickstart needs {error.name}: pip install --no-build-isolation '.[examples]'") from None
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -95,7 +95,7 @@ def draw_losses(path: Path, title: str, unit: str, one: Contender, two: Contende
     bottom.axvspan(1, FIRST_STEPS, color="tab:green", alpha=0.2, label=f"first {FIRST_STEPS} steps")
     bottom.set_xlabel("training step")
     bottom.set_ylabel("difference of the\nlosses of one step")
-    bottom.legend(loc="lower right")
+    bottom.legend(loc="center right")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -7,7 +7,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"lect11ext's compiled module does not load with torch {torch.__version__} ({error}); build it again for this "
-        "torch: pip install --no-build-isolation --force-reinstall --no-deps lect11ext"
+        "torch, in its source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
 __all__ = ["_C"]

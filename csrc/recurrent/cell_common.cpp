@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include "common/tensors.h"
+#include "recurrent/units.h"
 
 namespace lect11ext::recurrent {
 namespace {
@@ -62,9 +63,8 @@ void CellInputs::check() const {
 void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor& packed_ih,
                   const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih,
                   const std::optional<at::Tensor>& bias_hh, int64_t gates) {
-  constexpr int64_t kUnits = 16;
   check_rows(input, h);
-  const c10::SymInt hidden = h.sym_size(1), blocks = (hidden + kUnits - 1) / kUnits;
+  const c10::SymInt hidden = h.sym_size(1), blocks = unit_blocks(hidden);
   TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
                    "input must be float32 or float64 where the weights are packed, but got ", input.scalar_type());
   for (const auto& [name, packed, size] :

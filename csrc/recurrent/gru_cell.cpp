@@ -4,13 +4,8 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/tanh.h>
 #include <torch/library.h>
 
 #include "common/autograd.h"
@@ -88,8 +83,8 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Weights& weights, co
                reset_after ? nullptr : reset_h.mutable_data_ptr(),
                h_out.mutable_data_ptr(),
                keeps ? gates.mutable_data_ptr() : nullptr};
-  const int64_t blocks = (hidden + kGruUnits - 1) / kGruUnits;
-  const int64_t cost = (batch + 2) * 3 * kGruUnits * (args.input_size + hidden) / 32;
+  const int64_t blocks = unit_blocks(hidden);
+  const int64_t cost = (batch + 2) * 3 * kUnits * (args.input_size + hidden) / 32;
   const auto run = [&](GruStage stage, int64_t share) {
     args.stage = stage;
     if (batch > 0) run_parallel(gru_cell_kernel, args, blocks, cost / share);

@@ -11,6 +11,7 @@
 
 #include "common/capability.h"
 #include "common/view.h"
+#include "recurrent/units.h"
 
 namespace lect11ext {
 
@@ -59,7 +60,7 @@ struct GruGatesBackward {
   void* grad_h_in;
 };
 
-// A whole stage: the CPU's kernel. A work item is a block of kGruUnits hidden units, their gates, all rows.
+// A whole stage: the CPU's kernel. A work item is a block of kUnits hidden units, their gates, all rows.
 struct GruCell {
   int64_t batch, input_size, hidden;
   DType dtype;
@@ -76,8 +77,6 @@ struct GruCell {
   void* h_out;          // [B, H] dense, written by After and Output
   void* gates;          // as in GruGates
 };
-
-inline constexpr int64_t kGruUnits = 16;
 
 LECT11EXT_CPU_KERNEL(gru_cell_kernel, GruCell)
 LECT11EXT_CPU_KERNEL(gru_gates_backward_kernel, GruGatesBackward)  // a work item is a row

@@ -110,7 +110,7 @@ Outputs run_cpu(const Inputs& in) {
   // A step's multiply-adds, of which a core does about 32 a nanosecond; below some microseconds a step, waiting for
   // other threads costs more than they bring.
   constexpr int64_t kMultiplyAddsWorthAShare = 32 * 3000;
-  const int64_t blocks = (H + kLayerUnits - 1) / kLayerUnits;
+  const int64_t blocks = unit_blocks(H);
 #if AT_PARALLEL_OPENMP
   const int64_t most = std::min<int64_t>(blocks, at::in_parallel_region() ? 1 : at::get_num_threads());
 #else

@@ -11,6 +11,7 @@
 
 #include "common/capability.h"
 #include "common/view.h"
+#include "recurrent/units.h"
 
 namespace lect11ext {
 
@@ -37,8 +38,6 @@ struct Layer {
   int64_t shares;    // how many parts the units are cut into
   Barrier* barrier;  // for `shares` arrivals
 };
-
-inline constexpr int64_t kLayerUnits = 16;  // hidden units of a block; shares are whole blocks
 
 // Work items are shares. Every share must be running at the same time, or in one call.
 LECT11EXT_CPU_KERNEL(layer_kernel, Layer)

@@ -5,14 +5,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/tanh.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "common/autograd.h"
@@ -92,9 +86,9 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Wei
                       c_out.mutable_data_ptr(),
                       save_gates ? gates.mutable_data_ptr() : nullptr};
   if (batch > 0) {
-    const int64_t blocks = (hidden + kLstmUnits - 1) / kLstmUnits;
+    const int64_t blocks = unit_blocks(hidden);
     // 4 gates; 32 multiply-adds take about a nanosecond, and reading the weights once as long as two rows of a batch.
-    const int64_t cost = (batch + 2) * 4 * kLstmUnits * (args.input_size + hidden) / 32;
+    const int64_t cost = (batch + 2) * 4 * kUnits * (args.input_size + hidden) / 32;
     run_parallel(lstm_cell_kernel, args, blocks, cost);
   }
   return {h_out, c_out, gates};

@@ -10,6 +10,7 @@
 
 #include "common/capability.h"
 #include "common/view.h"
+#include "recurrent/units.h"
 
 namespace lect11ext {
 
@@ -45,7 +46,7 @@ struct LstmGatesBackward {
   void* grad_c_in;  // [B, H] dense, written; null: not asked
 };
 
-// The whole step: the CPU's kernel. A work item is a block of kLstmUnits hidden units, all their gates, all rows.
+// The whole step: the CPU's kernel. A work item is a block of kUnits hidden units, all their gates, all rows.
 struct LstmCell {
   int64_t batch, input_size, hidden;
   DType dtype;
@@ -63,8 +64,6 @@ struct LstmCell {
   void* c_out;          // [B, H] dense, written
   void* gates;          // [B, 4H] dense, written; null: not kept
 };
-
-inline constexpr int64_t kLstmUnits = 16;
 
 LECT11EXT_CPU_KERNEL(lstm_cell_kernel, LstmCell)
 LECT11EXT_CPU_KERNEL(lstm_gates_backward_kernel, LstmGatesBackward)  // a work item is a row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,20 +53,15 @@ class GaussianLatent(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if reduction not in ("none", "sum_latent", "batchmean", "sum"):
-            raise ValueError(
-                f"reduction must be one of 'none', 'sum_latent', 'batchmean', 'sum', but got {reduction!r}"
-            )
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, but got {num_samples}")
-        if not free_bits >= 0:
-            raise ValueError(f"free_bits must be nonnegative, but got {free_bits}")
         self.mean = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.logvar = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.num_samples = num_samples
         self.free_bits = free_bits
         self.logvar_range = logvar_range
         self.reduction = reduction
+        self._draw(
+            *[torch.zeros(0, 1, device="cpu")] * 2, key=torch.zeros(2, dtype=torch.int64, device="cpu")
+        )  # checks
 
     def forward(
         self,
@@ -76,17 +73,24 @@ class GaussianLatent(nn.Module):
         key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns ``(z, kl)``; the prior, ``generator`` and ``key`` go to the function as they are."""
-        return gaussian_rsample_kl(
+        return self._draw(
             self.mean(input),
             self.logvar(input),
             prior_mean=prior_mean,
             prior_logvar=prior_logvar,
+            generator=generator,
+            key=key,
+        )
+
+    def _draw(self, mean: Tensor, logvar: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return gaussian_rsample_kl(
+            mean,
+            logvar,
             num_samples=self.num_samples,
             free_bits=self.free_bits,
             logvar_range=self.logvar_range,
             reduction=self.reduction,
-            generator=generator,
-            key=key,
+            **options,
         )
 
     def extra_repr(self) -> str:

@@ -1,7 +1,8 @@
 """Every fused function in plain PyTorch: the oracle of the tests and the baseline of the benchmarks.
 
 Names, arguments and meaning are those of :mod:`lect11ext.functional`, on any device and dtype, with all derivatives.
-The layers are here before their fused functions.
+Arguments are not checked. Noise comes from NumPy, or is handed over (`noise=`), so what draws runs neither under
+`torch.vmap` nor `torch.compile`.
 """
 
 from .autoencoder import gaussian_rsample_kl, philox_normal

@@ -6,8 +6,6 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kUnits = kGruUnits;
-
 // Slots of the sums of a block: r, z, the input's part of n, and the state's part of n.
 enum Slot { R, Z, NInput, NHidden, kSlots };
 

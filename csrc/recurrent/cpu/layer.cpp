@@ -7,8 +7,6 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kUnits = kLayerUnits;
-
 // A block of units of one row at one step: `sums` are the gates' products, kUnits apart.
 template <class C>
 struct StepSums {

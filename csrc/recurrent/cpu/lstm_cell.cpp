@@ -7,7 +7,6 @@ namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
 constexpr int kGates = 4;
-constexpr int64_t kUnits = kLstmUnits;
 
 template <class C>
 Vec<C> activate(Vec<C> x, bool as_sigmoid) {
