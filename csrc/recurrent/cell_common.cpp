@@ -40,16 +40,24 @@ void check_rows(const at::Tensor& input, const at::Tensor& h, int64_t rank = 2) 
 
 }  // namespace
 
+// An LSTM's h may be a projection of another size than c, where c and weight_hh agree on it.
+c10::SymInt CellInputs::hidden() const {
+  const bool projected = cell_state != nullptr && cell_state->dim() == 2 && weight_hh.dim() == 2 &&
+                         weight_hh.sym_size(1) == h.sym_size(1) &&
+                         weight_hh.sym_size(0) == cell_state->sym_size(1) * gates;
+  return projected ? cell_state->sym_size(1) : h.sym_size(1);
+}
+
 void CellInputs::check() const {
   check_rows(input, h, rank);
   check_matrix("weight_ih", weight_ih);
   check_matrix("weight_hh", weight_hh);
-  const c10::SymInt rows = hidden() * gates;
+  const c10::SymInt rows = hidden() * gates, state = h.sym_size(1);
   // A weight that fits itself, as a module's does, is not to blame for a state or an input that do not fit it.
   const c10::SymInt columns = weight_hh.sym_size(1);
-  TORCH_CHECK_VALUE(columns == hidden() || weight_hh.sym_size(0) != columns * gates,
-                    "h must have hidden_size columns, as weight_hh has: ", columns, ", but got ", hidden());
-  check_shape("weight_hh", weight_hh.sym_sizes(), {rows, hidden()}, "gates * hidden_size, hidden_size");
+  TORCH_CHECK_VALUE(columns == state || weight_hh.sym_size(0) != columns * gates,
+                    "h must have hidden_size columns, as weight_hh has: ", columns, ", but got ", state);
+  check_shape("weight_hh", weight_hh.sym_sizes(), {rows, state}, "gates * hidden_size, size of h");
   check_shape("weight_ih", weight_ih.sym_sizes(), {rows, weight_ih.sym_size(1)}, "gates * hidden_size, input_size");
   TORCH_CHECK_VALUE(input.sym_size(-1) == weight_ih.sym_size(1),
                     "input must have input_size columns, as weight_ih has: ", weight_ih.sym_size(1), ", but got ",

@@ -13,10 +13,11 @@ struct CellInputs {
   const at::Tensor &weight_ih, &weight_hh;
   const std::optional<at::Tensor>&bias_ih, &bias_hh;
   int64_t gates;
-  int64_t rank = 2;  // of input: 3 where its first dimension is time
+  int64_t rank = 2;                        // of input: 3 where its first dimension is time
+  const at::Tensor* cell_state = nullptr;  // of an LSTM
 
   c10::SymInt batch() const { return input.sym_size(-2); }
-  c10::SymInt hidden() const { return h.sym_size(1); }
+  c10::SymInt hidden() const;
 
   // Throws unless shapes, types and devices fit together.
   void check() const;

@@ -1,16 +1,11 @@
-// PyTorch side of lstm_layer and gru_layer: one layer, one direction, all steps. The recurrence: layer.h. What has
-// derivatives runs step by step, from the fused cells.
+// PyTorch side of lstm_layer and gru_layer: one layer, one direction, all steps. The recurrence: layer.h. Derivatives:
+// layer_autograd.cpp.
 #include "recurrent/layer.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,218 +14,402 @@
 #include "common/barrier.h"
 #include "common/dispatch.h"
 #include "common/tensors.h"
-#include "recurrent/cells_ops.h"
+#include "recurrent/cell_common.h"
 #include "recurrent/layer_inputs.h"
+#include "recurrent/products.h"
 
 namespace lect11ext {
+namespace layer_op {
+
+void Inputs::check() const {
+  TORCH_CHECK_VALUE(candidate == "tanh" || candidate == "sigmoid", "candidate must be 'tanh' or 'sigmoid', but got '",
+                    candidate, "'");
+  TORCH_CHECK_VALUE(clip() >= 0, "grad_clip must be nonnegative, but got ", clip());
+  TORCH_CHECK_VALUE(input.dim() == 3, "input must be 3-D, but got ", input.dim(), "-D");
+  const Tensor by_time = batch_first ? input.transpose(0, 1) : input;
+  const Tensor* cell = is_lstm() ? &*c : nullptr;
+  const recurrent::CellInputs as_cell{by_time, h, weight_ih, weight_hh, bias_ih, bias_hh, gates(), /*rank=*/3, cell};
+  if (has_projection()) {
+    check_shape("weight_hr", weight_hr->sym_sizes(), {h.sym_size(-1), as_cell.hidden()}, "size of h, hidden_size");
+  }
+  as_cell.check();
+  if (is_lstm()) recurrent::check_state("c", *c, as_cell);
+  TORCH_CHECK_VALUE(has_projection() || h.sym_size(1) == as_cell.hidden(),
+                    "h must have hidden_size columns where there is no weight_hr: ", as_cell.hidden(), ", but got ",
+                    h.sym_size(1));
+  if (has_projection()) {
+    TORCH_CHECK_TYPE(weight_hr->scalar_type() == input.scalar_type(), "weight_hr must have the type of input, ",
+                     input.scalar_type(), ", but got ", weight_hr->scalar_type());
+    check_same_device({{"input", &input}, {"weight_hr", &*weight_hr}});
+  }
+  if (autograd::defined(lengths)) {
+    TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, but got ", lengths->scalar_type());
+    check_shape("lengths", lengths->sym_sizes(), {batch()}, "batch");
+    check_same_device({{"input", &input}, {"lengths", &*lengths}});
+  }
+  if (autograd::defined(reset)) {
+    TORCH_CHECK_TYPE(reset->scalar_type() == at::kBool, "reset must be bool, but got ", reset->scalar_type());
+    check_shape("reset", reset->sym_sizes(), order(steps(), batch()), batch_first ? "batch, steps" : "steps, batch");
+    check_same_device({{"input", &input}, {"reset", &*reset}});
+  }
+}
+
+Tensor Inputs::inactive() const {
+  const Tensor t = at::arange(steps(), lengths->options());
+  return batch_first ? t.unsqueeze(0) >= lengths->unsqueeze(1) : t.unsqueeze(1) >= lengths->unsqueeze(0);
+}
+
+bool is_fused(const Inputs& in) { return !in.input.is_cuda() && !in.has_projection(); }
+
+void check_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept) {
+  in.check();
+  const auto [first, second] = in.order(in.steps(), in.batch());
+  const auto over_time = [&, first = first, second = second](const char* name, const Tensor& tensor, int64_t parts) {
+    if (tensor.defined())
+      check_shape(name, tensor.sym_sizes(), {first, second, in.hidden() * parts}, "as the output's");
+  };
+  const auto state = [&](const char* name, const Tensor& tensor) {
+    if (tensor.defined()) check_shape(name, tensor.sym_sizes(), {in.batch(), in.hidden()}, "batch, hidden_size");
+  };
+  TORCH_CHECK_VALUE(kept.gates.defined() && kept.out.defined() && (kept.cells.defined() || !in.is_lstm()),
+                    "output, gates and cells must be those of a forward with save=True");
+  over_time("grad_output", grads.out, 1);
+  over_time("grad_gates", grads.gates, 4);
+  over_time("grad_cells", grads.cells, 1);
+  over_time("output", kept.out, 1);
+  over_time("gates", kept.gates, 4);
+  over_time("cells", kept.cells, 1);
+  state("grad_h", grads.h);
+  state("grad_c", grads.c);
+  for (const auto& [name, tensor] :
+       {std::pair("output", &kept.out), std::pair("gates", &kept.gates), std::pair("cells", &kept.cells)}) {
+    TORCH_CHECK_TYPE(!tensor->defined() || tensor->scalar_type() == in.input.scalar_type(), name,
+                     " must have the type of input, ", in.input.scalar_type(), ", but got ", tensor->scalar_type());
+  }
+  for (const auto& [name, tensor] :
+       {std::pair("grad_output", &grads.out), std::pair("grad_h", &grads.h), std::pair("grad_c", &grads.c),
+        std::pair("grad_gates", &grads.gates), std::pair("grad_cells", &grads.cells), std::pair("output", &kept.out),
+        std::pair("gates", &kept.gates), std::pair("cells", &kept.cells)}) {
+    check_same_device({{"input", &in.input}, {name, tensor}});
+  }
+}
+
+}  // namespace layer_op
+
 namespace {
 
 using namespace layer_op;
 
-// --- step by step -------------------------------------------------------------------------------------------------
+// --- meta ---------------------------------------------------------------------------------------------------------
 
-// In differentiable ATen and the fused cells: any device, type and derivative.
-Outputs step_by_step(const Inputs& in) {
-  const int64_t steps = in.input.size(0);
-  Tensor h = in.h, c = in.is_lstm() ? *in.c : Tensor();
-  std::vector<Tensor> outputs(steps);
-  const auto choose = [](const Tensor& where, const Tensor& a, const Tensor& b) { return at::where(where, a, b); };
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t t = in.reverse ? steps - 1 - s : s;
-    const Tensor active = autograd::defined(in.lengths) ? in.lengths->gt(t).unsqueeze(-1) : Tensor();
-    if (autograd::defined(in.reset)) {
-      Tensor restart = in.reset->select(0, t).unsqueeze(-1);
-      if (active.defined()) restart = restart & active;
-      h = choose(restart, at::zeros_like(h), h);
-      if (c.defined()) c = choose(restart, at::zeros_like(c), c);
-    }
-    Tensor h_new, c_new;
-    if (in.is_lstm()) {
-      Tensor gates;
-      std::tie(h_new, c_new, gates) = lstm_cell(in.input.select(0, t), h, c, in.weight_ih, in.weight_hh, in.bias_ih,
-                                                in.bias_hh, in.candidate, in.grad_clip, false);
-    } else {
-      h_new = std::get<0>(gru_cell(in.input.select(0, t), h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh,
-                                   /*reset_after=*/true, in.grad_clip, false));
-    }
-    outputs[t] = active.defined() ? choose(active, h_new, at::zeros_like(h_new)) : h_new;
-    h = active.defined() ? choose(active, h_new, h) : h_new;
-    if (c.defined()) c = active.defined() ? choose(active, c_new, c) : c_new;
-  }
-  if (steps == 0) {
-    const Tensor none = at::empty_symint({0, in.batch(), in.hidden()}, in.input.options());
-    return {none, h.clone(), c.defined() ? c.clone() : c};
-  }
-  const Tensor output = in.batch_first() ? at::stack(outputs, 1).transpose(0, 1) : at::stack(outputs);
-  return {output, h, c};
+Outputs meta_forward(const Inputs& in, bool save) {
+  in.check();
+  const auto options = in.input.options();
+  const auto over_time = [&](const c10::SymInt& size) {
+    const auto [first, second] = in.order(in.steps(), in.batch());
+    return at::empty_symint({first, second, size}, options);
+  };
+  const bool keeps = save && !in.has_projection();
+  return {over_time(in.h.sym_size(1)), at::empty_symint(in.h.sym_sizes(), options),
+          in.is_lstm() ? at::empty_symint(in.c->sym_sizes(), options) : Tensor(),
+          keeps ? over_time(in.hidden() * 4) : Tensor(), keeps && in.is_lstm() ? over_time(in.hidden()) : Tensor()};
+}
+
+Gradients meta_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
+  check_backward(grads, in, kept);
+  const auto like = [&](bool wanted, const OptionalTensor& t) {
+    return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
+  };
+  return {like(mask[0], in.input),     like(mask[1], in.h),       like(mask[2], in.c),      like(mask[3], in.weight_ih),
+          like(mask[4], in.weight_hh), like(mask[5], in.bias_ih), like(mask[6], in.bias_hh)};
 }
 
 // --- CPU ----------------------------------------------------------------------------------------------------------
 
-bool has_kernel(const Inputs& in) {
-  return in.input.is_cpu() && (in.input.scalar_type() == at::kFloat || in.input.scalar_type() == at::kDouble);
+const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+// Strides of time and rows, wherever the input has them.
+TimeStrides strides_of(const Inputs& in, const Tensor& t) {
+  return in.batch_first ? TimeStrides{t.stride(1), t.stride(0)} : TimeStrides{t.stride(0), t.stride(1)};
 }
 
-// The biases of the input product: both, but for the state's of the GRU's n, which the reset gate multiplies.
-Tensor input_bias(const Inputs& in) {
-  const int64_t H = in.h.size(1);
-  const bool ih = autograd::defined(in.bias_ih), hh = autograd::defined(in.bias_hh);
-  if (!hh) return ih ? *in.bias_ih : Tensor();
-  const Tensor state = in.is_lstm()
-                           ? *in.bias_hh
-                           : at::cat({in.bias_hh->narrow(0, 0, 2 * H), at::zeros_like(in.bias_hh->narrow(0, 0, H))});
-  return ih ? *in.bias_ih + state : state;
-}
-
-Outputs run_cpu(const Inputs& in) {
-  const int64_t T = in.input.size(0), B = in.input.size(1), H = in.h.size(1), gates = in.is_lstm() ? 4 : 3;
-  const auto options = in.input.options();
-  const bool batch_first = in.batch_first();
-  const Tensor rows = (batch_first ? in.input.transpose(0, 1) : in.input).reshape({T * B, in.input.size(2)});
-  const Tensor bias = input_bias(in);
-  const Tensor pre = bias.defined() ? at::addmm(bias, rows, in.weight_ih.t()) : at::mm(rows, in.weight_ih.t());
-  Tensor output = batch_first ? empty_output({B, T, H}, options).transpose(0, 1) : empty_output({T, B, H}, options);
-  Tensor h[2] = {at::empty({B, H}, options), at::empty({B, H}, options)};
-  Tensor c = in.is_lstm() ? at::empty({B, H}, options) : Tensor();
-  h[0].copy_(in.h);
-  if (c.defined()) c.copy_(*in.c);
-  const Tensor lengths = autograd::defined(in.lengths) ? in.lengths->contiguous() : Tensor();
-  const Tensor reset = autograd::defined(in.reset) ? in.reset->contiguous() : Tensor();
-  if (reset.defined() && T > 0) {
-    const int64_t t = in.reverse ? T - 1 : 0;
-    Tensor restart = reset.select(0, t).unsqueeze(-1);
-    if (lengths.defined()) restart = restart & lengths.gt(t).unsqueeze(-1);
-    h[0].masked_fill_(restart, 0);
-    if (c.defined()) c.masked_fill_(restart, 0);
-  }
-  const recurrent::Rows weight(in.weight_hh);
-  const bool state_bias = !in.is_lstm() && autograd::defined(in.bias_hh);
-  const Tensor bias_hidden = state_bias ? in.bias_hh->narrow(0, 2 * H, H).contiguous() : Tensor();
-
-  // A step's multiply-adds, of which a core does about 32 a nanosecond; below some microseconds a step, waiting for
-  // other threads costs more than they bring.
-  constexpr int64_t kMultiplyAddsWorthAShare = 32 * 3000;
-  const int64_t blocks = unit_blocks(H);
+// How many threads share the hidden units, given a step's multiply-adds. Below some microseconds a step, waiting for
+// other threads costs more than they bring.
+int64_t shares_for(int64_t multiply_adds, int64_t hidden) {
+  constexpr int64_t kWorthAShare = 32 * 3000;  // a core does about 32 a nanosecond
 #if AT_PARALLEL_OPENMP
-  const int64_t most = std::min<int64_t>(blocks, at::in_parallel_region() ? 1 : at::get_num_threads());
+  const int64_t most = std::min<int64_t>(unit_blocks(hidden), at::in_parallel_region() ? 1 : at::get_num_threads());
 #else
   const int64_t most = 1;  // nothing else promises that all shares run at the same time
 #endif
-  const int64_t shares =
-      std::clamp<int64_t>(B * gates * H * H / kMultiplyAddsWorthAShare, 1, std::max<int64_t>(most, 1));
-  Barrier barrier(shares);
-  const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  const Layer args{in.is_lstm() ? LayerCell::Lstm : LayerCell::Gru,
-                   T,
-                   B,
-                   H,
-                   dtype_of(in.input, "input"),
-                   in.candidate == "sigmoid",
-                   in.reverse,
-                   pre.const_data_ptr(),
-                   batch_first ? gates * H : B * gates * H,
-                   batch_first ? T * gates * H : gates * H,
-                   weight.data,
-                   weight.stride,
-                   pointer(bias_hidden),
-                   static_cast<const int64_t*>(pointer(lengths)),
-                   static_cast<const uint8_t*>(pointer(reset)),
-                   {h[0].mutable_data_ptr(), h[1].mutable_data_ptr()},
-                   c.defined() ? c.mutable_data_ptr() : nullptr,
-                   output.mutable_data_ptr(),
-                   output.stride(0),
-                   output.stride(1),
-                   shares,
-                   &barrier};
-  if (B > 0 && H > 0 && T > 0) {
-    const auto run = [&](int64_t begin, int64_t end) { layer_kernel(args, begin, end); };
-    shares == 1 ? run(0, 1) : at::parallel_for(0, shares, 1, run);
-  }
-  return {output, h[T % 2], c};
+  return std::clamp<int64_t>(multiply_adds / kWorthAShare, 1, std::max<int64_t>(most, 1));
 }
 
-Outputs kernel_forward(const Inputs& in) {
-  in.check();
-  return has_kernel(in) ? run_cpu(in) : step_by_step(in);
+template <class Args>
+void run_shares(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+  if (args.batch == 0 || args.hidden == 0) return;
+  const auto run = [&](int64_t begin, int64_t end) { kernel(args, begin, end); };
+  args.shares == 1 ? run(0, 1) : at::parallel_for(0, args.shares, 1, run);
 }
 
-Outputs meta_forward(const Inputs& in) {
+// Whether to lay the weights out as panels first: that costs about as much as to multiply them by this many rows.
+constexpr int64_t kRowsWorthPacking = 64;
+
+bool wants_panels(const Inputs& in, int64_t steps, int64_t batch) {
+  const auto type = in.input.scalar_type();
+  const bool multiplied =
+      type == at::kFloat || type == at::kDouble || (type == at::kBFloat16 && capability() == Capability::AVX512_BF16);
+  return !multiplied || (batch > 1 && steps * batch >= kRowsWorthPacking);
+}
+
+Outputs cpu_forward(const Inputs& in, bool save) {
   in.check();
+  if (!is_fused(in)) return step_by_step(in);
+  const int64_t T = in.steps().expect_int(), B = in.batch().expect_int(), H = in.h.size(1), I = in.input.size(2);
+  const int64_t G = in.gates(), blocks = unit_blocks(H), even_input = I + I % 2, even_hidden = H + H % 2;
   const auto options = in.input.options();
-  const auto state = [&] { return at::empty_symint({in.batch(), in.hidden()}, options); };
-  const auto T = in.input.sym_size(0), B = in.batch(), H = in.hidden();
-  Tensor output =
-      in.batch_first() ? at::empty_symint({B, T, H}, options).transpose(0, 1) : at::empty_symint({T, B, H}, options);
-  return {output, state(), in.is_lstm() ? state() : Tensor()};
+  const auto compute = options.dtype(recurrent::grad_pre_type(in.input));
+  const auto [first, second] = in.order(T, B);
+
+  const Tensor input = in.input.stride(2) == 1 || I <= 1 ? in.input : in.input.contiguous();
+  const recurrent::Rows ih(in.weight_ih), hh(in.weight_hh);
+  const recurrent::Bias bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const Tensor h = in.h.contiguous(), c = in.is_lstm() ? in.c->contiguous() : Tensor();
+  const Tensor lengths = autograd::defined(in.lengths) ? in.lengths->contiguous() : Tensor();
+  const Tensor reset = autograd::tensor_or_none(in.reset);
+
+  Outputs out{empty_output({first, second, H}, options), at::empty({B, H}, options),
+              in.is_lstm() ? at::empty({B, H}, options) : Tensor(),
+              save ? empty_output({first, second, 4 * H}, options) : Tensor(),
+              save && in.is_lstm() ? empty_output({first, second, H}, options) : Tensor()};
+
+  const bool panels = wants_panels(in, T, B);
+  const int64_t shares = shares_for(B * G * H * H, H);
+  // Enough rows that a panel of weight_ih is read from memory for many of them, few enough to find their sums in the
+  // caches again.
+  constexpr int64_t kChunkRows = 2 * kLayerRows;
+  const int64_t chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
+  const auto scratch = [&](bool wanted, std::initializer_list<int64_t> size) {
+    return wanted ? at::empty(size, compute) : Tensor();
+  };
+  const Tensor panels_ih = scratch(panels, {blocks, even_input, kUnits * G});
+  const Tensor panels_hh = scratch(panels, {blocks, even_hidden, kUnits * G});
+  const Tensor exchange[2] = {scratch(true, {B, even_hidden}), scratch(true, {B, even_hidden})};
+  const Tensor cell_states = scratch(in.is_lstm(), {blocks, B, kUnits});
+  const Tensor pre = scratch(true, {blocks, chunk * B, kUnits * G});
+  const Tensor staged = scratch(panels, {shares, kLayerRows, even_input});
+  Barrier barrier(shares);
+  const Layer args{
+      .cell = in.is_lstm() ? LayerCell::Lstm : LayerCell::Gru,
+      .steps = T,
+      .batch = B,
+      .input_size = I,
+      .hidden = H,
+      .dtype = dtype_of(in.input, "input"),
+      .sigmoid_candidate = in.sigmoid_candidate(),
+      .reverse = in.reverse,
+      .input = read(input),
+      .input_strides = strides_of(in, input),
+      .weight_ih = ih.data,
+      .weight_hh = hh.data,
+      .weight_ih_stride = ih.stride,
+      .weight_hh_stride = hh.stride,
+      .bias_ih = bias_ih.data(),
+      .bias_hh = bias_hh.data(),
+      .h = read(h),
+      .c = read(c),
+      .lengths = static_cast<const int64_t*>(read(lengths)),
+      .reset = static_cast<const uint8_t*>(read(reset)),
+      .reset_strides = reset.defined() ? strides_of(in, reset) : TimeStrides{},
+      .out = write(out.out),
+      .out_strides = strides_of(in, out.out),
+      .h_out = write(out.h),
+      .c_out = write(out.c),
+      .gates = write(out.gates),
+      .cells = write(out.cells),
+      .gates_strides = save ? strides_of(in, out.gates) : TimeStrides{},
+      .panels_ih = write(panels_ih),
+      .panels_hh = write(panels_hh),
+      .exchange = {write(exchange[0]), write(exchange[1])},
+      .cell_states = write(cell_states),
+      .pre = write(pre),
+      .staged = write(staged),
+      .chunk = chunk,
+      .shares = shares,
+      .barrier = &barrier,
+  };
+  run_shares(layer_kernel, args);
+  return out;
 }
 
-// --- autograd -----------------------------------------------------------------------------------------------------
-
-Outputs call(const Inputs& in) {
-  if (in.is_lstm()) {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_layer", "").typed<LstmSignature>();
-    return op.call(in.input, in.h, *in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.lengths, in.reset,
-                   in.candidate, in.grad_clip, in.reverse);
+// The states before every step, [T, B, H] in the order of the input: those after the step before it, or the first.
+Tensor before_steps(const Inputs& in, const Tensor& states, const Tensor& initial) {
+  const int64_t time = in.batch_first ? 1 : 0, T = states.size(time);
+  Tensor before = at::empty(states.sizes(), states.options());
+  if (T == 0) return before;
+  before.select(time, in.reverse ? T - 1 : 0).copy_(initial);
+  before.narrow(time, in.reverse ? 0 : 1, T - 1).copy_(states.narrow(time, in.reverse ? 1 : 0, T - 1));
+  if (in.reverse && autograd::defined(in.lengths)) {  // rows begin at their own end
+    const Tensor last = (*in.lengths - 1).clamp(0, T - 1).unsqueeze(time).unsqueeze(-1);
+    const Tensor start = initial.unsqueeze(time);
+    before.scatter_(time, last.expand(start.sizes()), start);
   }
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_layer", "").typed<GruSignature>();
-  const auto [output, h_n] = op.call(in.input, in.h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.lengths,
-                                     in.reset, in.grad_clip, in.reverse);
-  return {output, h_n, Tensor()};
+  if (autograd::defined(in.reset)) before.masked_fill_(in.reset->unsqueeze(-1), 0);
+  return before;
 }
 
-Outputs autograd_forward(const Inputs& in) {
-  if (autograd::needs_grad(in.input, in.h, in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh) ||
-      autograd::has_tangent(in.input, in.h, in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh)) {
-    in.check();
-    return step_by_step(in);
-  }
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call(in);
+Gradients cpu_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
+  check_backward(grads, in, kept);
+  TORCH_CHECK_NOT_IMPLEMENTED(is_fused(in), "the fused backward has no projections");
+  const int64_t T = in.steps().expect_int(), B = in.batch().expect_int(), H = in.h.size(1), G = in.gates();
+  const int64_t blocks = unit_blocks(H);
+  const auto options = in.input.options();
+  const auto compute = options.dtype(recurrent::grad_pre_type(in.input));
+  const auto [first, second] = in.order(T, B);
+
+  const auto dense = [&](const Tensor& t) {
+    return t.defined() ? t.to(in.input.scalar_type()).contiguous() : Tensor();
+  };
+  const Tensor grad_out = dense(grads.out), grad_h = dense(grads.h), grad_c = dense(grads.c);
+  const Tensor grad_gates = dense(grads.gates), grad_cells = dense(grads.cells);
+  const Tensor out = kept.out.contiguous(), gates = kept.gates.contiguous(), cells = dense(kept.cells);
+  const recurrent::Rows hh(in.weight_hh);
+  const Tensor h = in.h.contiguous(), c = in.is_lstm() ? in.c->contiguous() : Tensor();
+  const Tensor lengths = autograd::defined(in.lengths) ? in.lengths->contiguous() : Tensor();
+  const Tensor reset = autograd::tensor_or_none(in.reset);
+
+  Gradients result;
+  if (mask[1]) result[1] = at::empty({B, H}, options);
+  if (mask[2] && in.is_lstm()) result[2] = at::empty({B, H}, options);
+  const Tensor pre = empty_output({first, second, G * H}, compute);
+  const Tensor pre_hidden = in.is_lstm() ? Tensor() : empty_output({first, second, G * H}, compute);
+  const Tensor panels = at::empty({blocks, G * H, kUnits}, compute);
+  const Tensor carry_h = at::empty({B, blocks * kUnits}, compute);
+  const Tensor carry_c = in.is_lstm() ? at::empty({B, blocks * kUnits}, compute) : Tensor();
+  const int64_t shares = shares_for(B * G * H * H, H);
+  Barrier barrier(shares);
+  const LayerBackward args{
+      .cell = in.is_lstm() ? LayerCell::Lstm : LayerCell::Gru,
+      .steps = T,
+      .batch = B,
+      .hidden = H,
+      .dtype = dtype_of(in.input, "input"),
+      .sigmoid_candidate = in.sigmoid_candidate(),
+      .reverse = in.reverse,
+      .clip = in.clip(),
+      .grad_out = read(grad_out),
+      .grad_h_out = read(grad_h),
+      .grad_c_out = read(grad_c),
+      .grad_gates = read(grad_gates),
+      .grad_cells = read(grad_cells),
+      .weight_hh = hh.data,
+      .weight_hh_stride = hh.stride,
+      .h = read(h),
+      .c = read(c),
+      .lengths = static_cast<const int64_t*>(read(lengths)),
+      .reset = static_cast<const uint8_t*>(read(reset)),
+      .reset_strides = reset.defined() ? strides_of(in, reset) : TimeStrides{},
+      .out = read(out),
+      .gates = read(gates),
+      .cells = read(cells),
+      .out_strides = strides_of(in, out),
+      .gates_strides = strides_of(in, gates),
+      .grad_pre = write(pre),
+      .grad_pre_hidden = write(pre_hidden),
+      .grad_pre_strides = strides_of(in, pre),
+      .grad_h = write(result[1]),
+      .grad_c = write(result[2]),
+      .panels = write(panels),
+      .carry_h = write(carry_h),
+      .carry_c = write(carry_c),
+      .shares = shares,
+      .barrier = &barrier,
+  };
+  run_shares(layer_backward_kernel, args);
+
+  // What is left are products over all steps at once.
+  const Tensor rows = pre.view({T * B, G * H});
+  // What stands beyond the lengths must not reach the weights, not even times zero.
+  const auto used_input = [&] {
+    const Tensor x = autograd::defined(in.lengths) ? in.input.masked_fill(in.inactive().unsqueeze(-1), 0) : in.input;
+    return x.contiguous().view({T * B, x.size(2)});
+  };
+  const Tensor hidden_rows = in.is_lstm() ? rows : pre_hidden.view({T * B, G * H});
+  const auto type = in.input.scalar_type();
+  recurrent::Products products;
+  if (mask[0]) result[0] = products.input_gradient(rows, in.weight_ih).view(in.input.sizes());
+  if (mask[3]) result[3] = products.weight_gradient(rows, used_input());
+  if (mask[4]) result[4] = products.weight_gradient(hidden_rows, before_steps(in, out, h).view({T * B, H}));
+  if (mask[5] && autograd::defined(in.bias_ih)) result[5] = products.bias_gradient(rows, type);
+  if (mask[6] && autograd::defined(in.bias_hh)) result[6] = products.bias_gradient(hidden_rows, type);
+  products.run();
+  return result;
+}
+
+// CUDA has no kernel of the layer yet.
+[[maybe_unused]] Outputs steps_forward(const Inputs& in, bool) {
+  in.check();
+  return step_by_step(in);
 }
 
 // --- registration -------------------------------------------------------------------------------------------------
 
-template <Outputs (*body)(const Inputs&)>
-Outputs lstm_entry(LSTM_LAYER_PARAMETERS) {
-  const OptionalTensor cell(c);
-  return body(
-      Inputs{input, h, cell, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset, candidate, grad_clip, reverse});
-}
-
-template <Outputs (*body)(const Inputs&)>
-std::tuple<Tensor, Tensor> gru_entry(GRU_LAYER_PARAMETERS) {
-  const OptionalTensor none;
-  const auto [output, h_n, unused] =
-      body(Inputs{input, h, none, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset, "tanh", grad_clip, reverse});
-  return {output, h_n};
-}
+#define LAYER_OPTIONS "float? grad_clip=None, bool reverse=False, bool batch_first=False"
+#define LSTM_LAYER_SCHEMA                                                                                    \
+  "Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih=None, "             \
+  "Tensor? bias_hh=None, Tensor? weight_hr=None, Tensor? lengths=None, Tensor? reset=None, "                 \
+  "str candidate='tanh', " LAYER_OPTIONS
+#define GRU_LAYER_SCHEMA                                                                                     \
+  "Tensor input, Tensor h, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih=None, Tensor? bias_hh=None, " \
+  "Tensor? lengths=None, Tensor? reset=None, " LAYER_OPTIONS
+// The same arguments in a backward, where nothing is left out.
+#define LSTM_LAYER_BACKWARD_SCHEMA                                                                           \
+  "Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, " \
+  "Tensor? weight_hr, Tensor? lengths, Tensor? reset, str candidate, float? grad_clip, bool reverse, "       \
+  "bool batch_first"
+#define GRU_LAYER_BACKWARD_SCHEMA                                                                            \
+  "Tensor input, Tensor h, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "           \
+  "Tensor? lengths, Tensor? reset, float? grad_clip, bool reverse, bool batch_first"
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
+  m.def("lstm_layer(" LSTM_LAYER_SCHEMA
+        ", bool save=False) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+        {at::Tag::pt2_compliant_tag});
   m.def(
-      "lstm_layer(Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
-      "Tensor? bias_hh, Tensor? lengths=None, Tensor? reset=None, str candidate='tanh', float? grad_clip=None, "
-      "bool reverse=False) -> (Tensor output, Tensor h_n, Tensor c_n)",
+      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor? grad_gates, "
+      "Tensor? grad_cells, " LSTM_LAYER_BACKWARD_SCHEMA
+      ", Tensor output, Tensor gates, Tensor cells, bool[7] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
-  m.def(
-      "gru_layer(Tensor input, Tensor h, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
-      "Tensor? lengths=None, Tensor? reset=None, float? grad_clip=None, bool reverse=False) -> (Tensor output, "
-      "Tensor h_n)",
-      {at::Tag::pt2_compliant_tag});
+  m.def("gru_layer(" GRU_LAYER_SCHEMA ", bool save=False) -> (Tensor output, Tensor h_n, Tensor gates)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("gru_layer_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_gates, " GRU_LAYER_BACKWARD_SCHEMA
+        ", Tensor output, Tensor gates, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
 }
 
-#define LECT11EXT_LAYERS(body)              \
-  m.impl("lstm_layer", lstm_entry<body>); \
-  m.impl("gru_layer", gru_entry<body>)
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+  m.impl("lstm_layer", lstm_forward<cpu_forward>);
+  m.impl("lstm_layer_backward", lstm_backward<cpu_backward>);
+  m.impl("gru_layer", gru_forward<cpu_forward>);
+  m.impl("gru_layer_backward", gru_backward<cpu_backward>);
+}
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { LECT11EXT_LAYERS(kernel_forward); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { LECT11EXT_LAYERS(kernel_forward); }
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
+  m.impl("lstm_layer", lstm_forward<steps_forward>);
+  m.impl("gru_layer", gru_forward<steps_forward>);
+}
 #endif
-TORCH_LIBRARY_IMPL(lect11ext, Meta, m) { LECT11EXT_LAYERS(meta_forward); }
-TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) { LECT11EXT_LAYERS(autograd_forward); }
+
+TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
+  m.impl("lstm_layer", lstm_forward<meta_forward>);
+  m.impl("lstm_layer_backward", lstm_backward<meta_backward>);
+  m.impl("gru_layer", gru_forward<meta_forward>);
+  m.impl("gru_layer_backward", gru_backward<meta_backward>);
+}
 
 }  // namespace lect11ext

@@ -58,7 +58,7 @@ struct Weights {
 
 Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Weights& weights,
                 const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool sigmoid_candidate, bool save_gates) {
-  const int64_t batch = input.size(0), hidden = h.size(1);
+  const int64_t batch = input.size(0), hidden = c.size(1);
   const auto options = input.options();
   Tensor h_out = at::empty({batch, hidden}, options), c_out = at::empty({batch, hidden}, options);
   Tensor gates = save_gates ? at::empty({batch, 4 * hidden}, options) : Tensor();
@@ -66,6 +66,7 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Wei
   const recurrent::Bias b_ih(bias_ih), b_hh(bias_hh);
   const LstmCell args{batch,
                       input.size(1),
+                      h.size(1),
                       hidden,
                       dtype_of(input, "input"),
                       sigmoid_candidate,
@@ -88,7 +89,7 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Wei
   if (batch > 0) {
     const int64_t blocks = unit_blocks(hidden);
     // 4 gates; 32 multiply-adds take about a nanosecond, and reading the weights once as long as two rows of a batch.
-    const int64_t cost = (batch + 2) * 4 * kUnits * (args.input_size + hidden) / 32;
+    const int64_t cost = (batch + 2) * 4 * kUnits * (args.input_size + args.state_size) / 32;
     run_parallel(lstm_cell_kernel, args, blocks, cost);
   }
   return {h_out, c_out, gates};
@@ -137,7 +138,7 @@ template <class Launch>
 Pointwise gates_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
                          const Tensor& gates, const Tensor& c_out, bool needs_c, Launch launch) {
   in.check_backward(grad_h, grad_c, gates, c_out);
-  const int64_t batch = in.input.size(0), hidden = in.h.size(1);
+  const int64_t batch = in.input.size(0), hidden = in.c.size(1);
   const auto options = in.input.options();
   const auto type = recurrent::grad_pre_type(in.input);
   Pointwise out{at::empty({batch, 4 * hidden}, options.dtype(type)),
@@ -198,7 +199,7 @@ void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 Outputs cuda_forward(const Inputs& in, bool save_gates) {
   in.check();
   const c10::cuda::CUDAGuard guard(in.input.device());
-  const int64_t batch = in.input.size(0), hidden = in.h.size(1);
+  const int64_t batch = in.input.size(0), hidden = in.c.size(1);
   const auto options = in.input.options();
   Tensor h_out = at::empty({batch, hidden}, options), c_out = at::empty({batch, hidden}, options);
   Tensor pre = at::mm(in.input, in.weight_ih.t());

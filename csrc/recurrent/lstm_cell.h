@@ -48,14 +48,14 @@ struct LstmGatesBackward {
 
 // The whole step: the CPU's kernel. A work item is a block of kUnits hidden units, all their gates, all rows.
 struct LstmCell {
-  int64_t batch, input_size, hidden;
+  int64_t batch, input_size, state_size, hidden;  // state_size R is H, unless h is a projection
   DType dtype;
   bool sigmoid_candidate;
   const void* input;      // [B, I]
-  const void* h;          // [B, H]
+  const void* h;          // [B, R]
   const void* c;          // [B, H]
   const void* weight_ih;  // [4H, I]
-  const void* weight_hh;  // [4H, H]
+  const void* weight_hh;  // [4H, R]
   int64_t input_stride, h_stride, c_stride, weight_ih_stride, weight_hh_stride;
   bool packed;          // the weights are [blocks, 4, I or H, 16] dense instead (float and double only)
   const void* bias_ih;  // [4H] or null

@@ -34,7 +34,7 @@ struct Inputs : recurrent::CellInputs {
   Inputs(const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& weight_ih, const Tensor& weight_hh,
          const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, c10::string_view candidate,
          std::optional<double> grad_clip)
-      : CellInputs{input, h, weight_ih, weight_hh, bias_ih, bias_hh, /*gates=*/4},
+      : CellInputs{input, h, weight_ih, weight_hh, bias_ih, bias_hh, /*gates=*/4, /*rank=*/2, &c},
         c(c),
         sigmoid_candidate(candidate == "sigmoid"),
         clip(grad_clip.value_or(INFINITY)) {

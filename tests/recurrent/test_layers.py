@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lect11ext import reference
+from tests.conftest import DTYPES
 from tests.helpers import ONE_STEP, assert_within_rule, check, flat
 
 KINDS = ["lstm", "gru"]
@@ -20,7 +21,7 @@ EMPTY = [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0)]
 def ours(kind: str, **options: Any) -> Callable[..., Any]:
     """The op as a function of tensors alone: input, h, (c,) weights, biases."""
     op = getattr(torch.ops.lect11ext, f"{kind}_layer")
-    return lambda *args: op(*args, **options)
+    return lambda *args: op(*args, **options)[: 3 if kind == "lstm" else 2]
 
 
 def plain(kind: str, **options: Any) -> Callable[..., Any]:
@@ -49,20 +50,25 @@ def variants(steps: int, batch: int) -> list[dict[str, Any]]:
     return [{**m, "reverse": reverse} for m in masks for reverse in (False, True)]
 
 
+def clipped(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "grad_clip": 0.3}
+
+
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    args = operands(kind, shape, dtype)
+    args = operands(kind, shape, dtype, grad=shape[0] > 0)
     for options in variants(*shape[:2]):
-        # The same rule as for a cell, along the chain: the errors of the steps add up.
-        check(ours(kind, **options), plain(kind, **options), args, ONE_STEP * max(1, shape[0]))
+        for choice in (options, clipped(options)):
+            # The same rule as for a cell, along the chain: the errors of the steps add up.
+            check(ours(kind, **choice), plain(kind, **choice), args, ONE_STEP * max(1, shape[0]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_capability(kind: str, capability: str) -> None:
-    for dtype in (torch.float32, torch.float64):
-        for shape in [(3, 2, 5, 40), (2, 9, 33, 17)]:
-            args = operands(kind, shape, dtype)
+    for dtype in DTYPES:
+        for shape in [(3, 2, 5, 40), (2, 9, 33, 17), (9, 8, 5, 33)]:
+            args = operands(kind, shape, dtype, grad=True)
             for options in variants(*shape[:2]):
                 check(ours(kind, **options), plain(kind, **options), args, ONE_STEP * shape[0])
 
@@ -72,7 +78,35 @@ def test_gradients_of_every_order(kind: str) -> None:
     args = operands(kind, (3, 2, 2, 3), torch.float64, grad=True)
     for options in variants(3, 2):
         assert torch.autograd.gradcheck(ours(kind, **options), args, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(ours(kind), args)
+        assert torch.autograd.gradgradcheck(ours(kind, **options), args, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_and_cells_are_differentiable_outputs(kind: str) -> None:
+    args = operands(kind, (3, 2, 2, 3), torch.float64, grad=True)
+    op = getattr(torch.ops.lect11ext, f"{kind}_layer")
+    for options in variants(3, 2):
+        for batch_first in (False, True):
+            turned = [args[0].transpose(0, 1), *args[1:]] if batch_first else args
+            choice = {**options, "batch_first": batch_first}
+            if batch_first and "reset" in choice:
+                choice["reset"] = choice["reset"].t()
+
+            def saved(*args: Tensor, choice: dict[str, Any] = choice) -> tuple[Tensor, ...]:
+                return op(*args, **choice, save=True)
+
+            assert torch.autograd.gradcheck(saved, turned, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_steps_hand_the_state_on(kind: str) -> None:
+    args = operands(kind, (0, 2, 3, 4), torch.float32, grad=True)
+    output, *states = ours(kind)(*args)
+    assert output.shape == (0, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(states, args[1:], strict=False))
+    grads = torch.autograd.grad(sum(s.sum() for s in states), args)
+    for i, grad in enumerate(grads):
+        assert torch.equal(grad, (torch.ones_like if 0 < i <= len(states) else torch.zeros_like)(args[i]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -93,30 +127,43 @@ def test_against_torch_nn(kind: str, bias: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layouts(kind: str) -> None:
-    """Batch first is read and written without a copy; other strides are copied; slices of weights are read in place."""
-    args = operands(kind, (6, 4, 8, 32), torch.float32)
-    expected = ours(kind)(*args)
-    batch_first = args[0].transpose(0, 1).contiguous().transpose(0, 1)
-    got = ours(kind)(batch_first, *args[1:])
-    assert got[0].transpose(0, 1).is_contiguous()
-    wide = torch.randn(6, 4, 16)[..., ::2].copy_(args[0])
+    """Inputs and weights of any strides, batch first, with gradients: the same bits as for dense ones."""
+    args = operands(kind, (20, 4, 8, 32), torch.float32)
     states = 2 if kind == "lstm" else 1
+    expected = grads(ours(kind), args)
+    wide = torch.randn(20, 4, 16)[..., ::2].copy_(args[0])
+    swapped = args[0].transpose(0, 1).contiguous().transpose(0, 1)
     weights = [torch.cat([w, w], 1)[:, : w.size(1)] for w in args[1 + states : 3 + states]]
-    for other in (got, ours(kind)(wide, *args[1:]), ours(kind)(*args[: 1 + states], *weights, *args[3 + states :])):
-        for a, b in zip(other, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    tall = [w.t().contiguous().t() for w in args[1 + states : 3 + states]]
+    for other in (
+        [wide, *args[1:]],
+        [swapped, *args[1:]],
+        [*args[: 1 + states], *weights, *args[3 + states :]],
+        [*args[: 1 + states], *tall, *args[3 + states :]],
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(grads(ours(kind), other), expected, strict=True))
+    got = grads(ours(kind, batch_first=True), [args[0].transpose(0, 1), *args[1:]])
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        turned = a.transpose(0, 1) if i in (0, 1 + states) else a
+        torch.testing.assert_close(turned, b, rtol=1e-5, atol=1e-5)  # the sums over all steps have another order
+
+
+def grads(function: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of a fixed loss."""
+    leaves = [a.detach().as_strided(a.shape, a.stride(), a.storage_offset()).requires_grad_() for a in args]
+    outputs = function(*leaves)
+    return [*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_for_any_number_of_threads(kind: str) -> None:
-    args = operands(kind, (7, 3, 64, 256), torch.float32)
+    args = operands(kind, (23, 3, 64, 256), torch.float32)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            # The input product is the BLAS's, whose bits may depend on threads: here it is exact.
-            results.append(ours(kind)(torch.zeros_like(args[0]), *args[1:]))
+            results.append(grads(ours(kind), args))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -128,7 +175,9 @@ def test_opcheck(kind: str) -> None:
     op = getattr(torch.ops.lect11ext, f"{kind}_layer").default
     for grad in (False, True):
         args = operands(kind, (3, 2, 4, 5), torch.float32, grad)
-        torch.library.opcheck(op, (*args, torch.tensor([3, 1]), torch.rand(3, 2) < 0.5))
+        options = {"lengths": torch.tensor([3, 1]), "reset": torch.rand(3, 2) < 0.5}
+        for save in (False, True):
+            torch.library.opcheck(op, tuple(args), {**options, "save": save})
 
 
 def test_a_long_sequence_does_not_drift() -> None:
@@ -148,16 +197,17 @@ def test_a_long_sequence_does_not_drift() -> None:
         ({3: torch.zeros(20, 3)}, ValueError, "input must have input_size columns, as weight_ih has: 3, but got 4"),
         ({4: torch.zeros(20, 4)}, ValueError, r"weight_hh must have shape \[20, 5\]"),
         ({5: torch.zeros(19)}, ValueError, r"bias_ih must have shape \[20\]"),
-        ({7: torch.tensor([1, 2, 3])}, ValueError, r"lengths must have shape \[2\]"),
-        ({7: torch.tensor([1.0, 2.0])}, TypeError, "lengths must be int64"),
-        ({8: torch.zeros(2, 3, dtype=torch.bool)}, ValueError, r"reset must have shape \[3, 2\]"),
-        ({8: torch.zeros(3, 2)}, TypeError, "reset must be bool"),
-        ({9: "relu"}, ValueError, "candidate must be 'tanh' or 'sigmoid', but got 'relu'"),
-        ({10: -1.0}, ValueError, "grad_clip must be nonnegative, but got -1"),
+        ({7: torch.zeros(4, 5)}, ValueError, r"weight_hr must have shape \[5, 5\]"),
+        ({8: torch.tensor([1, 2, 3])}, ValueError, r"lengths must have shape \[2\]"),
+        ({8: torch.tensor([1.0, 2.0])}, TypeError, "lengths must be int64"),
+        ({9: torch.zeros(2, 3, dtype=torch.bool)}, ValueError, r"reset must have shape \[3, 2\]"),
+        ({9: torch.zeros(3, 2)}, TypeError, "reset must be bool"),
+        ({10: "relu"}, ValueError, "candidate must be 'tanh' or 'sigmoid', but got 'relu'"),
+        ({11: -1.0}, ValueError, "grad_clip must be nonnegative, but got -1"),
     ],
 )
 def test_errors_name_the_argument(change: dict[int, Any], error: type[Exception], message: str) -> None:
-    args: list[Any] = [*operands("lstm", (3, 2, 4, 5), torch.float32), None, None, "tanh", None]
+    args: list[Any] = [*operands("lstm", (3, 2, 4, 5), torch.float32), None, None, None, "tanh", None]
     for position, value in change.items():
         args[position] = value
     with pytest.raises(error, match=message):

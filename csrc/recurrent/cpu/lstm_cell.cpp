@@ -71,7 +71,7 @@ void step(const LstmCell& args, int64_t begin, int64_t end) {
         const RowProduct<S> products[2] = {gate_rows<S>(args, args.weight_ih, args.weight_ih_stride, args.input,
                                                         args.input_stride, args.input_size, block, g),
                                            gate_rows<S>(args, args.weight_hh, args.weight_hh_stride, args.h,
-                                                        args.h_stride, args.hidden, block, g)};
+                                                        args.h_stride, args.state_size, block, g)};
         dot_block<kUnits>(products, 2, units, row, rows, pre + g * kUnits, kGates * kUnits);
       }
       for (int64_t r = 0; r < rows; ++r) finish_row<S>(args, row + r, first, units, pre + r * kGates * kUnits, bias);
