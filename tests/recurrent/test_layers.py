@@ -14,7 +14,7 @@ from tests.conftest import DTYPES
 from tests.helpers import ONE_STEP, assert_within_rule, check, flat
 
 KINDS = ["lstm", "gru"]
-SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (4, 1, 9, 33), (3, 9, 17, 64), (6, 2, 3, 130), (2, 40, 5, 17)]
+SHAPES = [(1, 1, 2, 3), (2, 3, 1, 1), (5, 3, 4, 7), (4, 1, 9, 33), (3, 9, 17, 64), (6, 2, 3, 130), (2, 40, 5, 17)]
 EMPTY = [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0)]
 
 
