@@ -14,6 +14,7 @@
 #include "common/barrier.h"
 #include "common/dispatch.h"
 #include "common/tensors.h"
+#include "common/workspace.h"
 #include "recurrent/cell_common.h"
 #include "recurrent/layer_inputs.h"
 #include "recurrent/products.h"
@@ -153,15 +154,15 @@ void run_shares(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
   args.shares == 1 ? run(0, 1) : at::parallel_for(0, args.shares, 1, run);
 }
 
-// Whether to lay the weights out as panels first: that costs about as much as to multiply them by this many rows.
-constexpr int64_t kRowsWorthPacking = 64;
-
-bool wants_panels(const Inputs& in, int64_t steps, int64_t batch) {
-  const auto type = in.input.scalar_type();
-  const bool multiplied =
-      type == at::kFloat || type == at::kDouble || (type == at::kBFloat16 && capability() == Capability::AVX512_BF16);
-  return !multiplied || (batch > 1 && steps * batch >= kRowsWorthPacking);
+// Whether weights can be multiplied as they lie; else they are laid out as panels, converted.
+bool is_multiplied(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble ||
+         (type == at::kBFloat16 && capability() == Capability::AVX512_BF16);
 }
+
+// Rows for which it pays to lay weights out as panels first: of the state's, which every step reads again and panels
+// stream at twice the speed, and of the input's, read once in a chunk.
+constexpr int64_t kRowsWorthPackingStates = 32, kRowsWorthPackingInputs = 128;
 
 Outputs cpu_forward(const Inputs& in, bool save) {
   in.check();
@@ -169,7 +170,7 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   const int64_t T = in.steps().expect_int(), B = in.batch().expect_int(), H = in.h.size(1), I = in.input.size(2);
   const int64_t G = in.gates(), blocks = unit_blocks(H), even_input = I + I % 2, even_hidden = H + H % 2;
   const auto options = in.input.options();
-  const auto compute = options.dtype(recurrent::grad_pre_type(in.input));
+  const auto compute = recurrent::grad_pre_type(in.input);
   const auto [first, second] = in.order(T, B);
 
   const Tensor input = in.input.stride(2) == 1 || I <= 1 ? in.input : in.input.contiguous();
@@ -184,21 +185,22 @@ Outputs cpu_forward(const Inputs& in, bool save) {
               save ? empty_output({first, second, 4 * H}, options) : Tensor(),
               save && in.is_lstm() ? empty_output({first, second, H}, options) : Tensor()};
 
-  const bool panels = wants_panels(in, T, B);
+  const bool in_place = is_multiplied(in.input.scalar_type());
+  const bool packs_ih = !in_place || T * B >= kRowsWorthPackingInputs;
+  const bool packs_hh = !in_place || T * B >= kRowsWorthPackingStates;
   const int64_t shares = shares_for(B * G * H * H, H);
   // Enough rows that a panel of weight_ih is read from memory for many of them, few enough to find their sums in the
   // caches again.
   constexpr int64_t kChunkRows = 2 * kLayerRows;
   const int64_t chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
-  const auto scratch = [&](bool wanted, std::initializer_list<int64_t> size) {
-    return wanted ? at::empty(size, compute) : Tensor();
-  };
-  const Tensor panels_ih = scratch(panels, {blocks, even_input, kUnits * G});
-  const Tensor panels_hh = scratch(panels, {blocks, even_hidden, kUnits * G});
-  const Tensor exchange[2] = {scratch(true, {B, even_hidden}), scratch(true, {B, even_hidden})};
-  const Tensor cell_states = scratch(in.is_lstm(), {blocks, B, kUnits});
-  const Tensor pre = scratch(true, {blocks, chunk * B, kUnits * G});
-  const Tensor staged = scratch(panels, {shares, kLayerRows, even_input});
+  Workspace space;
+  const int64_t element = compute == at::kDouble ? sizeof(double) : sizeof(float);
+  const auto panels_ih = space.reserve(packs_ih ? blocks * even_input * kUnits * G * element : 0);
+  const auto panels_hh = space.reserve(packs_hh ? blocks * even_hidden * kUnits * G * element : 0);
+  const size_t exchange[2] = {space.reserve(B * even_hidden * element), space.reserve(B * even_hidden * element)};
+  const auto cell_states = space.reserve(blocks * B * kUnits * element);
+  const auto pre = space.reserve(blocks * chunk * B * kUnits * G * element);
+  const auto staged = space.reserve(shares * kLayerRows * even_input * element);
   Barrier barrier(shares);
   const Layer args{
       .cell = in.is_lstm() ? LayerCell::Lstm : LayerCell::Gru,
@@ -229,12 +231,12 @@ Outputs cpu_forward(const Inputs& in, bool save) {
       .gates = write(out.gates),
       .cells = write(out.cells),
       .gates_strides = save ? strides_of(in, out.gates) : TimeStrides{},
-      .panels_ih = write(panels_ih),
-      .panels_hh = write(panels_hh),
-      .exchange = {write(exchange[0]), write(exchange[1])},
-      .cell_states = write(cell_states),
-      .pre = write(pre),
-      .staged = write(staged),
+      .panels_ih = packs_ih ? space.at(panels_ih) : nullptr,
+      .panels_hh = packs_hh ? space.at(panels_hh) : nullptr,
+      .exchange = {space.at(exchange[0]), space.at(exchange[1])},
+      .cell_states = space.at(cell_states),
+      .pre = space.at(pre),
+      .staged = space.at(staged),
       .chunk = chunk,
       .shares = shares,
       .barrier = &barrier,
@@ -284,9 +286,11 @@ Gradients cpu_backward(const OutputGradients& grads, const Inputs& in, const Out
   if (mask[2] && in.is_lstm()) result[2] = at::empty({B, H}, options);
   const Tensor pre = empty_output({first, second, G * H}, compute);
   const Tensor pre_hidden = in.is_lstm() ? Tensor() : empty_output({first, second, G * H}, compute);
-  const Tensor panels = at::empty({blocks, G * H, kUnits}, compute);
-  const Tensor carry_h = at::empty({B, blocks * kUnits}, compute);
-  const Tensor carry_c = in.is_lstm() ? at::empty({B, blocks * kUnits}, compute) : Tensor();
+  Workspace space;
+  const int64_t element = pre.element_size();
+  const auto panels = space.reserve(blocks * G * H * kUnits * element);
+  const auto carry_h = space.reserve(B * blocks * kUnits * element);
+  const auto carry_c = space.reserve(B * blocks * kUnits * element);
   const int64_t shares = shares_for(B * G * H * H, H);
   Barrier barrier(shares);
   const LayerBackward args{
@@ -320,9 +324,9 @@ Gradients cpu_backward(const OutputGradients& grads, const Inputs& in, const Out
       .grad_pre_strides = strides_of(in, pre),
       .grad_h = write(result[1]),
       .grad_c = write(result[2]),
-      .panels = write(panels),
-      .carry_h = write(carry_h),
-      .carry_c = write(carry_c),
+      .panels = space.at(panels),
+      .carry_h = space.at(carry_h),
+      .carry_c = space.at(carry_c),
       .shares = shares,
       .barrier = &barrier,
   };

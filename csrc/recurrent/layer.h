@@ -54,7 +54,7 @@ struct Layer {
   TimeStrides gates_strides;
 
   // --- scratch, every block of units its own part
-  // With packed weights: panels of S, or of C where the machine does not multiply S. Else null: read in place.
+  // Weights laid out as panels of S, or of C where the machine does not multiply S. Null: they are read in place.
   void *panels_ih, *panels_hh;  // [blocks, I or H rounded up to even, 16·G]
   void* exchange[2];            // [B, H rounded up to even], as the panels: step s reads h in one, writes the other
   void* cell_states;            // [blocks, B, 16] of C; LSTM only

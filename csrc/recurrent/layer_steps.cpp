@@ -42,8 +42,11 @@ Outputs step_by_step(const Inputs& in) {
   }
   if (steps == 0) {
     const auto [first, second] = in.order(in.steps(), in.batch());
-    return {at::empty_symint({first, second, in.h.sym_size(1)}, in.input.options()), h.clone(),
-            c.defined() ? c.clone() : c, {}, {}};
+    return {at::empty_symint({first, second, in.h.sym_size(1)}, in.input.options()),
+            h.clone(),
+            c.defined() ? c.clone() : c,
+            {},
+            {}};
   }
   return {at::stack(outputs, time), h, c, {}, {}};
 }

@@ -64,8 +64,9 @@ inline constexpr int kPanelVectors = kVectors % 2 == 0 ? 2 : 1;
 template <int V>
 inline constexpr int kPanelRows = 5;
 #endif
-// Steps along k for which a panel stays in the first-level cache while all rows use it: 16 KiB of 64 floats.
-inline constexpr int64_t kPanelDepth = 64;
+// Steps along k that all rows take before the next: 64 KiB of 64 floats, which the second-level cache streams faster than
+// the tiles multiply. It bounds the length of a sum too; smaller ones only store more often (docs/performance-notes.md).
+inline constexpr int64_t kPanelDepth = 256;
 
 // M rows × V vectors. The pragmas make the compiler unroll before it assigns registers.
 template <int M, int V, class P>
@@ -111,8 +112,9 @@ inline void panel_product(const P* const* a, int64_t rows, int64_t size, const P
   constexpr int kVectors = kColumns / kLanes<C>, V = kPanelVectors<kVectors>, kRows = kPanelRows<V>;
   constexpr int64_t kDeep = PanelStep<P>::kDeep;
   static_assert(kVectors % V == 0);
-  for (int64_t k = 0; k == 0 || k < size; k += kPanelDepth * kDeep) {
-    const int64_t depth = std::min(kPanelDepth * kDeep, size - k);
+  constexpr int64_t steps = kPanelDepth * kDeep;
+  for (int64_t k = 0; k == 0 || k < size; k += steps) {
+    const int64_t depth = std::min(steps, size - k);
     const P* from = panel + k / kDeep * panel_row;
     for (int64_t r = 0, n; r < rows; r += n) {
       n = std::min<int64_t>(kRows, rows - r);

@@ -57,10 +57,8 @@ class Recurrence {
 
   void start() {
     for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-      if (packed()) {
-        pack(block, args_.weight_ih, args_.weight_ih_stride, args_.input_size, args_.panels_ih);
-        pack(block, args_.weight_hh, args_.weight_hh_stride, args_.hidden, args_.panels_hh);
-      }
+      pack(block, args_.weight_ih, args_.weight_ih_stride, args_.input_size, args_.panels_ih);
+      pack(block, args_.weight_hh, args_.weight_hh_stride, args_.hidden, args_.panels_hh);
       const int64_t at = first_unit(block);
       for (int64_t b = 0; b < args_.batch; ++b) {
         const int64_t from = b * args_.hidden + at;
@@ -84,9 +82,11 @@ class Recurrence {
 
   // A block's rows of all gates become columns, kDeep elements of k beside one another.
   void pack(int64_t block, const void* weight, int64_t stride, int64_t size, void* panels) {
+    if (panels == nullptr) return;
     constexpr int64_t kChunk = 64;  // keeps what is written in the first-level cache
     P* to = panel(panels, block, size);
-    for (int64_t k = 0; k < size; k += kChunk) {
+    const int64_t transposed = transpose(block, static_cast<const S*>(weight), stride, size, to);
+    for (int64_t k = transposed; k < size; k += kChunk) {
       const int64_t n = std::min(kChunk, size - k);
       for (int64_t column = 0; column < kWidth; ++column) {
         const int64_t gate = column / kUnits, unit = column % kUnits;
@@ -101,10 +101,27 @@ class Recurrence {
     }
   }
 
+  // The same in blocks of 16 × 16 words, as far as there are whole ones: how many elements of k were moved. A word is a
+  // float, or a pair of kDeep elements.
+  int64_t transpose(int64_t block, const S* weight, int64_t stride, int64_t size, P* to) {
+    constexpr int64_t kWord = sizeof(float) / sizeof(S);
+    if constexpr (!std::is_same_v<S, P> || kWord != kDeep) return 0;
+    if (units(block) != kUnits || stride % kWord != 0) return 0;
+    const int64_t whole = size / (kUnits * kWord) * kUnits * kWord;
+    for (int g = 0; g < kGates; ++g) {  // sixteen rows are as many streams as the prefetchers follow
+      const S* from = weight + (g * args_.hidden + first_unit(block)) * stride;
+      for (int64_t k = 0; k < whole; k += kUnits * kWord) {
+        at::vec::transpose_mxn<float, kUnits, kUnits>(reinterpret_cast<const float*>(from + k), stride / kWord,
+                                                      reinterpret_cast<float*>(to + k * kWidth) + g * kUnits, kWidth);
+      }
+    }
+    return whole;
+  }
+
   // --- the inputs' part of the sums of steps s … end − 1
 
   void multiply_inputs(int64_t begin, int64_t end) {
-    if (packed()) {
+    if (args_.panels_ih != nullptr) {
       multiply_inputs_packed(begin, end);
     } else {
       const bool dense = args_.batch == 1 || args_.input_strides.step == args_.batch * args_.input_strides.row;
@@ -210,15 +227,22 @@ class Recurrence {
         n = next_rows_of_x(args_.batch - b);
         for (int64_t i = 0; i < n; ++i) rows[i] = b++;
       }
-      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-        multiply_states(s, block, rows, n);
-        alignas(64) C bias[kUnits] = {};
-        if (!kLstm && args_.bias_hh != nullptr) {
-          convert(static_cast<const S*>(args_.bias_hh) + 2 * args_.hidden + first_unit(block), bias, units(block));
-        }
-        for (int64_t i = 0; i < n; ++i) {
-          if (!packed() && !schedule_.active(t, rows[i])) continue;
-          activate(s, t, block, rows[i], pre(block, row_of_chunk(s, begin, end, rows[i])), sums_ + i * kWidth, bias);
+      // With few rows the products of several blocks come first: their activations are then independent of one another,
+      // and fill one another's waiting times.
+      const int64_t together = n == 0 ? 1 : kLayerRows / n;
+      for (int64_t first = blocks_.first; first < blocks_.last; first += together) {
+        const int64_t last = std::min(first + together, blocks_.last);
+        for (int64_t block = first; block < last; ++block) multiply_states(s, block, rows, n, (block - first) * n);
+        for (int64_t block = first; block < last; ++block) {
+          alignas(64) C bias[kUnits] = {};
+          if (!kLstm && args_.bias_hh != nullptr) {
+            convert(static_cast<const S*>(args_.bias_hh) + 2 * args_.hidden + first_unit(block), bias, units(block));
+          }
+          for (int64_t i = 0; i < n; ++i) {
+            if (!packed() && !schedule_.active(t, rows[i])) continue;
+            activate(s, t, block, rows[i], pre(block, row_of_chunk(s, begin, end, rows[i])),
+                     sums_at_[(block - first) * n + i], bias);
+          }
         }
       }
       for (int64_t i = 0; i < n && !packed(); ++i) {
@@ -227,18 +251,20 @@ class Recurrence {
     }
   }
 
-  void multiply_states(int64_t s, int64_t block, const int64_t* rows, int64_t n) {
+  // Into the sums from row `at` on.
+  void multiply_states(int64_t s, int64_t block, const int64_t* rows, int64_t n, int64_t at) {
     const int64_t size = args_.hidden;
     if (packed()) {
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = exchange(s, rows[i]);
-      panel_product<kWidth>(from, n, deep(size), panel(args_.panels_hh, block, size), kWidth * kDeep, sums_at_, false);
+      panel_product<kWidth>(from, n, deep(size), panel(args_.panels_hh, block, size), kWidth * kDeep, sums_at_ + at,
+                            false);
     } else if constexpr (std::is_same_v<S, P>) {
       for (int g = 0; g < kGates; ++g) {
         const S* weight = static_cast<const S*>(args_.weight_hh);
         weight += (g * size + first_unit(block)) * args_.weight_hh_stride;
         const RowProduct<S> product{weight, args_.weight_hh_stride, exchange(s, 0), even(size), size};
-        dot_block<kUnits>(&product, 1, units(block), rows[0], n, sums_ + g * kUnits, kWidth);
+        dot_block<kUnits>(&product, 1, units(block), rows[0], n, sums_at_[at] + g * kUnits, kWidth);
       }
     }
   }

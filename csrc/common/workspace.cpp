@@ -1,0 +1,74 @@
+#include "common/workspace.h"
+
+#include <ATen/Context.h>
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace lect11ext {
+namespace {
+
+constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+constexpr size_t kMostKept = size_t{64} << 20;  // of a thread
+
+char* allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  TORCH_CHECK(memory != nullptr, "could not allocate a workspace of ", bytes, " bytes");
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint: a refusal changes nothing
+#endif
+  return static_cast<char*>(memory);
+}
+
+struct Kept {
+  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  size_t size = 0;
+  bool in_use = false;
+};
+thread_local Kept kept;
+
+}  // namespace
+
+size_t Workspace::reserve(int64_t bytes) {
+  TORCH_INTERNAL_ASSERT(memory_ == nullptr);
+  const size_t part = size_;
+  size_ += (static_cast<size_t>(bytes) + kLine - 1) / kLine * kLine;
+  return part;
+}
+
+void* Workspace::at(size_t part) {
+  if (memory_ == nullptr && size_ > 0) {
+    own_ = kept.in_use || size_ > kMostKept;
+    if (own_) {
+      memory_ = allocate(size_);
+    } else {
+      if (kept.size < size_) {
+        kept.size = 0;
+        kept.memory.reset();
+        kept.memory.reset(allocate(size_));
+        kept.size = size_;
+      }
+      kept.in_use = true;
+      memory_ = kept.memory.get();
+    }
+    // As at::empty does, for tests: every float type's NaN.
+    const auto& context = at::globalContext();
+    if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+      std::memset(memory_, 0xFF, size_);
+    }
+  }
+  return memory_ + part;
+}
+
+Workspace::~Workspace() {
+  if (own_) std::free(memory_);
+  else if (memory_ != nullptr) kept.in_use = false;
+}
+
+}  // namespace lect11ext
