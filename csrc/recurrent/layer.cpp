@@ -160,9 +160,8 @@ bool is_multiplied(at::ScalarType type) {
          (type == at::kBFloat16 && capability() == Capability::AVX512_BF16);
 }
 
-// Rows for which it pays to lay weights out as panels first: of the state's, which every step reads again and panels
-// stream at twice the speed, and of the input's, read once in a chunk.
-constexpr int64_t kRowsWorthPackingStates = 32, kRowsWorthPackingInputs = 128;
+// Rows for which it pays to lay weights out as panels first, which are streamed at twice the speed.
+constexpr int64_t kRowsWorthPacking = 32;
 
 Outputs cpu_forward(const Inputs& in, bool save) {
   in.check();
@@ -185,9 +184,7 @@ Outputs cpu_forward(const Inputs& in, bool save) {
               save ? empty_output({first, second, 4 * H}, options) : Tensor(),
               save && in.is_lstm() ? empty_output({first, second, H}, options) : Tensor()};
 
-  const bool in_place = is_multiplied(in.input.scalar_type());
-  const bool packs_ih = !in_place || T * B >= kRowsWorthPackingInputs;
-  const bool packs_hh = !in_place || T * B >= kRowsWorthPackingStates;
+  const bool packs = T * B >= kRowsWorthPacking || !is_multiplied(in.input.scalar_type());
   const int64_t shares = shares_for(B * G * H * H, H);
   // Enough rows that a panel of weight_ih is read from memory for many of them, few enough to find their sums in the
   // caches again.
@@ -195,8 +192,8 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   const int64_t chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
   Workspace space;
   const int64_t element = compute == at::kDouble ? sizeof(double) : sizeof(float);
-  const auto panels_ih = space.reserve(packs_ih ? blocks * even_input * kUnits * G * element : 0);
-  const auto panels_hh = space.reserve(packs_hh ? blocks * even_hidden * kUnits * G * element : 0);
+  const auto panels_ih = space.reserve(packs ? blocks * even_input * kUnits * G * element : 0);
+  const auto panels_hh = space.reserve(packs ? blocks * even_hidden * kUnits * G * element : 0);
   const size_t exchange[2] = {space.reserve(B * even_hidden * element), space.reserve(B * even_hidden * element)};
   const auto cell_states = space.reserve(blocks * B * kUnits * element);
   const auto pre = space.reserve(blocks * chunk * B * kUnits * G * element);
@@ -231,8 +228,8 @@ Outputs cpu_forward(const Inputs& in, bool save) {
       .gates = write(out.gates),
       .cells = write(out.cells),
       .gates_strides = save ? strides_of(in, out.gates) : TimeStrides{},
-      .panels_ih = packs_ih ? space.at(panels_ih) : nullptr,
-      .panels_hh = packs_hh ? space.at(panels_hh) : nullptr,
+      .panels_ih = packs ? space.at(panels_ih) : nullptr,
+      .panels_hh = packs ? space.at(panels_hh) : nullptr,
       .exchange = {space.at(exchange[0]), space.at(exchange[1])},
       .cell_states = space.at(cell_states),
       .pre = space.at(pre),

@@ -57,8 +57,10 @@ class Recurrence {
 
   void start() {
     for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-      pack(block, args_.weight_ih, args_.weight_ih_stride, args_.input_size, args_.panels_ih);
-      pack(block, args_.weight_hh, args_.weight_hh_stride, args_.hidden, args_.panels_hh);
+      if (packed()) {
+        pack(block, args_.weight_ih, args_.weight_ih_stride, args_.input_size, args_.panels_ih);
+        pack(block, args_.weight_hh, args_.weight_hh_stride, args_.hidden, args_.panels_hh);
+      }
       const int64_t at = first_unit(block);
       for (int64_t b = 0; b < args_.batch; ++b) {
         const int64_t from = b * args_.hidden + at;
@@ -82,7 +84,6 @@ class Recurrence {
 
   // A block's rows of all gates become columns, kDeep elements of k beside one another.
   void pack(int64_t block, const void* weight, int64_t stride, int64_t size, void* panels) {
-    if (panels == nullptr) return;
     constexpr int64_t kChunk = 64;  // keeps what is written in the first-level cache
     P* to = panel(panels, block, size);
     const int64_t transposed = transpose(block, static_cast<const S*>(weight), stride, size, to);
@@ -121,7 +122,7 @@ class Recurrence {
   // --- the inputs' part of the sums of steps s … end − 1
 
   void multiply_inputs(int64_t begin, int64_t end) {
-    if (args_.panels_ih != nullptr) {
+    if (packed()) {
       multiply_inputs_packed(begin, end);
     } else {
       const bool dense = args_.batch == 1 || args_.input_strides.step == args_.batch * args_.input_strides.row;
