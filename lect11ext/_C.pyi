@@ -69,6 +69,37 @@ def gru_cell_packed(
     reset_after: bool,
     /,
 ) -> Tensor: ...
+def lstm_layer(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    candidate: str,
+    grad_clip: float | None,
+    reverse: bool,
+    batch_first: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def gru_layer(
+    input: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    grad_clip: float | None,
+    reverse: bool,
+    batch_first: bool,
+    /,
+) -> tuple[Tensor, Tensor]: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def best_cpu_capability() -> str: ...

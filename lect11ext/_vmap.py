@@ -1,7 +1,7 @@
 """Batching rules of all ops, for torch.vmap and everything built on it.
 
-They stand in Python because a C++ rule needs a header that torch does not ship. A cell whose weights are shared folds
-the new dimension into its batch; everything else runs once a sample.
+They stand in Python because a C++ rule needs a header that torch does not ship. A cell or a layer whose weights are
+shared folds the new dimension into its batch; everything else runs once a sample.
 """
 
 from __future__ import annotations
@@ -84,6 +84,41 @@ def _cell_backward(op: Callable[..., Any], rows: Sequence[int], shared: Sequence
     return rule
 
 
+def _layer(op: Callable[..., Any], names: Sequence[str], backward: bool) -> Rule:
+    """A rule for a layer's forward or backward, whose arguments are ``names``: what has a batch is known by name."""
+    over_time = {"input", "reset", "grad_output", "grad_gates", "grad_cells", "output", "gates", "cells"}
+    states = {"h", "c", "lengths", "grad_h", "grad_c"}
+    weights = [i for i, name in enumerate(names) if name.startswith(("weight", "bias"))]
+    # Outputs in order: whether each is over time; a backward's first is the input's gradient, then come the states'.
+    forward_outputs = (True, False, False, True, True) if "c" in names else (True, False, True)
+    backward_outputs = (True, False, False) if "c" in names else (True, False)
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        mask = args[names.index("mask")][len(backward_outputs) :] if backward else ()
+        if any(_is_batched(in_dims[i]) for i in weights) or any(mask):
+            return _run_each(op, info.batch_size, in_dims, args)
+        batch = 0 if args[names.index("batch_first")] else 1
+        size = info.batch_size
+        folded = list(args)
+        for i, name in enumerate(names):
+            if name in states:
+                folded[i] = _fold(args[i], in_dims[i], size)
+            elif name in over_time and args[i] is not None:
+                x = args[i].movedim(in_dims[i], batch) if _is_batched(in_dims[i]) else args[i].unsqueeze(batch)
+                shape = list(x.shape)
+                shape[batch] = size
+                folded[i] = x.expand(shape).flatten(batch, batch + 1)
+        outputs, dims = [], []
+        kinds = backward_outputs if backward else forward_outputs
+        for i, out in enumerate(op(*folded)):
+            at = batch if i < len(kinds) and kinds[i] else 0
+            outputs.append(None if out is None else out.unflatten(at, (size, out.size(at) // size)))
+            dims.append(None if out is None else at)
+        return tuple(outputs), tuple(dims)
+
+    return rule
+
+
 def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any = None) -> tuple[Any, Any]:
     """One key for all samples with randomness="same"; with "different" offsets ceil(numel / 4) apart."""
     op = torch.ops.lect11ext.philox_key
@@ -120,3 +155,11 @@ def register() -> None:
         ops.gru_cell_backward.default,
         _cell_backward(ops.gru_cell_backward, (0, 1, 2, 9), (3, 4, 5, 6), weight_outputs=4),
     )
+    for op, backward in (
+        (ops.lstm_layer, False),
+        (ops.lstm_layer_backward, True),
+        (ops.gru_layer, False),
+        (ops.gru_layer_backward, True),
+    ):
+        names = [a.name.replace("output_mask", "mask") for a in op.default._schema.arguments]
+        torch.library.register_vmap(op.default, _layer(op, names, backward))

@@ -2,6 +2,6 @@
 
 from .autoencoder import gaussian_rsample_kl
 from .random import philox_key, philox_normal
-from .recurrent import gru_cell, lstm_cell
+from .recurrent import gru, gru_cell, lstm, lstm_cell
 
-__all__ = ["gaussian_rsample_kl", "gru_cell", "lstm_cell", "philox_key", "philox_normal"]
+__all__ = ["gaussian_rsample_kl", "gru", "gru_cell", "lstm", "lstm_cell", "philox_key", "philox_normal"]

@@ -1,6 +1,6 @@
 """Modules, as torch.nn holds torch's: same arguments, parameter names, initialisation and ``state_dict``."""
 
 from .autoencoder import GaussianLatent
-from .recurrent import GRUCell, LSTMCell
+from .recurrent import GRU, LSTM, GRUCell, LSTMCell
 
-__all__ = ["GRUCell", "GaussianLatent", "LSTMCell"]
+__all__ = ["GRU", "LSTM", "GRUCell", "GaussianLatent", "LSTMCell"]

@@ -152,9 +152,12 @@ def test_subclasses_and_function_modes_see_the_call() -> None:
     assert "lect11ext.lstm_cell" in Watch.seen and "lect11ext.gaussian_rsample_kl" in Watch.seen
 
 
-@pytest.mark.parametrize("name", ["functional.autoencoder", "functional.random", "functional.recurrent", "nn"])
+EXAMPLES = ["autoencoder", "recurrent.cells", "recurrent.layers"]
+
+
+@pytest.mark.parametrize(
+    "name", ["functional.random"] + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES]
+)
 def test_examples_of_the_docstrings(name: str) -> None:
-    module = importlib.import_module(f"lect11ext.{name}")
-    parts = [importlib.import_module(f"lect11ext.nn.{n}") for n in ("autoencoder", "recurrent")] if name == "nn" else []
-    results = [doctest.testmod(m) for m in parts or [module]]
-    assert all(r.attempted > 0 and r.failed == 0 for r in results)
+    result = doctest.testmod(importlib.import_module(f"lect11ext.{name}"))
+    assert result.attempted > 0 and result.failed == 0

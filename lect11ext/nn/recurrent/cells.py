@@ -1,4 +1,4 @@
-"""Recurrent modules. They derive from torch's base class, which brings parameters, initialisation and checkpoints."""
+"""Recurrent steps. They derive from torch's base class, which brings parameters, initialisation and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._load import _C
-from ..functional import gru_cell, lstm_cell
+from ..._load import _C
+from ...functional import gru_cell, lstm_cell
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,4 +1,4 @@
-"""Fused recurrent functions."""
+"""Fused recurrent steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
-from .._load import _C
+from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
+from ..._load import _C
 
 
 def _check_input(function: str, input: Tensor) -> None:

@@ -1,0 +1,257 @@
+"""Recurrent layers. They derive from torch's base class, which brings parameters, initialisation and checkpoints.
+
+Not from torch.nn.LSTM and GRU themselves: torch.compile breaks the graph at any subclass of those two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from ...functional import gru, lstm
+from .cells import _checked_clip, _extra
+
+
+class _Layers(nn.RNNBase):
+    """What the two share: checks, zero states, packed sequences."""
+
+    def flatten_parameters(self) -> None:
+        """Accepted and not needed: weights are read wherever they lie."""
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        raise NotImplementedError
+
+    def _sizes(self) -> tuple[int, ...]:
+        """The columns of each state."""
+        raise NotImplementedError
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, states, lengths, reset)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor or a PackedSequence, but got {type(input).__name__}")
+        name = type(self).__name__
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if input.dim() == 2:
+            if lengths is not None or reset is not None:
+                raise ValueError(f"{name}: lengths and reset need a batched, 3-D input, but got 2-D")
+            if states is not None:
+                self._check_dims(states, 2, "unbatched 2-D")
+                states = tuple(s.unsqueeze(1) for s in states)
+            batch = 0 if self.batch_first else 1
+            output, last = self._forward(input.unsqueeze(batch), states, None, None)
+            return output.squeeze(batch), tuple(s.squeeze(1) for s in last)
+        self.check_input(input, None)
+        batch_size = input.size(0 if self.batch_first else 1)
+        if states is None:
+            states = self._zeros(input, batch_size)
+        else:
+            self._check_dims(states, 3, "batched 3-D")
+            self._check_sizes(states, batch_size)
+        return self._run(input, states, lengths, reset)
+
+    def _forward_packed(
+        self,
+        input: PackedSequence,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
+        if lengths is not None or reset is not None:
+            raise ValueError("lengths and reset go with padded input; a PackedSequence has its own lengths")
+        self.check_input(input.data, input.batch_sizes)
+        # In the order in which it is packed, longest first.
+        ordered = PackedSequence(input.data, input.batch_sizes)
+        padded, own_lengths = pad_packed_sequence(ordered, batch_first=self.batch_first)
+        if states is None:
+            states = self._zeros(padded, len(own_lengths))
+        else:
+            self._check_sizes(states, len(own_lengths))
+            states = _select(states, input.sorted_indices)
+        output, last = self._run(padded, states, own_lengths.to(padded.device), None)
+        data = pack_padded_sequence(output, own_lengths, self.batch_first).data
+        packed = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        return packed, _select(last, input.unsorted_indices)
+
+    def _entries(self) -> int:
+        return self.num_layers * (2 if self.bidirectional else 1)
+
+    def _zeros(self, input: Tensor, batch: int) -> tuple[Tensor, ...]:
+        entries = self._entries()
+        return tuple(
+            torch.zeros(entries, batch, size, dtype=input.dtype, device=input.device) for size in self._sizes()
+        )
+
+    def _check_dims(self, states: tuple[Tensor, ...], dim: int, kind: str) -> None:
+        if any(not isinstance(s, Tensor) or s.dim() != dim for s in states):
+            got = ", ".join(f"{s.dim()}-D" if isinstance(s, Tensor) else type(s).__name__ for s in states)
+            raise RuntimeError(f"For {kind} input, hx should also be {dim}-D but got {got}")
+
+    def _check_sizes(self, states: tuple[Tensor, ...], batch: int) -> None:
+        for i, (state, size) in enumerate(zip(states, self._sizes(), strict=True)):
+            where = "hidden" if len(states) == 1 else f"hidden[{i}]"
+            self.check_hidden_size(state, (self._entries(), batch, size), f"Expected {where} size {{}}, got {{}}")
+
+
+def _select(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, ...]:
+    return states if order is None else tuple(s.index_select(1, order) for s in states)
+
+
+class LSTM(_Layers):
+    r"""Drop-in for :class:`torch.nn.LSTM`: same arguments, parameters, initialisation and ``state_dict``.
+
+    The equations stand in :func:`lect11ext.functional.lstm_cell`, what happens over time in
+    :func:`lect11ext.functional.lstm`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
+            torch.nn's.
+        candidate: ``"tanh"``, or ``"sigmoid"`` for Goodfellow et al.'s eq. 10.41.
+        grad_clip: clamps the gradients of h and c element by element at every step.
+
+    Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``(h, c)``,
+    zeros where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, (h_n, c_n))``.
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> layer = lect11ext.nn.LSTM(5, 4, num_layers=2, batch_first=True)
+        >>> output, (h, c) = layer(torch.randn(3, 7, 5), lengths=torch.tensor([7, 2, 0]))
+        >>> output.shape, h.shape
+        (torch.Size([3, 7, 4]), torch.Size([2, 3, 4]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        candidate: str = "tanh",
+        grad_clip: float | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
+            dtype,
+        )  # fmt: skip
+        if candidate not in ("tanh", "sigmoid"):
+            raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
+        self.candidate = candidate
+        self.grad_clip = _checked_clip(grad_clip)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """All steps; ``hx`` is ``(h, c)``."""
+        if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
+            raise TypeError(f"hx must be (h, c), two tensors, but got {type(hx).__name__}")
+        output, (h, c) = self._forward(input, None if hx is None else tuple(hx), lengths, reset)
+        return output, (h, c)
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.proj_size or self.hidden_size, self.hidden_size
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h, c = states
+        return lstm(
+            input, (h, c), self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
+            dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, candidate=self.candidate,
+            grad_clip=self.grad_clip,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _extra(candidate=(self.candidate, "tanh"), grad_clip=(self.grad_clip, None))
+
+
+class GRU(_Layers):
+    r"""Drop-in for :class:`torch.nn.GRU`: same arguments, parameters, initialisation and ``state_dict``.
+
+    The equations stand in :func:`lect11ext.functional.gru_cell`, what happens over time in
+    :func:`lect11ext.functional.lstm`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn's.
+        grad_clip: clamps the gradient of h element by element at every step.
+
+    Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``h``, zeros
+    where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, h_n)``.
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> output, h = lect11ext.nn.GRU(5, 4, bidirectional=True)(torch.randn(7, 3, 5))
+        >>> output.shape, h.shape
+        (torch.Size([7, 3, 8]), torch.Size([2, 3, 4]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        grad_clip: float | None = None,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
+        )
+        self.grad_clip = _checked_clip(grad_clip)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """All steps; ``hx`` is h."""
+        output, (h,) = self._forward(input, None if hx is None else (hx,), lengths, reset)
+        return output, h
+
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.hidden_size,)
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, h = gru(
+            input, states[0], self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
+            dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, grad_clip=self.grad_clip,
+        )  # fmt: skip
+        return output, (h,)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _extra(grad_clip=(self.grad_clip, None))
