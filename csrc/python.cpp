@@ -8,7 +8,7 @@
 #include "common/capability.h"
 #include "common/random_ops.h"
 #include "recurrent/cells_ops.h"
-#include "recurrent/layer_inputs.h"
+#include "recurrent/layer_schema.h"
 
 namespace py = pybind11;
 
@@ -36,30 +36,23 @@ std::tuple<at::Tensor, at::Tensor> draw_gaussian_rsample_kl(
                              reduction);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_layer(
-    const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& weight_ih,
-    const at::Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-    const OptionalTensor& weight_hr, const OptionalTensor& lengths, const OptionalTensor& reset,
-    const std::string& candidate, std::optional<double> grad_clip, bool reverse, bool batch_first) {
+namespace layers {
+
+using namespace layer_op;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(LSTM_LAYER_PARAMETERS, bool save) {
   const OptionalTensor cell(c);
-  auto [out, h_n, c_n, gates, cells] =
-      layer_op::call_forward({input, h, cell, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reset,
-                              candidate, grad_clip, reverse, batch_first},
-                             /*save=*/false);
-  return {std::move(out), std::move(h_n), std::move(c_n)};
+  Outputs out = call_forward(LSTM_LAYER_INPUTS(cell), save);
+  return {out.out, out.h, out.c, out.cells};
 }
 
-std::tuple<at::Tensor, at::Tensor> gru_layer(
-    const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih, const at::Tensor& weight_hh,
-    const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& lengths,
-    const OptionalTensor& reset, std::optional<double> grad_clip, bool reverse, bool batch_first) {
+std::tuple<Tensor, Tensor> gru(GRU_LAYER_PARAMETERS) {
   const OptionalTensor none;
-  auto [out, h_n, c_n, gates, cells] =
-      layer_op::call_forward({input, h, none, weight_ih, weight_hh, bias_ih, bias_hh, none, lengths, reset, "tanh",
-                              grad_clip, reverse, batch_first},
-                             /*save=*/false);
-  return {std::move(out), std::move(h_n)};
+  Outputs out = call_forward(GRU_LAYER_INPUTS(none), /*save=*/false);
+  return {out.out, out.h};
 }
+
+}  // namespace layers
 
 py::dict build_info() {
   py::dict info;
@@ -118,8 +111,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       NoGil());
   m.def("gru_cell_packed", &gru_cell_packed, NoGil());
-  m.def("lstm_layer", &lstm_layer, NoGil());
-  m.def("gru_layer", &gru_layer, NoGil());
+  m.def("lstm_layer", &layers::lstm, NoGil());
+  m.def("gru_layer", &layers::gru, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

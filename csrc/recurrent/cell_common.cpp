@@ -50,7 +50,6 @@ c10::SymInt CellInputs::hidden() const {
 
 void CellInputs::check() const {
   check_rows(input, h, rank);
-  check_matrix("weight_ih", weight_ih);
   check_matrix("weight_hh", weight_hh);
   const c10::SymInt rows = hidden() * gates, state = h.sym_size(1);
   // A weight that fits itself, as a module's does, is not to blame for a state or an input that do not fit it.
@@ -58,13 +57,20 @@ void CellInputs::check() const {
   TORCH_CHECK_VALUE(columns == state || weight_hh.sym_size(0) != columns * gates,
                     "h must have hidden_size columns, as weight_hh has: ", columns, ", but got ", state);
   check_shape("weight_hh", weight_hh.sym_sizes(), {rows, state}, "gates * hidden_size, size of h");
-  check_shape("weight_ih", weight_ih.sym_sizes(), {rows, weight_ih.sym_size(1)}, "gates * hidden_size, input_size");
-  TORCH_CHECK_VALUE(input.sym_size(-1) == weight_ih.sym_size(1),
-                    "input must have input_size columns, as weight_ih has: ", weight_ih.sym_size(1), ", but got ",
-                    input.sym_size(-1));
-  check_same_type("weight_ih", weight_ih, input);
   check_same_type("weight_hh", weight_hh, input);
-  check_same_device({{"input", &input}, {"weight_ih", &weight_ih}, {"weight_hh", &weight_hh}});
+  check_same_device({{"input", &input}, {"weight_hh", &weight_hh}});
+  if (weight_ih.defined()) {
+    check_matrix("weight_ih", weight_ih);
+    check_shape("weight_ih", weight_ih.sym_sizes(), {rows, weight_ih.sym_size(1)}, "gates * hidden_size, input_size");
+    TORCH_CHECK_VALUE(input.sym_size(-1) == weight_ih.sym_size(1),
+                      "input must have input_size columns, as weight_ih has: ", weight_ih.sym_size(1), ", but got ",
+                      input.sym_size(-1));
+    check_same_type("weight_ih", weight_ih, input);
+    check_same_device({{"input", &input}, {"weight_ih", &weight_ih}});
+  } else {
+    TORCH_CHECK_VALUE(input.sym_size(-1) == rows, "input must have gates * hidden_size columns where there is no ",
+                      "weight_ih: ", rows, ", but got ", input.sym_size(-1));
+  }
   check_biases(input, bias_ih, bias_hh, rows);
 }
 

@@ -10,7 +10,7 @@ namespace lect11ext::recurrent {
 // The arguments that both cells have. `gates` is 4 for the LSTM, 3 for the GRU.
 struct CellInputs {
   const at::Tensor &input, &h;
-  const at::Tensor &weight_ih, &weight_hh;
+  const at::Tensor &weight_ih, &weight_hh;  // a layer may have no weight_ih: undefined
   const std::optional<at::Tensor>&bias_ih, &bias_hh;
   int64_t gates;
   int64_t rank = 2;                        // of input: 3 where its first dimension is time

@@ -20,6 +20,9 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::T
                                             const std::optional<at::Tensor>& bias_hh, bool reset_after,
                                             std::optional<double> grad_clip, bool save_gates);
 
+// The identity, whose gradient is clamped to ±limit.
+at::Tensor clip_gradient(const at::Tensor& x, double limit);
+
 // The steps over packed weights: inference alone, on the CPU.
 std::tuple<at::Tensor, at::Tensor> lstm_cell_packed(
     const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& packed_ih,

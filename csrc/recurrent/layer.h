@@ -1,12 +1,19 @@
-// One layer of an LSTM or a GRU (reset after the product) in one direction: the recurrence over all steps.
+// One layer of an LSTM or a GRU in one direction: the recurrence over all steps.
 //
 //   step s is at time t = s, or T − 1 − s where `reverse`
-//   sums = input[t] · weight_ihᵀ + h · weight_hhᵀ + biases; gates and new state as in lstm_cell.h and gru_cell.h
+//   x = input[t] · weight_ihᵀ, or input[t] itself where there is no weight_ih
+//   u = m ⊙ h                                       (hidden_mask; else u = h)
+//   v = u · weight_hhᵀ, then v ← norm ⊙ (v − mean v) / √(var v + ε) over all G·H columns, where there is a norm
+//   sums = x + v + biases; gates and the new states h̃, c̃ as in lstm_cell.h and gru_cell.h; a GRU that resets first has
+//   r ⊙ u in the product of n
+//   of an LSTM with peepholes p: i and f see p_i ⊙ c and p_f ⊙ c, o sees p_o ⊙ c̃
+//   h' = k ⊙ h + (1 − k) ⊙ h̃, c' alike               (zoneout: k is a mask, or a rate)
 //   rows with t ≥ lengths[b] keep their state; what they give is zero
 //   rows with reset[t][b] start the step from a state of zero
 //
 // All threads stay in one parallel region for all steps. Each owns a share of the hidden units, whose rows of the
-// weights stay in its caches; after a step they wait for one another at a barrier.
+// weights stay in its caches; after a step they wait for one another at a barrier. A norm, and a GRU that resets first,
+// need what all of them have computed in mid-step, and wait twice.
 //
 // Tensors over time have rows of dense elements: row (t, b) lies at t·step + b·row. All have one storage type S;
 // arithmetic is in C, float, or double for double. Pointers are borrowed; no output overlaps anything.
@@ -20,46 +27,79 @@ namespace lect11ext {
 
 class Barrier;
 
-enum class LayerCell : int8_t { Lstm, Gru };
+enum class LayerCell : int8_t { Lstm, Gru, GruResetFirst };
 
 // Of a tensor over time, in elements; equal for all of the same order of dimensions but for the length of a row.
 struct TimeStrides {
   int64_t step, row;
 };
 
-struct Layer {
+// Of h or of c.
+struct Zoneout {
+  const uint8_t* mask;  // [T, B, H] over time: true where the state is kept; null: `rate` of it is, everywhere
+  TimeStrides strides;
+  double rate;
+
+  bool acts() const { return mask != nullptr || rate != 0; }
+};
+
+inline constexpr double kLayerNormEpsilon = 1e-5;
+
+// What forward and backward are given alike.
+struct LayerCommon {
   LayerCell cell;
-  int64_t steps, batch, input_size, hidden;
+  int64_t steps, batch, hidden;
   DType dtype;
   bool sigmoid_candidate, reverse;
-
-  // --- read
-  const void* input;
-  TimeStrides input_strides;
-  const void *weight_ih, *weight_hh;  // [G·H, I] and [G·H, H], G = 4 or 3, rows a stride apart
-  int64_t weight_ih_stride, weight_hh_stride;
-  const void *bias_ih, *bias_hh;  // [G·H]; null for none
-  const void *h, *c;              // [B, H] dense; c for the LSTM only
-  const int64_t* lengths;         // [B]; null: all T
-  const uint8_t* reset;           // [T, B] over time; null for none
+  const void* weight_hh;  // [G·H, H], G = 4 or 3, rows a stride apart
+  int64_t weight_hh_stride;
+  const void *h, *c;        // [B, H] dense; c for the LSTM only
+  const void* peephole;     // [3, H] of i, f, o; LSTM only. Null for none, as all that follow
+  const void* norm;         // [G·H]
+  const void* hidden_mask;  // [B, H] dense
+  const int64_t* lengths;   // [B]; null: all T
+  const uint8_t* reset;     // [T, B] over time
   TimeStrides reset_strides;
+  Zoneout zoneout_h, zoneout_c;
+};
+
+struct Layer : LayerCommon {
+  // --- read
+  int64_t input_size;
+  const void* input;  // [T, B, I]; I = G·H where it is multiplied already
+  TimeStrides input_strides;
+  bool is_multiplied;     // input is x itself; else
+  const void* weight_ih;  // [G·H, I], rows a stride apart
+  int64_t weight_ih_stride;
+  const void *bias_ih, *bias_hh;  // [G·H]; null for none
 
   // --- written
   void* out;  // [T, B, H]
   TimeStrides out_strides;
   void *h_out, *c_out;  // [B, H] dense
-  // For the backward; null where none follows. Gates [T, B, 4H], of the GRU r, z, n and the state's part of n; of the
-  // LSTM the cell's states too, [T, B, H], at out_strides.
+  // For the backward; null where none follows. Gates, of the LSTM [T, B, 4H], of the GRU r, z, n and the state's part
+  // of n, [T, B, 4H], or r, z, n alone where it resets first. Of the LSTM the cell's states too, [T, B, H], at
+  // out_strides.
   void *gates, *cells;
   TimeStrides gates_strides;
+  // Where positive, cells has only the states before steps cells_every, 2·cells_every, …: [·, B, H] dense.
+  int64_t cells_every;
+  void* normed;  // where there is a norm: (v − mean) / √(var + ε), [T, B, G·H]
+  TimeStrides normed_strides;
+  void* rstd;  // and 1 / √(var + ε), [T, B] of C
+  TimeStrides rstd_strides;
 
   // --- scratch, every block of units its own part
   // Weights laid out as panels of S, or of C where the machine does not multiply S. Null: they are read in place.
   void *panels_ih, *panels_hh;  // [blocks, I or H rounded up to even, 16·G]
   void* exchange[2];            // [B, H rounded up to even], as the panels: step s reads h in one, writes the other
+  void* masked[2];              // the same of hidden_mask ⊙ h; null without a mask
+  void* reset_state;            // [B, H rounded up to even], as the panels: r ⊙ u of a GRU that resets first
   void* cell_states;            // [blocks, B, 16] of C; LSTM only
   void* pre;                    // [blocks, chunk·B, 16·G] of C: the input's sums of `chunk` steps
   void* staged;                 // [shares, kLayerRows, I rounded up to even], as the panels: converted rows of input
+  void* sums;                   // [blocks, B, 16·G] of C: what waits in mid-step; null where nothing does
+  void* moments;                // [blocks, B, 2] of C: mean and sum of squares about it, of a block's v
   int64_t chunk;
   int64_t shares;    // how many parts the blocks are cut into
   Barrier* barrier;  // for `shares` arrivals
@@ -73,34 +113,32 @@ LECT11EXT_CPU_KERNEL(layer_kernel, Layer)
 
 // From the gradients of all that Layer writes, to those of the sums and of the states at the start. Rows whose step
 // does not take place have gradients of zero. Sums run over the same units in the same order for any shares.
-struct LayerBackward {
-  LayerCell cell;
-  int64_t steps, batch, hidden;
-  DType dtype;
-  bool sigmoid_candidate, reverse;
+struct LayerBackward : LayerCommon {
   double clip;  // gradients of a step's h' and c' are clamped to ±clip, which may be infinite
+  // Where positive: none passes from step s, of rows that take it, to those before it where s is a multiple, but for 0.
+  // Steps count from first_step where these are a part of a longer sequence.
+  int64_t truncate, first_step;
 
   // --- read; gradients may be null for zero
   const void *grad_out, *grad_h_out, *grad_c_out, *grad_gates, *grad_cells;
-  const void* weight_hh;
-  int64_t weight_hh_stride;
-  const void *h, *c;  // as in Layer
-  const int64_t* lengths;
-  const uint8_t* reset;
-  TimeStrides reset_strides;
-  const void *out, *gates, *cells;
-  TimeStrides out_strides, gates_strides;  // also of the gradients; those of grad_pre are gates_strides / 4 · G
+  const void *out, *gates, *cells, *normed, *rstd;
+  TimeStrides out_strides, gates_strides, normed_strides, rstd_strides;  // out's and gates' also of their gradients
 
   // --- written
-  void* grad_pre;         // [T, B, G·H] of C: of the sums
-  void* grad_pre_hidden;  // GRU: the same, but of n that of the state's part
+  void* grad_pre;     // [T, B, G·H] of C: of the sums
+  void* grad_hidden;  // of v before its norm, where that differs (a GRU's n, a norm); else null
+  void* grad_normed;  // of v after it, where the cell is a GRU with a norm; else null
   TimeStrides grad_pre_strides;
-  void *grad_h, *grad_c;  // [B, H]; null where not wanted
+  void *grad_h, *grad_c, *grad_mask;  // [B, H]; null where not wanted
 
   // --- scratch
   void* panels;   // [blocks, G·H, 16] of C: of weight_hh, columns of a block
   void* carry_h;  // [B, blocks·16] of C
   void* carry_c;  // the same; LSTM only
+  void*
+      product;  // the same: what is multiplied by a mask or by r before it is part of the carry; null where nothing is
+  void* carry_mask;  // the same: the mask's gradient so far; null without
+  void* moments;     // [blocks, B, 2] of C: sums of a norm's gradient
   int64_t shares;
   Barrier* barrier;
 };

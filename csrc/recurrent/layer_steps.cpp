@@ -1,54 +1,150 @@
-// lstm_layer and gru_layer step by step, from the fused cells: whatever the layer's own kernels do not cover.
-#include <ATen/TensorOperators.h>
+// lstm_layer and gru_layer step by step, in differentiable ops: whatever the layer's own kernels do not cover.
+#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
+
+#include <vector>
 
 #include "recurrent/cells_ops.h"
-#include "recurrent/layer_inputs.h"
+#include "recurrent/layer_composite.h"
 
 namespace lect11ext::layer_op {
+namespace {
 
-Outputs step_by_step(const Inputs& in) {
-  const int64_t time = in.batch_first ? 1 : 0, steps = in.input.size(time);
-  Tensor h = in.h, c = in.is_lstm() ? *in.c : Tensor();
-  std::vector<Tensor> outputs(steps);
-  const auto choose = [](const Tensor& where, const Tensor& a, const Tensor& b) { return at::where(where, a, b); };
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t t = in.reverse ? steps - 1 - s : s;
-    const Tensor active = autograd::defined(in.lengths) ? in.lengths->gt(t).unsqueeze(-1) : Tensor();
-    if (autograd::defined(in.reset)) {
-      Tensor restart = in.reset->select(time, t).unsqueeze(-1);
-      if (active.defined()) restart = restart & active;
-      h = choose(restart, at::zeros_like(h), h);
-      if (c.defined()) c = choose(restart, at::zeros_like(c), c);
-    }
-    Tensor h_new, c_new;
-    const Tensor input = in.input.select(time, t);
-    if (in.is_lstm()) {
-      Tensor gates;
-      std::tie(h_new, c_new, gates) =
-          lstm_cell(input, h, c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.candidate, in.grad_clip, false);
-      if (in.has_projection()) h_new = at::linear(h_new, *in.weight_hr);
-    } else {
-      h_new = std::get<0>(gru_cell(input, h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, /*reset_after=*/true,
-                                   in.grad_clip, false));
-    }
-    outputs[t] = active.defined() ? choose(active, h_new, at::zeros_like(h_new)) : h_new;
-    h = active.defined() ? choose(active, h_new, h) : h_new;
-    if (c.defined()) c = active.defined() ? choose(active, c_new, c) : c_new;
-  }
-  if (steps == 0) {
-    const auto [first, second] = in.order(in.steps(), in.batch());
-    return {at::empty_symint({first, second, in.h.sym_size(1)}, in.input.options()),
-            h.clone(),
-            c.defined() ? c.clone() : c,
-            {},
+// Whether a step is a fused cell's.
+bool is_plain(const Inputs& in) {
+  return autograd::defined(in.weight_ih) && !autograd::defined(in.weight_peephole) && !in.has_norm() &&
+         !autograd::defined(in.hidden_mask) && !in.zones_out_h() && !in.zones_out_c();
+}
+
+struct State {
+  Tensor h, c;
+};
+
+State cell_step(const Inputs& in, const Tensor& x, const State& before) {
+  if (!in.is_lstm()) {
+    return {std::get<0>(gru_cell(x, before.h, *in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.reset_after,
+                                 in.grad_clip, false)),
             {}};
   }
-  return {at::stack(outputs, time), h, c, {}, {}};
+  auto [h, c, gates] = lstm_cell(x, before.h, before.c, *in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh,
+                                 in.candidate, in.grad_clip, false);
+  if (in.has_projection()) h = at::linear(h, *in.weight_hr);
+  return {h, c};
+}
+
+// What a step computes, as layer.h has it.
+class GeneralStep {
+ public:
+  explicit GeneralStep(const Steps& steps)
+      : in_(steps.in),
+        steps_(steps),
+        keep_h_(steps, in_.zoneout_h, in_.zoneout_rate_h, in_.h),
+        keep_c_(steps, in_.zoneout_c, in_.zoneout_rate_c, in_.h) {}
+
+  State operator()(const Tensor& x, const State& before, int64_t t) const {
+    State after = in_.is_lstm() ? lstm(sums_of(x), before) : gru(sums_of(x), before.h);
+    after.h = clip_gradient(zone_out(keep_h_, t, before.h, after.h), in_.clip());
+    if (after.c.defined()) after.c = clip_gradient(zone_out(keep_c_, t, before.c, after.c), in_.clip());
+    return after;
+  }
+
+ private:
+  Tensor sums_of(const Tensor& x) const {
+    if (autograd::defined(in_.weight_ih)) return at::linear(x, *in_.weight_ih, in_.bias_ih);
+    return autograd::defined(in_.bias_ih) ? x + *in_.bias_ih : x;
+  }
+
+  Tensor product(const Tensor& h) const {
+    if (!in_.has_norm()) return at::linear(steps_.masked(h), in_.weight_hh, in_.bias_hh);
+    const Tensor v = normalize(at::linear(steps_.masked(h), in_.weight_hh)).first * *in_.weight_norm;
+    return autograd::defined(in_.bias_hh) ? v + *in_.bias_hh : v;
+  }
+
+  static Tensor zone_out(const KeptShare& share, int64_t t, const Tensor& before, const Tensor& after) {
+    return share.acts() ? after + share.of(before - after, t) : after;
+  }
+
+  State lstm(const Tensor& x, const State& before) const {
+    const auto sums = (x + product(before.h)).chunk(4, 1);
+    const Tensor p = autograd::tensor_or_none(in_.weight_peephole);
+    const auto gate = [&](const Tensor& sum, int64_t part, const Tensor& c) {
+      return (p.defined() ? sum + p[part] * c : sum).sigmoid();
+    };
+    const Tensor i = gate(sums[0], 0, before.c), f = gate(sums[1], 1, before.c);
+    const Tensor g = in_.sigmoid_candidate() ? sums[2].sigmoid() : sums[2].tanh();
+    const Tensor c = f * before.c + i * g, o = gate(sums[3], 2, c), h = o * c.tanh();
+    return {in_.has_projection() ? at::linear(h, *in_.weight_hr) : h, c};
+  }
+
+  State gru(const Tensor& x, const Tensor& h) const {
+    const int64_t size = h.size(1);
+    const auto sums = x.chunk(3, 1);
+    Tensor r, z, n;
+    if (in_.reset_after) {
+      const auto v = product(h).chunk(3, 1);
+      r = (sums[0] + v[0]).sigmoid(), z = (sums[1] + v[1]).sigmoid();
+      n = (sums[2] + r * v[2]).tanh();
+    } else {
+      const Tensor u = steps_.masked(h), bias = autograd::tensor_or_none(in_.bias_hh);
+      const auto linear = [&](const Tensor& operand, int64_t first, int64_t count) {
+        const auto rows = [&](const Tensor& t) { return t.narrow(0, first * size, count * size); };
+        return at::linear(operand, rows(in_.weight_hh), autograd::optional_of(bias.defined() ? rows(bias) : bias));
+      };
+      const auto v = linear(u, 0, 2).chunk(2, 1);
+      r = (sums[0] + v[0]).sigmoid(), z = (sums[1] + v[1]).sigmoid();
+      n = (sums[2] + linear(r * u, 2, 1)).tanh();
+    }
+    return {n + z * (h - n), {}};
+  }
+
+  const Inputs& in_;
+  const Steps& steps_;
+  const KeptShare keep_h_, keep_c_;
+};
+
+}  // namespace
+
+Outputs step_by_step(const Inputs& in, bool save) {
+  const Steps steps(in);
+  const GeneralStep general(steps);
+  const bool plain = is_plain(in);
+  const Tensor input = steps.input();
+  State state{in.h, in.is_lstm() ? *in.c : Tensor()};
+  std::vector<Tensor> outputs(steps.count), cells(steps.count);
+  for (int64_t s = 0; s < steps.count; ++s) {
+    const int64_t t = steps.time(s);
+    if (steps.is_cut(s)) {
+      state.h = steps.active_or(t, state.h.detach(), state.h);
+      if (state.c.defined()) state.c = steps.active_or(t, state.c.detach(), state.c);
+    }
+    if (steps.restarts.defined()) {
+      state.h = Steps::choose(steps.restarts, t, at::zeros_like(state.h), state.h);
+      if (state.c.defined()) state.c = Steps::choose(steps.restarts, t, at::zeros_like(state.c), state.c);
+    }
+    const State after = plain ? cell_step(in, input[t], state) : general(input[t], state, t);
+    const auto finish = [&](const Tensor& now, Tensor& kept, Tensor& out) {
+      out = steps.active_or(t, now, at::zeros_like(now));
+      kept = steps.active_or(t, now, kept);
+    };
+    finish(after.h, state.h, outputs[t]);
+    if (after.c.defined()) finish(after.c, state.c, cells[t]);
+  }
+  Outputs out;
+  const auto over_time = [&](const std::vector<Tensor>& parts, const c10::SymInt& size) {
+    if (!parts.empty()) return at::stack(parts, in.time_dim());
+    const auto [first, second] = in.order(in.steps(), in.batch());
+    return at::empty_symint({first, second, size}, in.input.options());
+  };
+  out.out = over_time(outputs, in.h.sym_size(1));
+  // What an op gives must not be what it was given.
+  out.h = steps.count > 0 ? state.h : state.h.clone();
+  if (in.is_lstm()) {
+    out.c = steps.count > 0 ? state.c : state.c.clone();
+    if (save) out.cells = over_time(cells, in.hidden());
+  }
+  return out;
 }
 
 }  // namespace lect11ext::layer_op

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 
 class _ClipGradient(torch.autograd.Function):
@@ -80,69 +80,135 @@ def gru_cell(
     return _clip_gradient(z * h + (1 - z) * n, grad_clip)
 
 
+def _keep(mask: Tensor | None, rate: float, before: Tensor, after: Tensor) -> Tensor:
+    """Zoneout: what the mask, or a rate everywhere, keeps of the state before the step."""
+    if mask is not None:
+        return torch.where(mask, before, after)
+    return after + rate * (before - after) if rate else after
+
+
+def _product(h: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The state's part of the sums."""
+    u = h if mask is None else h * mask
+    if norm is None:
+        return linear(u, weight, bias)
+    v = layer_norm(linear(u, weight), norm.shape, norm)
+    return v if bias is None else v + bias
+
+
 def lstm_layer(
     input: Tensor,
     state: tuple[Tensor, Tensor],
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     *,
+    weight_hr: Tensor | None = None,
+    weight_peephole: Tensor | None = None,
+    weight_norm: Tensor | None = None,
+    hidden_mask: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
     candidate: str = "tanh",
+    zoneout_rate_h: float = 0.0,
+    zoneout_rate_c: float = 0.0,
     grad_clip: float | None = None,
+    truncate: int = 0,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One LSTM layer in one direction over ``input`` ``[T, B, I]``: the outputs of all steps, and the last state."""
+    p_i, p_f, p_o = (0.0, 0.0, 0.0) if weight_peephole is None else weight_peephole
 
-    def step(x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-        return lstm_cell(x, (states[0], states[1]), *weights, candidate=candidate, grad_clip=grad_clip)
+    def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        h, c = states
+        x = _sums(input[t], weight_ih, bias_ih)
+        i, f, g, o = (x + _product(h, weight_hh, bias_hh, weight_norm, hidden_mask)).chunk(4, -1)
+        i, f = (i + p_i * c).sigmoid(), (f + p_f * c).sigmoid()
+        c_new = f * c + i * (g.tanh() if candidate == "tanh" else g.sigmoid())
+        h_new = (o + p_o * c_new).sigmoid() * c_new.tanh()
+        if weight_hr is not None:
+            h_new = linear(h_new, weight_hr)
+        h_new = _keep(None if zoneout_h is None else zoneout_h[t], zoneout_rate_h, h, h_new)
+        c_new = _keep(None if zoneout_c is None else zoneout_c[t], zoneout_rate_c, c, c_new)
+        return _clip_gradient(h_new, grad_clip), _clip_gradient(c_new, grad_clip)
 
-    output, (h, c) = _unroll(step, input, state, lengths, reset, reverse)
+    output, (h, c) = _unroll(step, input, state, lengths, reset, truncate, reverse)
     return output, (h, c)
 
 
 def gru_layer(
     input: Tensor,
     h: Tensor,
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     *,
+    weight_norm: Tensor | None = None,
+    hidden_mask: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    reset_after: bool = True,
+    zoneout_rate_h: float = 0.0,
     grad_clip: float | None = None,
+    truncate: int = 0,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One GRU layer in one direction over ``input`` ``[T, B, I]``: the outputs of all steps, and the last state."""
+    size = h.size(-1)
 
-    def step(x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (gru_cell(x, states[0], weight_ih, weight_hh, bias_ih, bias_hh, grad_clip=grad_clip),)
+    def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (h,) = states
+        x_r, x_z, x_n = _sums(input[t], weight_ih, bias_ih).chunk(3, -1)
+        if reset_after:
+            h_r, h_z, h_n = _product(h, weight_hh, bias_hh, weight_norm, hidden_mask).chunk(3, -1)
+            r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+            n = (x_n + r * h_n).tanh()
+        else:
+            u = h if hidden_mask is None else h * hidden_mask
+            w_gates, w_n = weight_hh.split([2 * size, size])
+            b_gates, b_n = (None, None) if bias_hh is None else bias_hh.split([2 * size, size])
+            h_r, h_z = linear(u, w_gates, b_gates).chunk(2, -1)
+            r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+            n = (x_n + linear(r * u, w_n, b_n)).tanh()
+        h_new = _keep(None if zoneout_h is None else zoneout_h[t], zoneout_rate_h, h, z * h + (1 - z) * n)
+        return (_clip_gradient(h_new, grad_clip),)
 
-    output, (last,) = _unroll(step, input, (h,), lengths, reset, reverse)
+    output, (last,) = _unroll(step, input, (h,), lengths, reset, truncate, reverse)
     return output, last
 
 
+def _sums(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        return linear(x, weight, bias)
+    return x if bias is None else x + bias
+
+
 def _unroll(
-    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    step: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
     input: Tensor,
     states: tuple[Tensor, ...],
     lengths: Tensor | None,
     reset: Tensor | None,
+    truncate: int,
     reverse: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """All steps of a cell. Rows keep their state, and give zero, from their length on; ``reset`` restarts a row."""
     steps, batch = input.shape[:2]
     outputs: list[Tensor] = [states[0]] * steps
-    for t in reversed(range(steps)) if reverse else range(steps):
+    for s in range(steps):
+        t = steps - 1 - s if reverse else s
         active = torch.ones(batch, dtype=torch.bool, device=input.device) if lengths is None else lengths > t
+        if truncate and s > 0 and s % truncate == 0:  # of rows that take the step: the others' last states are behind
+            states = tuple(torch.where(active.unsqueeze(-1), a.detach(), a) for a in states)
         if reset is not None:
             restart = (reset[t] & active).unsqueeze(-1)
             states = tuple(torch.where(restart, torch.zeros_like(s), s) for s in states)
-        new = step(input[t], states)
+        new = step(t, states)
         mask = active.unsqueeze(-1)
         outputs[t] = torch.where(mask, new[0], torch.zeros_like(new[0]))
         states = tuple(torch.where(mask, a, b) for a, b in zip(new, states, strict=True))

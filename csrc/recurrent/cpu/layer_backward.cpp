@@ -3,29 +3,12 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-// kLanes elements of S, of which n exist, in arithmetic's type, and back.
-template <class S>
-inline Vec<Compute<S>> load_units(const S* from, int64_t n) {
-  using C = Compute<S>;
-  if constexpr (std::is_same_v<S, C>) {
-    return n >= kLanes<C> ? Vec<C>::loadu(from) : Vec<C>::loadu(from, n);
-  } else {
-    C buffer[kLanes<C>];
-    convert(from, buffer, std::min<int64_t>(n, kLanes<C>));
-    return Vec<C>::loadu(buffer);
-  }
-}
-
-template <class C>
-inline void store_units(Vec<C> v, C* to, int64_t n) {
-  v.store(to, std::min<int64_t>(n, kLanes<C>));
-}
-
 // One share's run back through all steps.
 template <class S, LayerCell kCell>
 class Backward {
   using C = Compute<S>;
   static constexpr bool kLstm = kCell == LayerCell::Lstm;
+  static constexpr bool kResetFirst = kCell == LayerCell::GruResetFirst;
   static constexpr int kGates = kLstm ? 4 : 3;
   static constexpr int64_t kPanel = 4;  // blocks of a panel: 64 columns
 
@@ -35,41 +18,61 @@ class Backward {
         schedule_{args},
         blocks_(args, begin, end),
         parties_(end - begin),
-        carry_row_((args.hidden + kUnits - 1) / kUnits * kUnits) {}
+        carry_row_((args.hidden + kUnits - 1) / kUnits * kUnits),
+        first_(first_unit(blocks_.first)),
+        end_(std::min(first_unit(blocks_.last), args.hidden)) {}
 
   void run() {
     start();
     for (int64_t s = args_.steps - 1; s >= 0; --s) {
       const int64_t t = schedule_.time(s);
       for (int64_t b = 0; b < args_.batch; ++b) schedule_.active(t, b) ? activate(s, t, b) : skip(t, b);
-      if (s == 0 && args_.grad_h == nullptr) break;
-      args_.barrier->arrive_and_wait(parties_);
-      multiply(t);
+      if constexpr (kResetFirst) {
+        wait();
+        back_through_reset(s, t);
+      } else if (args_.norm != nullptr) {
+        wait();
+        back_through_norm(t);
+      }
+      if (s == 0 && args_.grad_h == nullptr && args_.grad_mask == nullptr) break;
+      wait();
+      args_.product == nullptr ? back_to_state(s, t) : back_through_product(s, t);
     }
     finish();
   }
 
  private:
-  int64_t first_unit(int64_t block) const { return block * kUnits; }
+  void wait() const { args_.barrier->arrive_and_wait(parties_); }
+  static int64_t first_unit(int64_t block) { return block * kUnits; }
   int64_t units(int64_t block) const { return std::min(kUnits, args_.hidden - first_unit(block)); }
 
-  C* carry_h(int64_t b) const { return static_cast<C*>(args_.carry_h) + b * carry_row_; }
-  C* carry_c(int64_t b) const { return static_cast<C*>(args_.carry_c) + b * carry_row_; }
-  const S* over_time(const void* tensor, TimeStrides strides, int64_t t, int64_t b) const {
-    return tensor == nullptr ? nullptr : static_cast<const S*>(tensor) + t * strides.step + b * strides.row;
+  C* scratch_row(void* scratch, int64_t b) const { return static_cast<C*>(scratch) + b * carry_row_; }
+  C* carry_h(int64_t b) const { return scratch_row(args_.carry_h, b); }
+  C* carry_c(int64_t b) const { return scratch_row(args_.carry_c, b); }
+  const S* at(const void* tensor, TimeStrides strides, int64_t t, int64_t b) const {
+    return over_time(static_cast<const S*>(tensor), strides, t, b);
   }
-  C* grad_pre(void* tensor, int64_t t, int64_t b) const {
-    return static_cast<C*>(tensor) + t * args_.grad_pre_strides.step + b * args_.grad_pre_strides.row;
+  C* sums_at(void* tensor, int64_t t, int64_t b) const {
+    return over_time(static_cast<C*>(tensor), args_.grad_pre_strides, t, b);
   }
   // What the state's product was made of.
-  void* grad_sums() const { return kLstm ? args_.grad_pre : args_.grad_pre_hidden; }
+  void* product_grad() const { return args_.grad_hidden == nullptr ? args_.grad_pre : args_.grad_hidden; }
+  // Of what a norm gave.
+  void* normed_grad() const { return args_.grad_normed == nullptr ? args_.grad_pre : args_.grad_normed; }
+  // Whether a step's state reaches the next without the product.
+  bool passes_by() const { return !kLstm || args_.zoneout_h.acts(); }
+  // Whether the gradient of the state before the step ends there.
+  bool is_cut(int64_t s, int64_t t, int64_t b) const {
+    const int64_t step = args_.first_step + s;
+    return schedule_.restarts(t, b) || (args_.truncate > 0 && step > 0 && step % args_.truncate == 0);
+  }
 
   // --- before the first step
 
   void start() {
     const int64_t size = kGates * args_.hidden;
     const auto load = [&](const void* grad, C* to, int64_t b, int64_t first, int64_t n) {
-      if (grad == nullptr) std::fill(to + first, to + first + n, C(0));
+      if (grad == nullptr) std::fill_n(to + first, n, C(0));
       else convert(static_cast<const S*>(grad) + b * args_.hidden + first, to + first, n);
     };
     for (int64_t block = blocks_.first; block < blocks_.last; block += kPanel) {
@@ -83,11 +86,12 @@ class Backward {
       for (int64_t b = 0; b < args_.batch; ++b) {
         load(args_.grad_h_out, carry_h(b), b, first, n);
         if constexpr (kLstm) load(args_.grad_c_out, carry_c(b), b, first, n);
+        if (args_.carry_mask != nullptr) std::fill_n(scratch_row(args_.carry_mask, b) + first, columns, C(0));
       }
     }
   }
 
-  // --- a step
+  // --- gates
 
   // The row of a state before the step at time t: null for zeros.
   const S* before(int64_t s, int64_t t, int64_t b, const void* initial, const void* states) const {
@@ -95,105 +99,266 @@ class Backward {
     const int64_t previous = args_.reverse ? t + 1 : t - 1;
     const bool first = s == 0 || !schedule_.active(previous, b);
     if (first) return static_cast<const S*>(initial) + b * args_.hidden;
-    return over_time(states, args_.out_strides, previous, b);
+    return at(states, args_.out_strides, previous, b);
   }
 
+  static Vec<C> load_or_zero(const S* from, int64_t u, int64_t n) {
+    return from == nullptr ? Vec<C>(C(0)) : load_units(from + u, n);
+  }
+
+  Vec<C> clip(Vec<C> grad) const { return at::vec::clamp(grad, Vec<C>(C(-args_.clip)), Vec<C>(C(args_.clip))); }
+
   void activate(int64_t s, int64_t t, int64_t b) {
-    const int64_t first = first_unit(blocks_.first);
-    const int64_t end = std::min(first_unit(blocks_.last), args_.hidden);
-    const S* gates = over_time(args_.gates, args_.gates_strides, t, b);
-    const S* grad_out = over_time(args_.grad_out, args_.out_strides, t, b);
-    const S* grad_gates = over_time(args_.grad_gates, args_.gates_strides, t, b);
-    const auto gate = [&](int g, int64_t u, int64_t n) { return load_units(gates + g * args_.hidden + u, n); };
-    const auto plus_gate = [&](Vec<C> sum, int g, int64_t u, int64_t n) {
-      return grad_gates == nullptr ? sum : sum + load_units(grad_gates + g * args_.hidden + u, n);
-    };
-    const Vec<C> one(C(1)), low(C(-args_.clip)), high(C(args_.clip));
-    C* pre = grad_pre(args_.grad_pre, t, b);
-    const bool restarts = schedule_.restarts(t, b);
-    if constexpr (kLstm) {
-      const S* c_before = before(s, t, b, args_.c, args_.cells);
-      const S* cells = over_time(args_.cells, args_.out_strides, t, b);
-      const S* grad_cells = over_time(args_.grad_cells, args_.out_strides, t, b);
-      for (int64_t u = first, n; u < end; u += kLanes<C>) {
-        n = end - u;
-        Vec<C> dh = Vec<C>::loadu(carry_h(b) + u), dc = Vec<C>::loadu(carry_c(b) + u);
-        if (grad_out != nullptr) dh = dh + load_units(grad_out + u, n);
-        if (grad_cells != nullptr) dc = dc + load_units(grad_cells + u, n);
-        dh = at::vec::clamp(dh, low, high);
-        const Vec<C> i = gate(0, u, n), f = gate(1, u, n), g = gate(2, u, n), o = gate(3, u, n);
-        const Vec<C> tanh_c = tanh(load_units(cells + u, n));
-        dc = at::vec::fmadd(dh * o, one - tanh_c * tanh_c, at::vec::clamp(dc, low, high));
-        const Vec<C> c = c_before == nullptr ? Vec<C>(C(0)) : load_units(c_before + u, n);
-        const Vec<C> slope = args_.sigmoid_candidate ? g * (one - g) : one - g * g;
-        const int64_t H = args_.hidden;
-        store_units(plus_gate(dc * g, 0, u, n) * i * (one - i), pre + u, n);
-        store_units(plus_gate(dc * c, 1, u, n) * f * (one - f), pre + H + u, n);
-        store_units(plus_gate(dc * i, 2, u, n) * slope, pre + 2 * H + u, n);
-        store_units(plus_gate(dh * tanh_c, 3, u, n) * o * (one - o), pre + 3 * H + u, n);
-        (restarts ? Vec<C>(C(0)) : dc * f).store(carry_c(b) + u);
+    const bool cut = is_cut(s, t, b);
+    if constexpr (kLstm) args_.peephole == nullptr ? lstm<false>(s, t, b, cut) : lstm<true>(s, t, b, cut);
+    else gru(s, t, b, cut);
+    if (args_.norm != nullptr) measure(t, b);
+  }
+
+  // The part of a gradient that zoneout lets by; the gradient keeps the rest.
+  Vec<C> zone_out(const Zoneout& zoneout, int64_t t, int64_t b, int64_t u, int64_t n, Vec<C>& grad) const {
+    const Vec<C> kept = kept_share<C>(zoneout, t, b, u, n) * grad;
+    grad = grad - kept;
+    return kept;
+  }
+
+  template <bool kPeephole>
+  void lstm(int64_t s, int64_t t, int64_t b, bool cut) {
+    const int64_t H = args_.hidden;
+    const S* gates = at(args_.gates, args_.gates_strides, t, b);
+    const S* grad_gates = at(args_.grad_gates, args_.gates_strides, t, b);
+    const S* grad_out = at(args_.grad_out, args_.out_strides, t, b);
+    const S* grad_cells = at(args_.grad_cells, args_.out_strides, t, b);
+    const S* cells = at(args_.cells, args_.out_strides, t, b);
+    const S* c_before = before(s, t, b, args_.c, args_.cells);
+    const S* peephole = static_cast<const S*>(args_.peephole);
+    const bool zones_h = args_.zoneout_h.acts(), zones_c = args_.zoneout_c.acts();
+    const Vec<C> one(C(1)), zero(C(0));
+    C* pre = sums_at(args_.grad_pre, t, b);
+    for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
+      n = end_ - u;
+      const auto gate = [&](int g) { return load_units(gates + g * H + u, n); };
+      const auto plus_gate = [&](Vec<C> sum, int g) {
+        return grad_gates == nullptr ? sum : sum + load_units(grad_gates + g * H + u, n);
+      };
+      const auto peep = [&](int part) { return load_units(peephole + part * H + u, n); };
+      Vec<C> dh = Vec<C>::loadu(carry_h(b) + u), dc = Vec<C>::loadu(carry_c(b) + u);
+      if (grad_out != nullptr) dh = dh + load_units(grad_out + u, n);
+      if (grad_cells != nullptr) dc = dc + load_units(grad_cells + u, n);
+      dh = clip(dh);
+      dc = clip(dc);
+      const Vec<C> by_h = zones_h ? zone_out(args_.zoneout_h, t, b, u, n, dh) : zero;
+      const Vec<C> by_c = zones_c ? zone_out(args_.zoneout_c, t, b, u, n, dc) : zero;
+      const Vec<C> i = gate(0), f = gate(1), g = gate(2), o = gate(3), c = load_or_zero(c_before, u, n);
+      const Vec<C> tanh_c = tanh(zones_c ? at::vec::fmadd(f, c, i * g) : load_units(cells + u, n));
+      const Vec<C> slope = args_.sigmoid_candidate ? g * (one - g) : one - g * g;
+      const Vec<C> pre_o = plus_gate(dh * tanh_c, 3) * o * (one - o);
+      dc = at::vec::fmadd(dh * o, one - tanh_c * tanh_c, dc);
+      if constexpr (kPeephole) dc = at::vec::fmadd(peep(2), pre_o, dc);
+      const Vec<C> pre_i = plus_gate(dc * g, 0) * i * (one - i), pre_f = plus_gate(dc * c, 1) * f * (one - f);
+      store_units(pre_i, pre + u, n);
+      store_units(pre_f, pre + H + u, n);
+      store_units(plus_gate(dc * i, 2) * slope, pre + 2 * H + u, n);
+      store_units(pre_o, pre + 3 * H + u, n);
+      Vec<C> carry = at::vec::fmadd(dc, f, by_c);
+      if constexpr (kPeephole) carry = at::vec::fmadd(peep(0), pre_i, at::vec::fmadd(peep(1), pre_f, carry));
+      (cut ? zero : carry).store(carry_c(b) + u);
+      if (zones_h) by_h.store(carry_h(b) + u);
+    }
+  }
+
+  void gru(int64_t s, int64_t t, int64_t b, bool cut) {
+    const int64_t H = args_.hidden;
+    const S* gates = at(args_.gates, args_.gates_strides, t, b);
+    const S* grad_gates = at(args_.grad_gates, args_.gates_strides, t, b);
+    const S* grad_out = at(args_.grad_out, args_.out_strides, t, b);
+    const S* h_before = before(s, t, b, args_.h, args_.out);
+    const bool zones = args_.zoneout_h.acts();
+    const Vec<C> one(C(1)), zero(C(0));
+    C* pre = sums_at(args_.grad_pre, t, b);
+    C* hidden_pre = sums_at(args_.grad_normed == nullptr ? args_.grad_hidden : args_.grad_normed, t, b);
+    for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
+      n = end_ - u;
+      const auto gate = [&](int g) { return load_units(gates + g * H + u, n); };
+      const auto plus_gate = [&](Vec<C> sum, int g) {
+        return grad_gates == nullptr ? sum : sum + load_units(grad_gates + g * H + u, n);
+      };
+      Vec<C> dh = Vec<C>::loadu(carry_h(b) + u);
+      if (grad_out != nullptr) dh = dh + load_units(grad_out + u, n);
+      dh = clip(dh);
+      const Vec<C> by_h = zones ? zone_out(args_.zoneout_h, t, b, u, n, dh) : zero;
+      const Vec<C> z = gate(1), candidate = gate(2), h = load_or_zero(h_before, u, n);
+      const Vec<C> dz = plus_gate(dh * (h - candidate), 1) * z * (one - z);
+      const Vec<C> dn = plus_gate(dh * (one - z), 2) * (one - candidate * candidate);
+      store_units(dz, pre + H + u, n);
+      store_units(dn, pre + 2 * H + u, n);
+      if constexpr (!kResetFirst) {
+        const Vec<C> r = gate(0), dr = plus_gate(dn * gate(3), 0) * r * (one - r);
+        store_units(dr, pre + u, n);
+        store_units(dr, hidden_pre + u, n);
+        store_units(dz, hidden_pre + H + u, n);
+        store_units(plus_gate(dn * r, 3), hidden_pre + 2 * H + u, n);
       }
-    } else {
-      const S* h_before = before(s, t, b, args_.h, args_.out);
-      C* hidden_pre = grad_pre(args_.grad_pre_hidden, t, b);
-      for (int64_t u = first, n; u < end; u += kLanes<C>) {
-        n = end - u;
-        Vec<C> dh = Vec<C>::loadu(carry_h(b) + u);
-        if (grad_out != nullptr) dh = dh + load_units(grad_out + u, n);
-        dh = at::vec::clamp(dh, low, high);
-        const Vec<C> r = gate(0, u, n), z = gate(1, u, n), candidate = gate(2, u, n), hidden = gate(3, u, n);
-        const Vec<C> h = h_before == nullptr ? Vec<C>(C(0)) : load_units(h_before + u, n);
-        const Vec<C> dz = plus_gate(dh * (h - candidate), 1, u, n) * z * (one - z);
-        const Vec<C> dn = plus_gate(dh * (one - z), 2, u, n) * (one - candidate * candidate);
-        const Vec<C> dr = plus_gate(dn * hidden, 0, u, n) * r * (one - r);
-        const int64_t H = args_.hidden;
-        for (C* to : {pre, hidden_pre}) {
-          store_units(dr, to + u, n);
-          store_units(dz, to + H + u, n);
-        }
-        store_units(dn, pre + 2 * H + u, n);
-        store_units(plus_gate(dn * r, 3, u, n), hidden_pre + 2 * H + u, n);
-        (restarts ? Vec<C>(C(0)) : dh * z).store(carry_h(b) + u);
-      }
+      (cut ? zero : at::vec::fmadd(dh, z, by_h)).store(carry_h(b) + u);
     }
   }
 
   // A row whose step did not take place.
   void skip(int64_t t, int64_t b) {
-    const int64_t first = first_unit(blocks_.first);
-    const int64_t n = std::min(first_unit(blocks_.last), args_.hidden) - first;
-    for (void* tensor : {args_.grad_pre, args_.grad_pre_hidden}) {
+    for (void* tensor : {args_.grad_pre, args_.grad_hidden, args_.grad_normed}) {
       if (tensor == nullptr) continue;
-      C* to = grad_pre(tensor, t, b) + first;
-      for (int g = 0; g < kGates; ++g, to += args_.hidden) std::fill(to, to + n, C(0));
+      C* to = sums_at(tensor, t, b) + first_;
+      for (int g = 0; g < kGates; ++g, to += args_.hidden) std::fill_n(to, end_ - first_, C(0));
     }
   }
 
-  // The gradient of the state before the step; the GRU's has a part already.
-  void multiply(int64_t t) {
+  // --- a norm
+
+  C* moments(int64_t block, int64_t b) const { return static_cast<C*>(args_.moments) + (block * args_.batch + b) * 2; }
+
+  // Calls back with every column of a block: its gradient before the norm's scale, the scale, and its normed value.
+  template <class Call>
+  void each_normed(int64_t t, int64_t b, int64_t block, const Call& call) const {
+    const C* grad = sums_at(normed_grad(), t, b);
+    const S* normed = at(args_.normed, args_.normed_strides, t, b);
+    const S* scale = static_cast<const S*>(args_.norm);
+    for (int g = 0; g < kGates; ++g) {
+      const int64_t column = g * args_.hidden + first_unit(block);
+      alignas(64) C scales[kUnits], values[kUnits];
+      move_units(scale + column, scales, units(block));
+      move_units(normed + column, values, units(block));
+      for (int64_t u = 0; u < units(block); ++u) call(column + u, grad[column + u] * scales[u], values[u]);
+    }
+  }
+
+  void measure(int64_t t, int64_t b) {
+    for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
+      C sum = 0, along = 0;
+      each_normed(t, b, block, [&](int64_t, C grad, C normed) {
+        sum += grad;
+        along += grad * normed;
+      });
+      moments(block, b)[0] = sum;
+      moments(block, b)[1] = along;
+    }
+  }
+
+  void back_through_norm(int64_t t) {
+    const int64_t blocks = (args_.hidden + kUnits - 1) / kUnits;
+    const C each = C(1) / C(kGates * args_.hidden);
+    for (int64_t b = 0; b < args_.batch; ++b) {
+      if (!schedule_.active(t, b)) continue;
+      C mean = 0, along = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        mean += moments(block, b)[0];
+        along += moments(block, b)[1];
+      }
+      mean *= each;
+      along *= each;
+      const C rstd = *over_time(static_cast<const C*>(args_.rstd), args_.rstd_strides, t, b);
+      C* to = sums_at(args_.grad_hidden, t, b);
+      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
+        each_normed(t, b, block,
+                    [&](int64_t column, C grad, C normed) { to[column] = rstd * (grad - mean - normed * along); });
+      }
+    }
+  }
+
+  // --- products
+
+  // Rows `rows` of the gradient of columns k … k + depth − 1 of the state's product, times those rows of the weights.
+  void multiply(int64_t t, const int64_t* rows, int64_t n, int64_t k, int64_t depth, void* scratch, bool add) {
     const int64_t size = kGates * args_.hidden;
+    const C* from[kLayerRows];
+    C* to[kLayerRows];
+    for (int64_t i = 0; i < n; ++i) from[i] = sums_at(product_grad(), t, rows[i]) + k;
+    for (int64_t block = blocks_.first; block < blocks_.last; block += kPanel) {
+      const int64_t blocks = std::min(kPanel, blocks_.last - block);
+      const C* panel = static_cast<const C*>(args_.panels) + first_unit(block) * size + k * blocks * kUnits;
+      for (int64_t i = 0; i < n; ++i) to[i] = scratch_row(scratch, rows[i]) + first_unit(block);
+      switch (blocks) {
+        case 1: panel_product<kUnits>(from, n, depth, panel, kUnits, to, add); break;
+        case 2: panel_product<2 * kUnits>(from, n, depth, panel, 2 * kUnits, to, add); break;
+        case 3: panel_product<3 * kUnits>(from, n, depth, panel, 3 * kUnits, to, add); break;
+        default: panel_product<4 * kUnits>(from, n, depth, panel, 4 * kUnits, to, add); break;
+      }
+    }
+  }
+
+  // Calls back for groups of the rows that `wanted` holds for.
+  template <class Wanted, class Call>
+  void each_group(const Wanted& wanted, const Call& call) const {
+    int64_t rows[kLayerRows];
     for (int64_t b = 0; b < args_.batch;) {
       int64_t n = 0;
-      const C* from[kLayerRows];
-      C *carry[kLayerRows], *to[kLayerRows];
       for (; b < args_.batch && n < kLayerRows; ++b) {
-        if (!schedule_.active(t, b)) continue;
-        if (schedule_.restarts(t, b)) {
-          std::fill(carry_h(b) + first_unit(blocks_.first), carry_h(b) + first_unit(blocks_.last), C(0));
-          continue;
-        }
-        from[n] = grad_pre(grad_sums(), t, b);
-        carry[n++] = carry_h(b);
+        if (wanted(b)) rows[n++] = b;
       }
-      for (int64_t block = blocks_.first; block < blocks_.last; block += kPanel) {
-        const C* panel = static_cast<const C*>(args_.panels) + first_unit(block) * size;
-        for (int64_t i = 0; i < n; ++i) to[i] = carry[i] + first_unit(block);
-        switch (std::min(kPanel, blocks_.last - block)) {
-          case 1: panel_product<kUnits>(from, n, size, panel, kUnits, to, !kLstm); break;
-          case 2: panel_product<2 * kUnits>(from, n, size, panel, 2 * kUnits, to, !kLstm); break;
-          case 3: panel_product<3 * kUnits>(from, n, size, panel, 3 * kUnits, to, !kLstm); break;
-          default: panel_product<4 * kUnits>(from, n, size, panel, 4 * kUnits, to, !kLstm); break;
+      call(rows, n);
+    }
+  }
+
+  // The gradient of the state before the step, straight to where it is carried; a part may be there already.
+  void back_to_state(int64_t s, int64_t t) {
+    for (int64_t b = 0; b < args_.batch; ++b) {
+      if (schedule_.active(t, b) && is_cut(s, t, b)) std::fill(carry_h(b) + first_, carry_h(b) + end_, C(0));
+    }
+    each_group([&](int64_t b) { return schedule_.active(t, b) && !is_cut(s, t, b); },
+               [&](const int64_t* rows, int64_t n) {
+                 multiply(t, rows, n, 0, kGates * args_.hidden, args_.carry_h, passes_by());
+               });
+  }
+
+  // From n through r ⊙ u: the gradient of r, and u's part of it.
+  void back_through_reset(int64_t s, int64_t t) {
+    const int64_t H = args_.hidden;
+    each_group([&](int64_t b) { return schedule_.active(t, b); },
+               [&](const int64_t* rows, int64_t n) { multiply(t, rows, n, 2 * H, H, args_.product, false); });
+    const Vec<C> one(C(1));
+    for (int64_t b = 0; b < args_.batch; ++b) {
+      if (!schedule_.active(t, b)) continue;
+      const S* h = before(s, t, b, args_.h, args_.out);
+      const S* mask = mask_row(b);
+      const S* gates = at(args_.gates, args_.gates_strides, t, b);
+      const S* grad_gates = at(args_.grad_gates, args_.gates_strides, t, b);
+      C* product = scratch_row(args_.product, b);
+      C* pre = sums_at(args_.grad_pre, t, b);
+      for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
+        n = end_ - u;
+        const Vec<C> grad = Vec<C>::loadu(product + u), r = load_units(gates + u, n);
+        Vec<C> dr = grad * load_or_zero(h, u, n);
+        if (mask != nullptr) dr = dr * load_units(mask + u, n);
+        if (grad_gates != nullptr) dr = dr + load_units(grad_gates + u, n);
+        store_units(dr * r * (one - r), pre + u, n);
+        (grad * r).store(product + u);
+      }
+    }
+  }
+
+  const S* mask_row(int64_t b) const {
+    return args_.hidden_mask == nullptr ? nullptr : static_cast<const S*>(args_.hidden_mask) + b * args_.hidden;
+  }
+
+  // The same where what was multiplied was not the state itself.
+  void back_through_product(int64_t s, int64_t t) {
+    const int64_t depth = kResetFirst ? 2 * args_.hidden : kGates * args_.hidden;
+    each_group([&](int64_t b) { return schedule_.active(t, b); },
+               [&](const int64_t* rows, int64_t n) { multiply(t, rows, n, 0, depth, args_.product, kResetFirst); });
+    for (int64_t b = 0; b < args_.batch; ++b) {
+      if (!schedule_.active(t, b)) continue;
+      const bool cut = is_cut(s, t, b);
+      const S* mask = mask_row(b);
+      const S* h = before(s, t, b, args_.h, args_.out);
+      for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
+        n = end_ - u;
+        Vec<C> grad = Vec<C>::loadu(scratch_row(args_.product, b) + u);
+        if (mask != nullptr) {
+          C* sum = scratch_row(args_.carry_mask, b) + u;
+          at::vec::fmadd(grad, load_or_zero(h, u, n), Vec<C>::loadu(sum)).store(sum);
+          grad = grad * load_units(mask + u, n);
         }
+        if (passes_by()) grad = grad + Vec<C>::loadu(carry_h(b) + u);
+        (cut ? Vec<C>(C(0)) : grad).store(carry_h(b) + u);
       }
     }
   }
@@ -201,19 +366,23 @@ class Backward {
   // --- after the last step
 
   void finish() {
-    const int64_t first = first_unit(blocks_.first);
-    const int64_t n = std::min(first_unit(blocks_.last), args_.hidden) - first;
+    const int64_t n = end_ - first_;
     for (int64_t b = 0; b < args_.batch; ++b) {
-      const int64_t at = b * args_.hidden + first;
-      if (args_.grad_h != nullptr) convert(carry_h(b) + first, static_cast<S*>(args_.grad_h) + at, n);
-      if (args_.grad_c != nullptr) convert(carry_c(b) + first, static_cast<S*>(args_.grad_c) + at, n);
+      const auto give = [&](void* scratch, void* to) {
+        if (to == nullptr) return;
+        convert(scratch_row(scratch, b) + first_, static_cast<S*>(to) + b * args_.hidden + first_, n);
+      };
+      give(args_.carry_h, args_.grad_h);
+      give(args_.carry_c, args_.grad_c);
+      give(args_.carry_mask, args_.grad_mask);
     }
   }
 
   const LayerBackward& args_;
-  const Schedule<LayerBackward> schedule_;
+  const Schedule schedule_;
   const Blocks blocks_;
   const int64_t parties_, carry_row_;
+  const int64_t first_, end_;  // units of this share
 };
 
 }  // namespace
@@ -221,8 +390,11 @@ class Backward {
 void layer_backward_kernel(const LayerBackward& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    if (args.cell == LayerCell::Lstm) Backward<S, LayerCell::Lstm>(args, begin, end).run();
-    else Backward<S, LayerCell::Gru>(args, begin, end).run();
+    switch (args.cell) {
+      case LayerCell::Lstm: return Backward<S, LayerCell::Lstm>(args, begin, end).run();
+      case LayerCell::Gru: return Backward<S, LayerCell::Gru>(args, begin, end).run();
+      case LayerCell::GruResetFirst: return Backward<S, LayerCell::GruResetFirst>(args, begin, end).run();
+    }
   });
 }
 

@@ -22,10 +22,33 @@ inline void move_units(const From* from, To* to, int64_t units) {
   convert(from, to, units);
 }
 
-// Time and rows, for the forward's and the backward's arguments alike.
-template <class Args>
+// kLanes elements of S, of which n exist, in arithmetic's type, and back.
+template <class S>
+inline Vec<Compute<S>> load_units(const S* from, int64_t n) {
+  using C = Compute<S>;
+  if constexpr (std::is_same_v<S, C>) {
+    return n >= kLanes<C> ? Vec<C>::loadu(from) : Vec<C>::loadu(from, n);
+  } else {
+    C buffer[kLanes<C>];
+    convert(from, buffer, std::min<int64_t>(n, kLanes<C>));
+    return Vec<C>::loadu(buffer);
+  }
+}
+
+template <class C>
+inline void store_units(Vec<C> v, C* to, int64_t n) {
+  v.store(to, std::min<int64_t>(n, kLanes<C>));
+}
+
+// Row (t, b) of a tensor over time; null of null.
+template <class T>
+inline T* over_time(T* tensor, TimeStrides strides, int64_t t, int64_t b) {
+  return tensor == nullptr ? nullptr : tensor + t * strides.step + b * strides.row;
+}
+
+// Time and rows.
 struct Schedule {
-  const Args& args;
+  const LayerCommon& args;
 
   int64_t time(int64_t step) const { return args.reverse ? args.steps - 1 - step : step; }
 
@@ -33,8 +56,7 @@ struct Schedule {
 
   // Whether the row's state is set to zero before the step at time t.
   bool restarts(int64_t t, int64_t row) const {
-    return args.reset != nullptr && active(t, row) &&
-           args.reset[t * args.reset_strides.step + row * args.reset_strides.row];
+    return args.reset != nullptr && active(t, row) && *over_time(args.reset, args.reset_strides, t, row) != 0;
   }
 };
 
@@ -49,5 +71,15 @@ struct Blocks {
     last = blocks * end / args.shares;
   }
 };
+
+// How much of the state is kept, of units u … u + kLanes − 1 of row (t, b), of which n exist.
+template <class C>
+inline Vec<C> kept_share(const Zoneout& zoneout, int64_t t, int64_t b, int64_t u, int64_t n) {
+  const uint8_t* mask = over_time(zoneout.mask, zoneout.strides, t, b);
+  if (mask == nullptr) return Vec<C>(C(zoneout.rate));
+  C shares[kLanes<C>] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(n, kLanes<C>); ++i) shares[i] = C(mask[u + i] != 0);
+  return Vec<C>::loadu(shares);
+}
 
 }  // namespace lect11ext::CPU_CAPABILITY

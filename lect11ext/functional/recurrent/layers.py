@@ -90,7 +90,8 @@ def lstm(
         masks = (lengths, reset)
         if torch.compiler.is_compiling() or has_torch_function((x, *states, *weight)):
             op = torch.ops.lect11ext.lstm_layer
-            return op(x, h, c, ih, hh, b_ih, b_hh, hr, *masks, candidate, grad_clip, reverse, batch_first)[:3]
+            rest = (None, None, None, lengths, reset, None, None, candidate, 0.0, 0.0, grad_clip, 0, 0, reverse)
+            return op(x, h, c, ih, hh, b_ih, b_hh, hr, *rest, batch_first)[:3]
         try:
             return _C.lstm_layer(
                 x, h, c, ih, hh, b_ih, b_hh, hr, lengths, reset, candidate, grad_clip, reverse, batch_first
