@@ -1,12 +1,14 @@
 """Fused CPU and CUDA kernels for PyTorch: LSTM and GRU steps, and the losses of autoencoders.
 
-Change one import: ``torch.nn.LSTMCell`` becomes ``lect11ext.nn.LSTMCell``. See :mod:`lect11ext.nn` for the modules,
-:mod:`lect11ext.functional` for the functions, :mod:`lect11ext.reference` for the same functions in plain PyTorch.
+Change one import: ``torch.nn.LSTMCell`` becomes ``lect11ext.nn.LSTMCell``; or let :func:`convert` change a whole model.
+See :mod:`lect11ext.nn` for the modules, :mod:`lect11ext.functional` for the functions, :mod:`lect11ext.reference` for
+the same functions in plain PyTorch.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from . import _vmap, functional, nn, reference
+from .convert import convert, revert
 
 try:
     __version__ = version("lect11ext")
@@ -15,4 +17,4 @@ except PackageNotFoundError:  # run from a source tree that was built in place
 
 _vmap.register()
 
-__all__ = ["__version__", "functional", "nn", "reference"]
+__all__ = ["__version__", "convert", "functional", "nn", "reference", "revert"]

@@ -156,7 +156,7 @@ EXAMPLES = ["autoencoder", "recurrent.cells", "recurrent.layers"]
 
 
 @pytest.mark.parametrize(
-    "name", ["functional.random"] + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES]
+    "name", ["convert", "functional.random"] + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES]
 )
 def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"lect11ext.{name}"))
