@@ -1,4 +1,4 @@
-"""A character language model: an LSTM cell unrolled over the English text of Python's own help pages."""
+"""A character language model: an LSTM layer over the English text of Python's own help pages."""
 
 from __future__ import annotations
 
@@ -32,23 +32,20 @@ def load_text() -> Tensor:
 class CharacterLM(nn.Module):
     """Predicts the next character.
 
-    ``cells`` is ``torch.nn`` or ``lect11ext.nn``: the cell has the same name, arguments, parameters and
+    ``layers`` is ``torch.nn`` or ``lect11ext.nn``: the LSTM has the same name, arguments, parameters and
     state_dict in both, so that changing the import is all there is to do.
     """
 
-    def __init__(self, cells: ModuleType) -> None:
+    def __init__(self, layers: ModuleType) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(VOCABULARY), EMBEDDING)
-        self.cell = cells.LSTMCell(EMBEDDING, HIDDEN)
+        self.lstm = layers.LSTM(EMBEDDING, HIDDEN)
         self.head = nn.Linear(HIDDEN, len(VOCABULARY))
 
     def forward(self, characters: Tensor, state: State = None) -> tuple[Tensor, State]:
         """Logits ``[time, batch, vocabulary]`` for characters ``[time, batch]``, and the state after them."""
-        outputs = []
-        for x in self.embedding(characters):
-            state = self.cell(x, state)
-            outputs.append(state[0])
-        return self.head(torch.stack(outputs)), state
+        outputs, state = self.lstm(self.embedding(characters), state)
+        return self.head(outputs), state
 
 
 @dataclass

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-vae", type=int, default=2400)
-    parser.add_argument("--steps-text", type=int, default=450)
+    parser.add_argument("--steps-text", type=int, default=900)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
