@@ -42,7 +42,7 @@ $(LINTERS): $(TOOLS)
 	touch $@
 
 demo: $(BUILT)  ## trains two models on real data, prints a table, draws pictures into out/
-	OMP_WAIT_POLICY=passive $(BIN)/python examples/quickstart.py $(ARGS)
+	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(BUILT)  ## the tests (ARGS="-k lstm" for some)
 	$(BIN)/python -m pytest tests -m 'not slow' $(ARGS)
