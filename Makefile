@@ -17,7 +17,7 @@ BUILT := .venv/built-$(call tag,$(TORCH))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo test nightly bench cuda lint format wheel compat link clean
+.PHONY: help demo sunspots test nightly bench cuda lint format wheel compat link clean
 .SILENT:
 
 help:  ## this list
@@ -43,6 +43,9 @@ $(LINTERS): $(TOOLS)
 
 demo: $(BUILT)  ## trains two models on real data, prints a table, draws pictures into out/
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+sunspots: $(BUILT)  ## forecasts sunspots with a GRU, beside an autoregression, in a few seconds
+	$(BIN)/python examples/sunspots.py $(ARGS)
 
 test: $(BUILT)  ## the tests (ARGS="-k lstm" for some)
 	$(BIN)/python -m pytest tests -m 'not slow' $(ARGS)
