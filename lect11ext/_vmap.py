@@ -60,12 +60,12 @@ def _cell(op: Callable[..., Any], rows: Sequence[int], shared: Sequence[int]) ->
     """A rule for a cell's forward: arguments ``rows`` have the batch, arguments ``shared`` are weights and biases."""
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-        if any(_is_batched(in_dims[i]) for i in shared):
-            return _run_each(op, info.batch_size, in_dims, args)
+        size = info.batch_size
+        if size == 0 or any(_is_batched(in_dims[i]) for i in shared):
+            return _run_each(op, size, in_dims, args)
         folded = list(args)
         for i in rows:
-            folded[i] = _fold(args[i], in_dims[i], info.batch_size)
-        size = info.batch_size
+            folded[i] = _fold(args[i], in_dims[i], size)
         outputs = [None if out is None else out.unflatten(0, (size, out.size(0) // size)) for out in op(*folded)]
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
@@ -84,8 +84,9 @@ def _cell_backward(op: Callable[..., Any], rows: Sequence[int], shared: Sequence
     return rule
 
 
-def _layer(op: Callable[..., Any], names: Sequence[str], backward: bool) -> Rule:
-    """A rule for a layer's forward or backward, whose arguments are ``names``: what has a batch is known by name."""
+def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> Rule:
+    """A rule for a layer's forward or backward with its schema's arguments: what has a batch is known by name."""
+    names = [a.name.replace("output_mask", "mask") for a in arguments]
     over_time = {"input", "reset", "grad_output", "grad_gates", "grad_cells", "output", "gates", "cells"}
     states = {"h", "c", "lengths", "grad_h", "grad_c"}
     weights = [i for i, name in enumerate(names) if name.startswith(("weight", "bias"))]
@@ -94,11 +95,14 @@ def _layer(op: Callable[..., Any], names: Sequence[str], backward: bool) -> Rule
     backward_outputs = (True, False, False) if "c" in names else (True, False)
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        # The dispatcher leaves out what equals its default at the end.
+        args = (*args, *(a.default_value for a in arguments[len(args) :]))
+        in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
         mask = args[names.index("mask")][len(backward_outputs) :] if backward else ()
-        if any(_is_batched(in_dims[i]) for i in weights) or any(mask):
-            return _run_each(op, info.batch_size, in_dims, args)
-        batch = 0 if args[names.index("batch_first")] else 1
         size = info.batch_size
+        if size == 0 or any(_is_batched(in_dims[i]) for i in weights) or any(mask):
+            return _run_each(op, size, in_dims, args)
+        batch = 0 if args[names.index("batch_first")] else 1
         folded = list(args)
         for i, name in enumerate(names):
             if name in states:
@@ -161,5 +165,4 @@ def register() -> None:
         (ops.gru_layer, False),
         (ops.gru_layer_backward, True),
     ):
-        names = [a.name.replace("output_mask", "mask") for a in op.default._schema.arguments]
-        torch.library.register_vmap(op.default, _layer(op, names, backward))
+        torch.library.register_vmap(op.default, _layer(op, op.default._schema.arguments, backward))

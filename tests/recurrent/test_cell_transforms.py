@@ -156,3 +156,6 @@ def test_vmap_over_no_samples() -> None:
     weights = [torch.zeros(0, 12, 5), torch.zeros(0, 12, 4)]
     out = vmap(lambda x, w, u: functional.gru_cell(x, torch.zeros(3, 4), w, u))(torch.zeros(0, 3, 5), *weights)
     assert out.shape == (0, 3, 4)
+    shared = (torch.zeros(3, 4), torch.zeros(12, 5), torch.zeros(12, 4))
+    for transform in (vmap, lambda f: vmap(grad(lambda x: f(x).sum()))):
+        assert transform(lambda x: functional.gru_cell(x, *shared))(torch.zeros(0, 3, 5)).shape[:2] == (0, 3)
