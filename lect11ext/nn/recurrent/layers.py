@@ -21,6 +21,11 @@ class _Layers(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Accepted and not needed: weights are read wherever they lie."""
 
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        if getattr(self._flat_weights[0], "dtype", None) != self.weight_ih_l0.dtype:
+            self._update_flat_weights()  # where torch looks for the weights' type; stale in torch.func.functional_call
+        super().check_input(input, batch_sizes)
+
     def _run(
         self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -95,9 +100,10 @@ class _Layers(nn.RNNBase):
         )
 
     def _check_dims(self, states: tuple[Tensor, ...], dim: int, kind: str) -> None:
-        if any(not isinstance(s, Tensor) or s.dim() != dim for s in states):
-            got = ", ".join(f"{s.dim()}-D" if isinstance(s, Tensor) else type(s).__name__ for s in states)
-            raise RuntimeError(f"For {kind} input, hx should also be {dim}-D but got {got}")
+        if any(s.dim() != dim for s in states):
+            dims = ", ".join(f"{s.dim()}-D" for s in states)
+            names, got = ("hx", f"{dims} tensor") if len(states) == 1 else ("hx and cx", f"({dims}) tensors")
+            raise RuntimeError(f"For {kind} input, {names} should also be {dim}-D but got {got}")
 
     def _check_sizes(self, states: tuple[Tensor, ...], batch: int) -> None:
         for i, (state, size) in enumerate(zip(states, self._sizes(), strict=True)):
@@ -167,8 +173,12 @@ class LSTM(_Layers):
         reset: Tensor | None = None,
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """All steps; ``hx`` is ``(h, c)``."""
-        if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
-            raise TypeError(f"hx must be (h, c), two tensors, but got {type(hx).__name__}")
+        if hx is not None:
+            if not isinstance(hx, (tuple, list)):
+                raise TypeError(f"hx must be (h, c), two tensors, but got {type(hx).__name__}")
+            if len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+                got = ", ".join(type(s).__name__ for s in hx)
+                raise TypeError(f"hx must be (h, c), two tensors, but got ({got})")
         output, (h, c) = self._forward(input, None if hx is None else tuple(hx), lengths, reset)
         return output, (h, c)
 
@@ -238,6 +248,8 @@ class GRU(_Layers):
         reset: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """All steps; ``hx`` is h."""
+        if hx is not None and not isinstance(hx, Tensor):
+            raise TypeError(f"hx must be a Tensor or None, but got {type(hx).__name__}")
         output, (h,) = self._forward(input, None if hx is None else (hx,), lengths, reset)
         return output, h
 

@@ -1,0 +1,201 @@
+"""What nn.LSTM and nn.GRU say of arguments that do not fit: torch.nn's words where it has some."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from lect11ext import functional, nn
+
+KINDS = ["LSTM", "GRU"]
+X, H = torch.randn(6, 3, 5), torch.randn(2, 3, 7)
+
+
+def failure(function: Any, *args: Any, **options: Any) -> tuple[type[Exception], str]:
+    with warnings.catch_warnings(), pytest.raises(Exception) as info:
+        warnings.simplefilter("ignore")
+        function(*args, **options)
+    return info.type, str(info.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 1.5},
+        {"dropout": -0.1},
+        {"dropout": True},
+        {"dropout": "half"},
+        {"num_layers": 0},
+        {"input_size": 0},
+        {"input_size": 5.0},
+        {"hidden_size": 0},
+        {"hidden_size": "7"},
+        {"bias": 1},
+        {"batch_first": 1},
+        {"proj_size": -1},
+        {"proj_size": 7},
+    ],
+    ids=str,
+)
+def test_constructors_fail_as_torchs_do(kind: str, options: dict[str, Any]) -> None:
+    if kind == "GRU" and "proj_size" in options:
+        with pytest.raises(TypeError, match="proj_size"):
+            nn.GRU(5, 7, **options)
+        return
+    arguments = {"input_size": 5, "hidden_size": 7, **options}
+    assert failure(getattr(nn, kind), **arguments) == failure(getattr(torch.nn, kind), **arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_of_one_layer_warns_as_torchs_does(kind: str) -> None:
+    messages = []
+    for place in (nn, torch.nn):
+        with pytest.warns(UserWarning, match="dropout option adds dropout after all but last") as caught:
+            getattr(place, kind)(5, 7, dropout=0.5)
+        messages.append([str(w.message) for w in caught])
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("x", "h"),
+    [
+        (X[0, 0], None),
+        (X[None], None),
+        (X[..., :4], None),
+        (X[:, 0, :4], None),
+        (X.double(), None),
+        (X, H[:1]),
+        (X, H[:, :2]),
+        (X, H[..., :6]),
+        (X, H[0]),
+        (X, H[None]),
+        (X[:, 0], H),
+        (X[:, 0], H[:, 0, :6]),
+        (X[:, 0], H[:1, 0]),
+    ],
+    ids=lambda t: "none" if t is None else f"{str(t.dtype)[6:]}{list(t.shape)}",
+)
+def test_calls_fail_as_torchs_do(kind: str, x: Any, h: Any) -> None:
+    good = H if x.dim() == 3 else H[:, 0]
+    choices = [None] if h is None else [h] if kind == "GRU" else [(h, h), (good, h), (h, good)]
+    for hx in choices:
+        ours, torchs = (failure(getattr(place, kind)(5, 7, 2), x, hx) for place in (nn, torch.nn))
+        assert ours == torchs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_calls(kind: str) -> None:
+    """torch.nn.LSTM leaves some of these to the kernel; torch.nn.GRU's words are ours, for both."""
+    packed, layer = pack_padded_sequence(X, [6, 3, 1]), getattr(nn, kind)(5, 7, 2)
+    wrap = (lambda h: (h, h)) if kind == "LSTM" else (lambda h: h)
+    for h, shape in ((H[:, :2], "2, 2, 7"), (H[0], "3, 7"), (H[..., :6], "2, 3, 6")):
+        kind_, message = failure(layer, packed, wrap(h))
+        assert kind_ is RuntimeError
+        assert re.fullmatch(rf"Expected hidden(\[0\])? size \(2, 3, 7\), got \[{shape}\]", message)
+    with pytest.raises(RuntimeError, match=r"Expected 5, got 4"):
+        layer(pack_padded_sequence(X[..., :4], [6, 3, 1]))
+    for options in ({"lengths": torch.tensor([6, 3, 1])}, {"reset": torch.zeros(6, 3, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="lengths and reset go with padded input"):
+            layer(packed, **options)
+        with pytest.raises(ValueError, match=f"{kind}: lengths and reset need a batched, 3-D input"):
+            layer(X[:, 0], **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("x", [X, X[:, 0], pack_padded_sequence(X, [6, 3, 1])], ids=["batch", "unbatched", "packed"])
+def test_wrong_types_of_hx_are_named(kind: str, x: Any) -> None:
+    layer, h = getattr(nn, kind)(5, 7, 2), H
+    if kind == "GRU":
+        for hx in (3, "h", [h], (h, h)):
+            with pytest.raises(TypeError, match=f"hx must be a Tensor or None, but got {type(hx).__name__}"):
+                layer(x, hx)
+        return
+    for hx, got in (
+        (3, "int"),
+        (h, "Tensor"),
+        ("hc", "str"),
+        ((h,), r"\(Tensor\)"),
+        ((h, None), r"\(Tensor, NoneType\)"),
+        ([h, h, 3], r"\(Tensor, Tensor, int\)"),
+    ):
+        with pytest.raises(TypeError, match=rf"hx must be \(h, c\), two tensors, but got {got}"):
+            layer(x, hx)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input": [1.0]}, TypeError, "input must be a Tensor or a PackedSequence, but got list"),
+        ({"input": None}, TypeError, "input must be a Tensor or a PackedSequence, but got NoneType"),
+        ({"lengths": [6, 3, 1]}, TypeError, "lengths must be a Tensor or None, but got list"),
+        ({"lengths": torch.tensor([6, 3, 1]).int()}, TypeError, "lengths must be int64, but got Int"),
+        ({"lengths": torch.tensor([6, 3])}, ValueError, r"lengths must have shape \[3\].*got \[2\]"),
+        ({"lengths": torch.tensor([6, 3, 1]).to("meta")}, RuntimeError, "lengths is on meta"),
+        ({"reset": True}, TypeError, "reset must be a Tensor or None, but got bool"),
+        ({"reset": torch.zeros(6, 3)}, TypeError, "reset must be bool, but got Float"),
+        ({"reset": torch.zeros(3, 6) > 0}, ValueError, r"reset must have shape \[6, 3\] \(steps, batch\)"),
+        ({"reset": torch.zeros(6, 3).to("meta") > 0}, RuntimeError, "reset is on meta"),
+        ({"hx": H.double()}, TypeError, "h must have the type of input, Float, but got Double"),
+        ({"hx": H.to("meta")}, RuntimeError, "h is on meta and input is on cpu"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_errors_name_the_argument(kind: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"input": X, **options}
+    if kind == "LSTM" and "hx" in options:
+        arguments["hx"] = (options["hx"], H)
+    with pytest.raises(error, match=message):
+        getattr(nn, kind)(5, 7, 2)(**arguments)
+
+
+def test_options_of_the_modules() -> None:
+    with pytest.raises(ValueError, match="candidate must be 'tanh' or 'sigmoid', but got 'relu'"):
+        nn.LSTM(5, 7, candidate="relu")
+    for kind in KINDS:
+        with pytest.raises(ValueError, match="grad_clip must be nonnegative, but got -1"):
+            getattr(nn, kind)(5, 7, grad_clip=-1)
+
+
+W2 = [torch.randn(28, 5), torch.randn(28, 7)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"state": H[0]}, TypeError, r"state must be \(h, c\), two tensors, but got Tensor"),
+        ({"state": 3}, TypeError, r"state must be \(h, c\), two tensors, but got int"),
+        ({"state": (H[:1], 3)}, TypeError, "c must be a Tensor, but got int"),
+        ({"state": (H[:1], H[0])}, ValueError, "Expected c to be 3D, as input is, got 2D"),
+        ({"state": (H, H)}, ValueError, r"h must have as many entries as weights, layers \* directions = 1, but got 2"),
+        ({"input": X[0, 0]}, ValueError, "lstm: Expected input to be 2D or 3D, got 1D"),
+        ({"input": [X]}, TypeError, "input must be a Tensor, but got list"),
+        ({"weights": [W2[:1]]}, ValueError, "each item of weights must be .* but got 1 tensors"),
+        ({"weights": [[W2[0], None]]}, TypeError, "weight_hh must be a Tensor, but got NoneType"),
+        ({"weights": [[*W2, 1, None]]}, TypeError, "bias_ih must be a Tensor or None, but got int"),
+        ({"weights": [[*W2, 1]]}, TypeError, "weight_hr must be a Tensor or None, but got int"),
+        ({"weights": [], "state": (H[:0], H[:0])}, ValueError, "weights must have 1 items a layer, one layer or more"),
+        ({"bidirectional": True}, ValueError, "weights must have 2 items a layer"),
+        ({"dropout": 1.5}, ValueError, "dropout must be a probability, from 0 to 1, but got 1.5"),
+        ({"candidate": None}, TypeError, "candidate must be a str, but got NoneType"),
+        ({"candidate": "relu"}, ValueError, "candidate must be 'tanh' or 'sigmoid', but got 'relu'"),
+        ({"grad_clip": "1"}, TypeError, "grad_clip must be a float or an int or None, but got str"),
+        ({"batch_first": "no"}, TypeError, "batch_first must be a bool, but got str"),
+    ],
+)
+def test_errors_of_the_function(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"input": X, "state": (H[:1], H[:1]), "weights": [W2], **change}
+    with pytest.raises(error, match=message):
+        functional.lstm(**arguments)
+    if {"state", "candidate"} & set(change) or "weight_hr" in message or "lstm" in message:
+        return
+    gru = [[w[:21] if isinstance(w, torch.Tensor) else w for w in weight] for weight in arguments["weights"]]
+    with pytest.raises(error, match=message):
+        functional.gru(**{**arguments, "state": H[:1], "weights": gru})
