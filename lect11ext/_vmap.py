@@ -87,20 +87,34 @@ def _cell_backward(op: Callable[..., Any], rows: Sequence[int], shared: Sequence
 def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> Rule:
     """A rule for a layer's forward or backward with its schema's arguments: what has a batch is known by name."""
     names = [a.name.replace("output_mask", "mask") for a in arguments]
-    over_time = {"input", "reset", "grad_output", "grad_gates", "grad_cells", "output", "gates", "cells"}
-    states = {"h", "c", "lengths", "grad_h", "grad_c"}
+    over_time = {
+        "input",
+        "reset",
+        "zoneout_h",
+        "zoneout_c",
+        "grad_output",
+        "grad_gates",
+        "grad_cells",
+        "output",
+        "gates",
+    }
+    over_time |= {"cells", "normed", "rstd"}
+    states = {"h", "c", "hidden_mask", "lengths", "grad_h", "grad_c"}
     weights = [i for i, name in enumerate(names) if name.startswith(("weight", "bias"))]
-    # Outputs in order: whether each is over time; a backward's first is the input's gradient, then come the states'.
-    forward_outputs = (True, False, False, True, True) if "c" in names else (True, False, True)
+    # Outputs in order: whether each is over time. A backward's are the gradients of the input, of the states, of the
+    # weights, and at last of the hidden mask.
+    forward_outputs = (True, False, False, *[True] * 4) if "c" in names else (True, False, *[True] * 3)
     backward_outputs = (True, False, False) if "c" in names else (True, False)
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         # The dispatcher leaves out what equals its default at the end.
         args = (*args, *(a.default_value for a in arguments[len(args) :]))
         in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
-        mask = args[names.index("mask")][len(backward_outputs) :] if backward else ()
+        mask = args[names.index("mask")][len(backward_outputs) : -1] if backward else ()
         size = info.batch_size
-        if size == 0 or any(_is_batched(in_dims[i]) for i in weights) or any(mask):
+        # With recompute the cells that are kept lie otherwise.
+        recomputes = args[names.index("recompute")] > 0
+        if size == 0 or recomputes or any(_is_batched(in_dims[i]) for i in weights) or any(mask):
             return _run_each(op, size, in_dims, args)
         batch = 0 if args[names.index("batch_first")] else 1
         folded = list(args)
@@ -142,7 +156,7 @@ def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, gen
 def register() -> None:
     """Registers every rule; called once, when the package is imported."""
     ops = torch.ops.lect11ext
-    for op in (ops.philox_normal, ops.gaussian_rsample_kl, ops.gaussian_rsample_kl_backward):
+    for op in (ops.philox_normal, ops.clip_gradient, ops.gaussian_rsample_kl, ops.gaussian_rsample_kl_backward):
         torch.library.register_vmap(op.default, _each(op))
     torch.library.register_vmap(ops.philox_key.default, _philox_key)
     # lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, …)

@@ -55,7 +55,9 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { m.impl("clip_gradient", forward); }
+#ifdef LECT11EXT_WITH_CUDA
 TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { m.impl("clip_gradient", forward); }
+#endif
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) { m.impl("clip_gradient", forward); }
 TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) { m.impl("clip_gradient", autograd_forward); }
 

@@ -14,13 +14,10 @@ from tests.conftest import DTYPES
 from tests.helpers import ONE_STEP, check
 
 SHAPES = [(1, 1, 2, 3), (5, 3, 4, 7), (3, 9, 17, 64), (6, 2, 3, 130), (2, 50, 5, 17)]
-LSTM = [
-    "peephole", "norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums", "peephole norm mask zoneout masks",
-]  # fmt: skip
-GRU = ["norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums", "first", "first mask zoneout masks truncate",
-       "norm mask zoneout rates"]  # fmt: skip
+BOTH = ["norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums"]
+LSTM = [*BOTH, "peephole", "peephole norm mask zoneout masks"]
+GRU = [*BOTH, "first", "first mask zoneout masks truncate", "norm mask zoneout rates"]
 CASES = [("lstm", v) for v in LSTM] + [("gru", v) for v in GRU]
-TENSORS = {"lstm": ["weight_peephole", "weight_norm", "hidden_mask"], "gru": ["weight_norm", "hidden_mask"]}
 
 
 class Case:

@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function
 
 from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
+from .masks import bernoulli, check_rate, normed_sums, variational_mask
 
 
 def lstm(
@@ -27,6 +28,13 @@ def lstm(
     reset: Tensor | None = None,
     candidate: str = "tanh",
     grad_clip: float | None = None,
+    layer_norms: Sequence[tuple[Tensor, Tensor]] | None = None,
+    peepholes: Sequence[Tensor] | None = None,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    recurrent_dropout: float = 0.0,
+    truncate: int = 0,
+    recompute: int = 0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     r"""An LSTM over whole sequences: :func:`lstm_cell` at every step, in every layer and direction.
 
@@ -52,6 +60,20 @@ def lstm(
         candidate: ``"tanh"`` or ``"sigmoid"``.
         grad_clip: clamps :math:`\partial L/\partial h_t` and :math:`\partial L/\partial c_t` to [−a, a] at every step
             of the recurrence (Mikolov 2012).
+        layer_norms: for each item of weights ``(scale_ih, scale_hh)``, each ``[4H]``: the input's and the state's part
+            of the sums are normalised on their own, over all gates' units, and scaled; ε is 1e-5, the biases come after
+            (Ba, Kiros & Hinton 2016, without a norm of the cell).
+        peepholes: for each item of weights ``[3, H]``: i and f see :math:`p_i c_{t-1}` and :math:`p_f c_{t-1}`, o
+            sees :math:`p_o c_t` (Gers & Schmidhuber 2000).
+        zoneout: probabilities (of h, of c) with which a unit keeps its value at a step; with ``training`` drawn at
+            every step, else the expectation (Krueger et al. 2017).
+        recurrent_dropout: probability with which, where ``training``, a unit of h is not seen by the recurrent product,
+            the same units at all steps; the rest is scaled by 1 / (1 − p) (Gal & Ghahramani 2016).
+        truncate: gradients of the states do not pass from steps k, 2k, … to those before them; 0: they pass.
+        recompute: keeps c only every k steps, and no gates, and computes the rest again in the backward, k steps at a
+            time: the same gradients, to rounding, in O(T / k + k) memory beyond the output's. 0: all is kept. Without
+            effect where a layer runs step by step.
+        generator: where masks are drawn from (:func:`philox_key`); torch's default generator if None.
 
     Returns:
         ``(output, (h_n, c_n))``: the last layer's h at every step, ``[T, B, directions · H]`` in the input's order of
@@ -84,23 +106,31 @@ def lstm(
     except (TypeError, ValueError):
         raise TypeError(f"state must be (h, c), two tensors, but got {type(state).__name__}") from None
 
-    def layer(x: Tensor, states: tuple[Tensor, ...], weight: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
+    _check_extras(weights, layer_norms=layer_norms, peepholes=peepholes)
+    rate_h, rate_c = _pair(zoneout)
+    check_rate("recurrent_dropout", recurrent_dropout)
+
+    def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Tensor, ...]:
         h, c = states
-        ih, hh, b_ih, b_hh, hr = _named(weight, projected=True)
-        masks = (lengths, reset)
-        if torch.compiler.is_compiling() or has_torch_function((x, *states, *weight)):
-            op = torch.ops.lect11ext.lstm_layer
-            rest = (None, None, None, lengths, reset, None, None, candidate, 0.0, 0.0, grad_clip, 0, 0, reverse)
-            return op(x, h, c, ih, hh, b_ih, b_hh, hr, *rest, batch_first)[:3]
+        ih, hh, b_ih, b_hh, hr = _named(weights[item], projected=True)
+        x, weight, norm = _normed(x, ih, layer_norms, item)
+        keep_h = _keep(x, h.size(-1), rate_h, training, generator)
+        keep_c = _keep(x, c.size(-1), rate_c, training, generator)
+        mask = variational_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
+        peephole = None if peepholes is None else peepholes[item]
+        rates = (0.0 if keep_h is not None else rate_h, 0.0 if keep_c is not None else rate_c)
+        args = (x, h, c, weight, hh, b_ih, b_hh, hr, peephole, norm, mask, lengths, reset, keep_h, keep_c, candidate,
+                *rates, grad_clip, truncate, recompute, reverse, batch_first)  # fmt: skip
+        if torch.compiler.is_compiling() or has_torch_function((x, *states, *weights[item])):
+            return torch.ops.lect11ext.lstm_layer(*args)[:3]
         try:
-            return _C.lstm_layer(
-                x, h, c, ih, hh, b_ih, b_hh, hr, lengths, reset, candidate, grad_clip, reverse, batch_first
-            )
+            return _C.lstm_layer(*args, False)[:3]
         except TypeError as error:
             raise wrong_type(
                 error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), weight_hr=(hr, OPTIONAL_TENSOR),
-                candidate=(candidate, (str,)), grad_clip=(grad_clip, OPTIONAL_NUMBER),
-                batch_first=(batch_first, (bool,)),
+                peepholes=(peephole, OPTIONAL_TENSOR), layer_norms=(norm, OPTIONAL_TENSOR),
+                candidate=(candidate, (str,)), grad_clip=(grad_clip, OPTIONAL_NUMBER), truncate=(truncate, (int,)),
+                recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
             ) from None  # fmt: skip
 
     output, (h_n, c_n) = _stack("lstm", layer, input, (h, c), weights, batch_first, bidirectional, dropout, training)
@@ -119,6 +149,13 @@ def gru(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     grad_clip: float | None = None,
+    reset_after: bool = True,
+    layer_norms: Sequence[tuple[Tensor, Tensor]] | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    truncate: int = 0,
+    recompute: int = 0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A GRU over whole sequences: :func:`gru_cell` (reset after the product) at every step.
 
@@ -126,7 +163,11 @@ def gru(
         state: h, ``[layers · directions, B, H]``.
         weights: for each layer, and in it for each direction, ``(weight_ih, weight_hh)``, then the two biases if there
             are any: the order of ``torch.nn.GRU.all_weights``, with its shapes.
-        input, batch_first, bidirectional, dropout, training, lengths, reset, grad_clip: as in :func:`lstm`.
+        reset_after: whether the reset gate acts after the recurrent product, as in torch.nn, or before it, as in Cho et
+            al.; without ``layer_norms`` where False.
+        layer_norms: for each item of weights ``(scale_ih, scale_hh)``, each ``[3H]``; zoneout: a single probability.
+        input, batch_first, bidirectional, dropout, training, lengths, reset, grad_clip, recurrent_dropout, truncate,
+            recompute, generator: as in :func:`lstm`.
 
     Returns:
         ``(output, h_n)``. Gradients, determinism, autocast and errors as in :func:`lstm`.
@@ -142,22 +183,64 @@ def gru(
         (torch.Size([7, 3, 4]), torch.Size([1, 3, 4]))
     """
 
-    def layer(x: Tensor, states: tuple[Tensor, ...], weight: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
+    _check_extras(weights, layer_norms=layer_norms)
+    check_rate("zoneout", zoneout)
+    check_rate("recurrent_dropout", recurrent_dropout)
+
+    def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Tensor, ...]:
         (h,) = states
-        ih, hh, b_ih, b_hh, _ = _named(weight, projected=False)
-        if torch.compiler.is_compiling() or has_torch_function((x, *states, *weight)):
-            op = torch.ops.lect11ext.gru_layer
-            return op(x, h, ih, hh, b_ih, b_hh, lengths, reset, grad_clip, reverse, batch_first)[:2]
+        ih, hh, b_ih, b_hh, _ = _named(weights[item], projected=False)
+        x, weight, norm = _normed(x, ih, layer_norms, item)
+        keep = _keep(x, h.size(-1), zoneout, training, generator)
+        mask = variational_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
+        args = (x, h, weight, hh, b_ih, b_hh, norm, mask, lengths, reset, keep, reset_after,
+                0.0 if keep is not None else zoneout, grad_clip, truncate, recompute, reverse,
+                batch_first)  # fmt: skip
+        if torch.compiler.is_compiling() or has_torch_function((x, *states, *weights[item])):
+            return torch.ops.lect11ext.gru_layer(*args)[:2]
         try:
-            return _C.gru_layer(x, h, ih, hh, b_ih, b_hh, lengths, reset, grad_clip, reverse, batch_first)
+            return _C.gru_layer(*args)
         except TypeError as error:
             raise wrong_type(
-                error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), grad_clip=(grad_clip, OPTIONAL_NUMBER),
-                batch_first=(batch_first, (bool,)),
+                error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), layer_norms=(norm, OPTIONAL_TENSOR),
+                reset_after=(reset_after, (bool,)), grad_clip=(grad_clip, OPTIONAL_NUMBER),
+                truncate=(truncate, (int,)), recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
             ) from None  # fmt: skip
 
     output, (h_n,) = _stack("gru", layer, input, (state,), weights, batch_first, bidirectional, dropout, training)
     return output, h_n
+
+
+def _pair(zoneout: tuple[float, float]) -> tuple[float, float]:
+    try:
+        rate_h, rate_c = zoneout
+    except (TypeError, ValueError):
+        raise TypeError(f"zoneout must be two probabilities, of h and of c, but got {zoneout!r}") from None
+    check_rate("zoneout of h", rate_h)
+    check_rate("zoneout of c", rate_c)
+    return rate_h, rate_c
+
+
+def _check_extras(weights: Sequence[Any], **extras: Sequence[Any] | None) -> None:
+    """Raises unless each extra has an item for every item of weights."""
+    for name, items in extras.items():
+        if items is not None and len(items) != len(weights):
+            raise ValueError(f"{name} must have as many items as weights, {len(weights)}, but got {len(items)}")
+
+
+def _normed(
+    x: Tensor, weight: Tensor, norms: Sequence[tuple[Tensor, Tensor]] | None, item: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Input, weight_ih and the state's scale as the ops take them: with a norm the input is multiplied beforehand."""
+    if norms is None:
+        return x, weight, None
+    scale_ih, scale_hh = norms[item]
+    return normed_sums(x, weight, scale_ih), None, scale_hh
+
+
+def _keep(x: Tensor, units: int, rate: float, training: bool, generator: torch.Generator | None) -> Tensor | None:
+    """Zoneout's mask over time, where one is drawn."""
+    return bernoulli(x, (*x.shape[:2], units), rate, generator) if training and rate > 0 else None
 
 
 def _named(weight: Sequence[Tensor], projected: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]:
@@ -189,7 +272,7 @@ def _tensors(
 
 def _stack(
     function: str,
-    layer: Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor], bool], tuple[Tensor, ...]],
+    layer: Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Tensor, ...]],
     input: Tensor,
     states: tuple[Tensor, ...],
     weights: Sequence[Sequence[Tensor]],
@@ -232,7 +315,7 @@ def _stack(
             input = drop(input, dropout)
         outputs = []
         for i in range(first, first + directions):
-            output, *last = layer(input, tuple(s[i] for s in states), weights[i], i > first)
+            output, *last = layer(input, tuple(s[i] for s in states), i, i > first)
             outputs.append(output)
             last_states.append(last)
         input = outputs[0] if directions == 1 else torch.cat(outputs, -1)

@@ -12,11 +12,45 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ...functional import gru, lstm
+from ...functional.recurrent.masks import check_rate
 from .cells import _checked_clip, _extra
 
 
 class _Layers(nn.RNNBase):
-    """What the two share: checks, zero states, packed sequences."""
+    """What the two share: parameters beyond torch's, checks, zero states, packed sequences."""
+
+    layer_norm: bool
+    peephole: bool = False
+
+    def _add_parameters(self, gates: int) -> None:
+        """Scales of norms, and peepholes: beside torch's parameters, with its names' endings."""
+        like: Tensor = self.get_parameter("weight_ih_l0").detach()
+        for ending in self._endings():
+            if self.layer_norm:
+                for part in ("ih", "hh"):
+                    scale = nn.Parameter(like.new_ones(gates * self.hidden_size))
+                    self.register_parameter(f"weight_norm_{part}{ending}", scale)
+            if self.peephole:
+                bound = self.hidden_size**-0.5
+                weight = nn.Parameter(like.new_empty(3, self.hidden_size).uniform_(-bound, bound))
+                self.register_parameter(f"weight_peephole{ending}", weight)
+
+    def _endings(self) -> list[str]:
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's, uniform within ±1/√hidden_size; scales of norms are one."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("weight_norm_"):
+                nn.init.ones_(parameter)
+
+    def _layer_norms(self) -> list[tuple[Tensor, Tensor]] | None:
+        if not self.layer_norm:
+            return None
+        parts = ("weight_norm_ih", "weight_norm_hh")
+        return [(getattr(self, parts[0] + e), getattr(self, parts[1] + e)) for e in self._endings()]
 
     def flatten_parameters(self) -> None:
         """Accepted and not needed: weights are read wherever they lie."""
@@ -115,6 +149,19 @@ def _select(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, .
     return states if order is None else tuple(s.index_select(1, order) for s in states)
 
 
+def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+    """Of h and of c."""
+    return (zoneout[0], zoneout[1]) if isinstance(zoneout, tuple) else (zoneout, zoneout)
+
+
+def _checked_steps(name: str, steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"{name} must be an int, but got {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"{name} must be a number of steps, or 0 for none, but got {steps}")
+    return steps
+
+
 class LSTM(_Layers):
     r"""Drop-in for :class:`torch.nn.LSTM`: same arguments, parameters, initialisation and ``state_dict``.
 
@@ -126,6 +173,10 @@ class LSTM(_Layers):
             torch.nn's.
         candidate: ``"tanh"``, or ``"sigmoid"`` for Goodfellow et al.'s eq. 10.41.
         grad_clip: clamps the gradients of h and c element by element at every step.
+        layer_norm: whether the gates' sums are normalised (parameters weight_norm_ih_l0, weight_norm_hh_l0, …).
+        peephole: whether the gates see c (parameters weight_peephole_l0, …).
+        zoneout: probabilities (of h, of c), or one for both.
+        recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
 
     Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``(h, c)``,
     zeros where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, (h_n, c_n))``.
@@ -154,6 +205,12 @@ class LSTM(_Layers):
         *,
         candidate: str = "tanh",
         grad_clip: float | None = None,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        truncate: int = 0,
+        recompute: int = 0,
     ) -> None:
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
@@ -163,6 +220,16 @@ class LSTM(_Layers):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
         self.candidate = candidate
         self.grad_clip = _checked_clip(grad_clip)
+        for name, rate in zip(("zoneout of h", "zoneout of c"), _pair(zoneout), strict=True):
+            check_rate(name, rate)
+        check_rate("recurrent_dropout", recurrent_dropout)
+        self.layer_norm = layer_norm
+        self.peephole = peephole
+        self.zoneout = zoneout
+        self.recurrent_dropout = recurrent_dropout
+        self.truncate = _checked_steps("truncate", truncate)
+        self.recompute = _checked_steps("recompute", recompute)
+        self._add_parameters(gates=4)
 
     def forward(
         self,
@@ -192,11 +259,19 @@ class LSTM(_Layers):
         return lstm(
             input, (h, c), self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
             dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, candidate=self.candidate,
-            grad_clip=self.grad_clip,
+            grad_clip=self.grad_clip, layer_norms=self._layer_norms(),
+            peepholes=[getattr(self, "weight_peephole" + e) for e in self._endings()] if self.peephole else None,
+            zoneout=_pair(self.zoneout), recurrent_dropout=self.recurrent_dropout, truncate=self.truncate,
+            recompute=self.recompute,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra(candidate=(self.candidate, "tanh"), grad_clip=(self.grad_clip, None))
+        return super().extra_repr() + _extra(
+            candidate=(self.candidate, "tanh"), grad_clip=(self.grad_clip, None), layer_norm=(self.layer_norm, False),
+            peephole=(self.peephole, False), zoneout=(self.zoneout, 0.0),
+            recurrent_dropout=(self.recurrent_dropout, 0.0), truncate=(self.truncate, 0),
+            recompute=(self.recompute, 0),
+        )  # fmt: skip
 
 
 class GRU(_Layers):
@@ -208,6 +283,10 @@ class GRU(_Layers):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn's.
         grad_clip: clamps the gradient of h element by element at every step.
+        reset_after: whether the reset gate acts after the recurrent product, as in torch.nn, or before it.
+        layer_norm: whether the gates' sums are normalised (parameters weight_norm_ih_l0, weight_norm_hh_l0, …).
+        zoneout: probability with which a unit keeps its value.
+        recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
 
     Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``h``, zeros
     where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, h_n)``.
@@ -233,11 +312,28 @@ class GRU(_Layers):
         dtype: torch.dtype | None = None,
         *,
         grad_clip: float | None = None,
+        reset_after: bool = True,
+        layer_norm: bool = False,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        truncate: int = 0,
+        recompute: int = 0,
     ) -> None:
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
         )
         self.grad_clip = _checked_clip(grad_clip)
+        check_rate("zoneout", zoneout)
+        check_rate("recurrent_dropout", recurrent_dropout)
+        if layer_norm and not reset_after:
+            raise ValueError("layer_norm needs reset_after=True: the norm is over the sums of all gates")
+        self.reset_after = reset_after
+        self.layer_norm = layer_norm
+        self.zoneout = zoneout
+        self.recurrent_dropout = recurrent_dropout
+        self.truncate = _checked_steps("truncate", truncate)
+        self.recompute = _checked_steps("recompute", recompute)
+        self._add_parameters(gates=3)
 
     def forward(
         self,
@@ -262,8 +358,15 @@ class GRU(_Layers):
         output, h = gru(
             input, states[0], self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
             dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, grad_clip=self.grad_clip,
+            reset_after=self.reset_after, layer_norms=self._layer_norms(), zoneout=self.zoneout,
+            recurrent_dropout=self.recurrent_dropout, truncate=self.truncate, recompute=self.recompute,
         )  # fmt: skip
         return output, (h,)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra(grad_clip=(self.grad_clip, None))
+        return super().extra_repr() + _extra(
+            grad_clip=(self.grad_clip, None), reset_after=(self.reset_after, True),
+            layer_norm=(self.layer_norm, False), zoneout=(self.zoneout, 0.0),
+            recurrent_dropout=(self.recurrent_dropout, 0.0), truncate=(self.truncate, 0),
+            recompute=(self.recompute, 0),
+        )  # fmt: skip

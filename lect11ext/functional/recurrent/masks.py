@@ -1,0 +1,42 @@
+"""Masks of recurrent layers, drawn from the Philox stream, and the norm of an input's part of the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear
+
+from ..random import philox_key, philox_normal
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises unless ``rate`` is a probability."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"{name} must be a number, but got {type(rate).__name__}")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name} must be a probability, from 0 to 1, but got {rate}")
+
+
+def bernoulli(like: Tensor, size: Sequence[int], rate: float, generator: torch.Generator | None) -> Tensor:
+    """True with probability ``rate``: where a normal of the stream lies below the normal distribution's quantile."""
+    if rate in (0, 1):
+        return torch.full(tuple(size), rate == 1, device=like.device)
+    numel = 1
+    for n in size:
+        numel *= n
+    key = philox_key(like, numel, generator)
+    return philox_normal(size, key) < NormalDist().inv_cdf(rate)
+
+
+def variational_mask(h: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """Dropout's mask ``[B, H]``, the same at every step: 0 with probability ``rate``, else 1 / (1 − rate)."""
+    keeps = bernoulli(h, h.shape, 1 - rate, generator)
+    return keeps.to(h.dtype) / (1 - rate) if rate < 1 else keeps.to(h.dtype)
+
+
+def normed_sums(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The input's part of the sums of all steps, normalised over all gates' units, without its bias."""
+    return layer_norm(linear(input, weight), scale.shape, scale)
