@@ -19,7 +19,7 @@ from lect11ext._load import _C
 
 from .ceilings import CEILINGS
 
-FAMILIES = ["autoencoder", "recurrent"]
+FAMILIES = ["autoencoder", "recurrent", "layers"]
 HERE = Path(__file__).parent
 
 
