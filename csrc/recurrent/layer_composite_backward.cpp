@@ -91,9 +91,7 @@ class CompositeBackward {
     return grad_gates_.empty() ? Tensor() : grad_gates_[gate] * slope;
   }
 
-  Tensor zero_inactive(int64_t t, const Tensor& grad) const {
-    return steps_.active_or(t, grad, at::zeros_like(grad));
-  }
+  Tensor zero_inactive(int64_t t, const Tensor& grad) const { return steps_.active_or(t, grad, at::zeros_like(grad)); }
 
   // Where a step does not take place the gradient passes by; where the state before it was set to zero, or is cut off,
   // none does.

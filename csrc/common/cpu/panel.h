@@ -64,8 +64,9 @@ inline constexpr int kPanelVectors = kVectors % 2 == 0 ? 2 : 1;
 template <int V>
 inline constexpr int kPanelRows = 5;
 #endif
-// Steps along k that all rows take before the next: 64 KiB of 64 floats, which the second-level cache streams faster than
-// the tiles multiply. It bounds the length of a sum too; smaller ones only store more often (docs/performance-notes.md).
+// Steps along k that all rows take before the next: 64 KiB of 64 floats, which the second-level cache streams faster
+// than the tiles multiply. It bounds the length of a sum too; smaller ones only store more often
+// (docs/performance-notes.md).
 inline constexpr int64_t kPanelDepth = 256;
 
 // M rows × V vectors. The pragmas make the compiler unroll before it assigns registers.

@@ -423,7 +423,6 @@ class Recurrence : LayerShare<S, kCell> {
     }
   }
 
-
   const int64_t parties_;
   C* sums_at_[kLayerRows];
   alignas(64) C sums_[kLayerRows * kWidth] = {};
