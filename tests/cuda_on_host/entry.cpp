@@ -1,5 +1,5 @@
-// Entry points for ctypes: each takes the struct that the kernel takes, which host_kernels.py mirrors; its size is
-// exported so that a mirror that has fallen behind is noticed.
+// Entry points for ctypes: each takes the struct that the kernel takes, which host_kernels.py mirrors; its size is exported
+// so that a mirror that has fallen behind is noticed.
 #include <exception>
 #include <string>
 

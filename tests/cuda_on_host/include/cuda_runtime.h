@@ -26,34 +26,18 @@
 
 // --- types --------------------------------------------------------------------------------------------------------
 
-struct uint3 {
-  unsigned x, y, z;
-};
+struct uint3 { unsigned x, y, z; };
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -142,13 +126,9 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
 template <class T>
-T atomicAdd(T* at, T value) {
-  return std::atomic_ref<T>(*at).fetch_add(value);
-}
+T atomicAdd(T* at, T value) { return std::atomic_ref<T>(*at).fetch_add(value); }
 template <class T>
-T atomicExch(T* at, T value) {
-  return std::atomic_ref<T>(*at).exchange(value);
-}
+T atomicExch(T* at, T value) { return std::atomic_ref<T>(*at).exchange(value); }
 template <class T>
 T atomicCAS(T* at, T expected, T value) {
   std::atomic_ref<T>(*at).compare_exchange_strong(expected, value);
@@ -156,13 +136,9 @@ T atomicCAS(T* at, T expected, T value) {
 }
 
 template <class T>
-T __ldg(const T* at) {
-  return *at;
-}
+T __ldg(const T* at) { return *at; }
 template <class T>
-void __stwb(T* at, T value) {
-  *at = value;
-}
+void __stwb(T* at, T value) { *at = value; }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
