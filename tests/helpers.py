@@ -60,3 +60,19 @@ def check(ours: Callable[..., Any], reference: Callable[..., Any], args: Sequenc
     ]
     for triple in zip(*results, strict=True):
         assert_within_rule(*triple, slack)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that must come out where it went in."""
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    """The names of the functions that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))

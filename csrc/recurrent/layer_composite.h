@@ -87,6 +87,11 @@ class KeptShare {
   bool acts() const { return mask_.defined() || rate_ != 0; }
   Tensor of(const Tensor& x, int64_t t) const { return mask_.defined() ? x * mask_[t] : x * rate_; }
 
+  // The state that a step leaves, of the one before it and the one it computed; of their tangents too.
+  Tensor zone_out(const Tensor& before, const Tensor& after, int64_t t) const {
+    return acts() ? after + of(before - after, t) : after;
+  }
+
  private:
   Tensor mask_;
   double rate_;

@@ -1,5 +1,4 @@
 // lstm_layer and gru_layer step by step, in differentiable ops: whatever the layer's own kernels do not cover.
-#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
@@ -45,8 +44,8 @@ class GeneralStep {
 
   State operator()(const Tensor& x, const State& before, int64_t t) const {
     State after = in_.is_lstm() ? lstm(sums_of(x), before) : gru(sums_of(x), before.h);
-    after.h = clip_gradient(zone_out(keep_h_, t, before.h, after.h), in_.clip());
-    if (after.c.defined()) after.c = clip_gradient(zone_out(keep_c_, t, before.c, after.c), in_.clip());
+    after.h = clip_gradient(keep_h_.zone_out(before.h, after.h, t), in_.clip());
+    if (after.c.defined()) after.c = clip_gradient(keep_c_.zone_out(before.c, after.c, t), in_.clip());
     return after;
   }
 
@@ -60,10 +59,6 @@ class GeneralStep {
     if (!in_.has_norm()) return at::linear(steps_.masked(h), in_.weight_hh, in_.bias_hh);
     const Tensor v = normalize(at::linear(steps_.masked(h), in_.weight_hh)).first * *in_.weight_norm;
     return autograd::defined(in_.bias_hh) ? v + *in_.bias_hh : v;
-  }
-
-  static Tensor zone_out(const KeptShare& share, int64_t t, const Tensor& before, const Tensor& after) {
-    return share.acts() ? after + share.of(before - after, t) : after;
   }
 
   State lstm(const Tensor& x, const State& before) const {

@@ -159,13 +159,9 @@ class Tangents {
     return by_norm_.defined() ? scaled + by_norm_[t] : scaled;
   }
 
-  static Tensor zone_out(const KeptShare& share, int64_t t, const Tensor& before, const Tensor& after) {
-    return share.acts() ? after + share.of(before - after, t) : after;
-  }
-
   void end(int64_t t, Tensor new_h, Tensor new_c, const Tensor& gates) {
-    new_h = zone_out(keep_h_, t, dh_, new_h);
-    if (new_c.defined()) new_c = zone_out(keep_c_, t, dc_, new_c);
+    new_h = keep_h_.zone_out(dh_, new_h, t);
+    if (new_c.defined()) new_c = keep_c_.zone_out(dc_, new_c, t);
     const auto finish = [&](const Tensor& after, Tensor& state, Tensor& out) {
       out = steps_.active_or(t, after, at::zeros_like(after));
       state = steps_.active_or(t, after, state);

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import torch
 import lect11ext
 from lect11ext import functional
 from lect11ext._load import _C
+from tests.helpers import Tagged, Watch
 
 PACKAGE = Path(lect11ext.__file__).parent
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
@@ -131,25 +132,15 @@ def test_an_unknown_capability_is_refused() -> None:
 
 
 def test_subclasses_and_function_modes_see_the_call() -> None:
-    class Tagged(torch.Tensor):
-        pass
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        seen: ClassVar[list[str]] = []
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     x, h = torch.randn(3, 5), torch.randn(3, 4)
     lstm, gru = [torch.randn(16, 5), torch.randn(16, 4)], [torch.randn(12, 5), torch.randn(12, 4)]
     assert type(functional.lstm_cell(x.as_subclass(Tagged), (h, h), *lstm)[0]) is Tagged
     assert type(functional.gru_cell(x, h.as_subclass(Tagged), *gru)) is Tagged
     assert type(functional.gaussian_rsample_kl(x.as_subclass(Tagged), x)[0]) is Tagged
-    with Watch():
+    with Watch() as watch:
         functional.lstm_cell(x, (h, h), *lstm)
         functional.gaussian_rsample_kl(x, x)
-    assert "lect11ext.lstm_cell" in Watch.seen and "lect11ext.gaussian_rsample_kl" in Watch.seen
+    assert "lect11ext.lstm_cell" in watch.seen and "lect11ext.gaussian_rsample_kl" in watch.seen
 
 
 EXAMPLES = ["autoencoder", "recurrent.cells", "recurrent.layers"]

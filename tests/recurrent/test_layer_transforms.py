@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lect11ext import functional, nn
+from tests.helpers import Tagged, Watch
 from tests.recurrent.test_layer_modules import KINDS, B, F, H, T, flat, make, pack_states
 
 KEYS = [("LSTM", {}), ("GRU", {}), ("LSTM", {"proj_size": 3})]
@@ -286,28 +287,15 @@ def test_shapes_without_data(kind: str, options: dict[str, Any]) -> None:
         assert facts(build(kind, options)) == expected
 
 
-class Tagged(torch.Tensor):
-    pass
-
-
-class Watch(torch.overrides.TorchFunctionMode):
-    seen: ClassVar[list[str]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @LAYERS
 def test_subclasses_and_function_modes_see_the_call(kind: str, options: dict[str, Any]) -> None:
     layer, x = build(kind, options), torch.randn(T, B, F)
     assert all(type(o) is Tagged for o in flat(layer(x.as_subclass(Tagged))))
     h = torch.zeros(4, B, layer.proj_size or H).as_subclass(Tagged)
     assert type(layer(x, (h, torch.zeros(4, B, H)) if kind == "LSTM" else h)[0]) is Tagged
-    Watch.seen.clear()
-    with Watch():
+    with Watch() as watch:
         layer(x)
-    assert sum(f"{kind.lower()}_layer" in name for name in Watch.seen) == 4
+    assert sum(f"{kind.lower()}_layer" in name for name in watch.seen) == 4
 
 
 def test_transforms_of_the_functions() -> None:

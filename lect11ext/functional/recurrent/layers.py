@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 
 from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
-from .masks import bernoulli, check_rate, normed_sums, variational_mask
+from .masks import bernoulli, check_rate, normed_sums, variational_mask, zoneout_rates
 
 
 def lstm(
@@ -38,8 +38,8 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     r"""An LSTM over whole sequences: :func:`lstm_cell` at every step, in every layer and direction.
 
-    On the CPU a layer's forward and backward are one kernel each: one product for the inputs of all steps, then the
-    recurrence in one parallel region, with the weights in the caches. What a step computes stands in :func:`lstm_cell`.
+    On the CPU a layer's forward and backward are one op each, and its recurrence is one parallel region, with the
+    weights in the caches. What a step computes stands in :func:`lstm_cell`.
 
     Args:
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[T, I]``; float32, float64, bfloat16 or float16;
@@ -107,7 +107,7 @@ def lstm(
         raise TypeError(f"state must be (h, c), two tensors, but got {type(state).__name__}") from None
 
     _check_extras(weights, layer_norms=layer_norms, peepholes=peepholes)
-    rate_h, rate_c = _pair(zoneout)
+    rate_h, rate_c = zoneout_rates(zoneout)
     check_rate("recurrent_dropout", recurrent_dropout)
 
     def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Tensor, ...]:
@@ -209,16 +209,6 @@ def gru(
 
     output, (h_n,) = _stack("gru", layer, input, (state,), weights, batch_first, bidirectional, dropout, training)
     return output, h_n
-
-
-def _pair(zoneout: tuple[float, float]) -> tuple[float, float]:
-    try:
-        rate_h, rate_c = zoneout
-    except (TypeError, ValueError):
-        raise TypeError(f"zoneout must be two probabilities, of h and of c, but got {zoneout!r}") from None
-    check_rate("zoneout of h", rate_h)
-    check_rate("zoneout of c", rate_c)
-    return rate_h, rate_c
 
 
 def _check_extras(weights: Sequence[Any], **extras: Sequence[Any] | None) -> None:

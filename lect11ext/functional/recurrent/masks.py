@@ -20,6 +20,17 @@ def check_rate(name: str, rate: float) -> None:
         raise ValueError(f"{name} must be a probability, from 0 to 1, but got {rate}")
 
 
+def zoneout_rates(zoneout: tuple[float, float]) -> tuple[float, float]:
+    """An LSTM's rates, of h and of c; raises unless they are probabilities."""
+    try:
+        rate_h, rate_c = zoneout
+    except (TypeError, ValueError):
+        raise TypeError(f"zoneout must be two probabilities, of h and of c, but got {zoneout!r}") from None
+    check_rate("zoneout of h", rate_h)
+    check_rate("zoneout of c", rate_c)
+    return rate_h, rate_c
+
+
 def bernoulli(like: Tensor, size: Sequence[int], rate: float, generator: torch.Generator | None) -> Tensor:
     """True with probability ``rate``: where a normal of the stream lies below the normal distribution's quantile."""
     if rate in (0, 1):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ...functional import gru, lstm
-from ...functional.recurrent.masks import check_rate
+from ...functional.recurrent.masks import check_rate, zoneout_rates
 from .cells import _checked_clip, _extra
 
 
@@ -21,6 +21,17 @@ class _Layers(nn.RNNBase):
 
     layer_norm: bool
     peephole: bool = False
+
+    def _set_options(
+        self, gates: int, layer_norm: bool, recurrent_dropout: float, truncate: int, recompute: int
+    ) -> None:
+        """The options that both layers have, once each's own are set, and the parameters that they bring."""
+        check_rate("recurrent_dropout", recurrent_dropout)
+        self.layer_norm = layer_norm
+        self.recurrent_dropout = recurrent_dropout
+        self.truncate = _checked_steps("truncate", truncate)
+        self.recompute = _checked_steps("recompute", recompute)
+        self._add_parameters(gates)
 
     def _add_parameters(self, gates: int) -> None:
         """Scales of norms, and peepholes: beside torch's parameters, with its names' endings."""
@@ -149,11 +160,6 @@ def _select(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, .
     return states if order is None else tuple(s.index_select(1, order) for s in states)
 
 
-def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
-    """Of h and of c."""
-    return (zoneout[0], zoneout[1]) if isinstance(zoneout, tuple) else (zoneout, zoneout)
-
-
 def _checked_steps(name: str, steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"{name} must be an int, but got {type(steps).__name__}")
@@ -220,16 +226,10 @@ class LSTM(_Layers):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
         self.candidate = candidate
         self.grad_clip = _checked_clip(grad_clip)
-        for name, rate in zip(("zoneout of h", "zoneout of c"), _pair(zoneout), strict=True):
-            check_rate(name, rate)
-        check_rate("recurrent_dropout", recurrent_dropout)
-        self.layer_norm = layer_norm
         self.peephole = peephole
         self.zoneout = zoneout
-        self.recurrent_dropout = recurrent_dropout
-        self.truncate = _checked_steps("truncate", truncate)
-        self.recompute = _checked_steps("recompute", recompute)
-        self._add_parameters(gates=4)
+        self._rates()
+        self._set_options(4, layer_norm, recurrent_dropout, truncate, recompute)
 
     def forward(
         self,
@@ -249,6 +249,10 @@ class LSTM(_Layers):
         output, (h, c) = self._forward(input, None if hx is None else tuple(hx), lengths, reset)
         return output, (h, c)
 
+    def _rates(self) -> tuple[float, float]:
+        """Zoneout's, of h and of c."""
+        return zoneout_rates(self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout))
+
     def _sizes(self) -> tuple[int, ...]:
         return self.proj_size or self.hidden_size, self.hidden_size
 
@@ -261,7 +265,7 @@ class LSTM(_Layers):
             dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, candidate=self.candidate,
             grad_clip=self.grad_clip, layer_norms=self._layer_norms(),
             peepholes=[getattr(self, "weight_peephole" + e) for e in self._endings()] if self.peephole else None,
-            zoneout=_pair(self.zoneout), recurrent_dropout=self.recurrent_dropout, truncate=self.truncate,
+            zoneout=self._rates(), recurrent_dropout=self.recurrent_dropout, truncate=self.truncate,
             recompute=self.recompute,
         )  # fmt: skip
 
@@ -324,16 +328,11 @@ class GRU(_Layers):
         )
         self.grad_clip = _checked_clip(grad_clip)
         check_rate("zoneout", zoneout)
-        check_rate("recurrent_dropout", recurrent_dropout)
         if layer_norm and not reset_after:
             raise ValueError("layer_norm needs reset_after=True: the norm is over the sums of all gates")
         self.reset_after = reset_after
-        self.layer_norm = layer_norm
         self.zoneout = zoneout
-        self.recurrent_dropout = recurrent_dropout
-        self.truncate = _checked_steps("truncate", truncate)
-        self.recompute = _checked_steps("recompute", recompute)
-        self._add_parameters(gates=3)
+        self._set_options(3, layer_norm, recurrent_dropout, truncate, recompute)
 
     def forward(
         self,
