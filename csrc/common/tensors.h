@@ -33,6 +33,11 @@ void set_views(at::IntArrayRef size, Shape& shape, std::initializer_list<Operand
 // The same tensor with unit stride in its last dimension and no overlap, copied if it has not.
 at::Tensor with_unit_columns(const at::Tensor& matrix);
 
+// The sum over the first two dimensions: time and batch. Torch 2.11 finds sum({0, 1}) ambiguous, hence a name for it.
+inline at::Tensor sum_rows(const at::Tensor& tensor) {
+  return tensor.sum(at::OptionalIntArrayRef{at::IntArrayRef{0, 1}});
+}
+
 // Throws unless all defined tensors are on the device of the first.
 void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors);
 

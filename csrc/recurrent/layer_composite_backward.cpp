@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "common/tensors.h"
 #include "recurrent/layer_composite.h"
 
 namespace lect11ext::layer_op {
@@ -63,13 +64,13 @@ class CompositeBackward {
       return at::cat({sum_steps(sums.narrow(2, 0, 2 * hidden_), multiplied_),
                       sum_steps(sums.narrow(2, 2 * hidden_, hidden_), reset)});
     });
-    give(kBiasIh, autograd::defined(in_.bias_ih), [&] { return sums.sum({0, 1}); });
-    give(kBiasHh, autograd::defined(in_.bias_hh), [&] { return hidden.sum({0, 1}); });
+    give(kBiasIh, autograd::defined(in_.bias_ih), [&] { return sum_rows(sums); });
+    give(kBiasHh, autograd::defined(in_.bias_hh), [&] { return sum_rows(hidden); });
     give(kPeephole, autograd::defined(in_.weight_peephole), [&] {
-      const auto sum = [&](int64_t g, const Tensor& c) { return (part(sums, g) * c).sum({0, 1}); };
+      const auto sum = [&](int64_t g, const Tensor& c) { return sum_rows(part(sums, g) * c); };
       return at::stack({sum(0, c_before_), sum(1, c_before_), sum(3, c_after_)});
     });
-    give(kNorm, in_.has_norm(), [&] { return (hidden * normed_).sum({0, 1}); });
+    give(kNorm, in_.has_norm(), [&] { return sum_rows(hidden * normed_); });
     give(kHiddenMask, autograd::defined(in_.hidden_mask), [&] { return (stack(products_, hidden_) * before_).sum(0); });
     return result;
   }

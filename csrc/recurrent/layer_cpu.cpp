@@ -326,11 +326,11 @@ Gradients backward_of_steps(const OutputGradients& grads, const Inputs& in, cons
   if (mask[kPeephole] && common.peephole.defined()) {
     const Tensor before = before_steps(in, cells, common.c);
     const Tensor after = in.zones_out_c() ? parts(gates, 1) * before + parts(gates, 0) * parts(gates, 2) : cells;
-    const auto sum = [&](int64_t g, const Tensor& c) { return (parts(pre, g) * c).sum({0, 1}); };
+    const auto sum = [&](int64_t g, const Tensor& c) { return sum_rows(parts(pre, g) * c); };
     result[kPeephole] = at::stack({sum(0, before), sum(1, before), sum(3, after)}).to(type);
   }
   if (mask[kNorm] && common.norm.defined()) {
-    result[kNorm] = ((after_norm.defined() ? after_norm : pre) * normed).sum({0, 1}).to(type);
+    result[kNorm] = sum_rows((after_norm.defined() ? after_norm : pre) * normed).to(type);
   }
   return result;
 }
