@@ -119,8 +119,8 @@ at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType 
   return grad.has_value() && grad->defined() ? grad->to(type).contiguous() : at::Tensor();
 }
 
-at::ScalarType grad_pre_type(const at::Tensor& like) {
-  return like.is_cpu() ? c10::promoteTypes(like.scalar_type(), at::kFloat) : like.scalar_type();
-}
+at::ScalarType grad_pre_type(const at::Tensor& like) { return like.is_cpu() ? compute_type(like) : like.scalar_type(); }
+
+at::ScalarType compute_type(const at::Tensor& like) { return c10::promoteTypes(like.scalar_type(), at::kFloat); }
 
 }  // namespace lect11ext::recurrent

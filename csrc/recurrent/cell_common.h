@@ -60,4 +60,7 @@ at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType 
 // which cuBLAS takes.
 at::ScalarType grad_pre_type(const at::Tensor& like);
 
+// The type of the arithmetic: float, or double.
+at::ScalarType compute_type(const at::Tensor& like);
+
 }  // namespace lect11ext::recurrent

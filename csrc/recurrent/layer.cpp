@@ -1,11 +1,11 @@
-// lstm_layer and gru_layer: one layer, one direction, all steps. The recurrence: layer.h; the CPU: layer_cpu.cpp;
-// derivatives: layer_autograd.cpp.
+// lstm_layer and gru_layer: one layer, one direction, all steps. The recurrence: layer.h; devices: layer_cpu.cpp and
+// layer_cuda.cpp; derivatives: layer_autograd.cpp.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "recurrent/cell_common.h"
-#include "recurrent/layer_cpu.h"
 #include "recurrent/layer_schema.h"
+#include "recurrent/layer_tensors.h"
 
 namespace lect11ext {
 namespace {
@@ -33,7 +33,7 @@ Outputs meta_forward(const Inputs& in, bool save) {
   }
   out.normed = over_time(keeps && in.has_norm(), in.hidden() * in.gates());
   if (out.normed.defined()) {
-    out.rstd = at::empty_symint({first, second}, options.dtype(recurrent::grad_pre_type(in.input)));
+    out.rstd = at::empty_symint({first, second}, options.dtype(recurrent::compute_type(in.input)));
   }
   return out;
 }
@@ -46,12 +46,6 @@ Gradients meta_backward(const OutputGradients& grads, const Inputs& in, const Ou
     if (mask[i] && tensors[i].defined()) result[i] = at::empty_symint(tensors[i].sym_sizes(), tensors[i].options());
   }
   return result;
-}
-
-// Where there is no kernel of the layer yet.
-[[maybe_unused]] Outputs steps_forward(const Inputs& in, bool save) {
-  in.check();
-  return step_by_step(in, save);
 }
 
 }  // namespace
@@ -85,8 +79,10 @@ TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
 
 #ifdef LECT11EXT_WITH_CUDA
 TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("lstm_layer", lstm_forward<steps_forward>);
-  m.impl("gru_layer", gru_forward<steps_forward>);
+  m.impl("lstm_layer", lstm_forward<cuda_forward>);
+  m.impl("lstm_layer_backward", lstm_backward<cuda_backward>);
+  m.impl("gru_layer", gru_forward<cuda_forward>);
+  m.impl("gru_layer_backward", gru_backward<cuda_backward>);
 }
 #endif
 

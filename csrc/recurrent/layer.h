@@ -63,17 +63,8 @@ struct LayerCommon {
   Zoneout zoneout_h, zoneout_c;
 };
 
-struct Layer : LayerCommon {
-  // --- read
-  int64_t input_size;
-  const void* input;  // [T, B, I]; I = G·H where it is multiplied already
-  TimeStrides input_strides;
-  bool is_multiplied;     // input is x itself; else
-  const void* weight_ih;  // [G·H, I], rows a stride apart
-  int64_t weight_ih_stride;
-  const void *bias_ih, *bias_hh;  // [G·H]; null for none
-
-  // --- written
+// What a forward writes.
+struct LayerOutputs : LayerCommon {
   void* out;  // [T, B, H]
   TimeStrides out_strides;
   void *h_out, *c_out;  // [B, H] dense
@@ -88,6 +79,17 @@ struct Layer : LayerCommon {
   TimeStrides normed_strides;
   void* rstd;  // and 1 / √(var + ε), [T, B] of C
   TimeStrides rstd_strides;
+};
+
+struct Layer : LayerOutputs {
+  // --- read
+  int64_t input_size;
+  const void* input;  // [T, B, I]; I = G·H where it is multiplied already
+  TimeStrides input_strides;
+  bool is_multiplied;     // input is x itself; else
+  const void* weight_ih;  // [G·H, I], rows a stride apart
+  int64_t weight_ih_stride;
+  const void *bias_ih, *bias_hh;  // [G·H]; null for none
 
   // --- scratch, every block of units its own part
   // Weights laid out as panels of S, or of C where the machine does not multiply S. Null: they are read in place.
@@ -113,7 +115,7 @@ LECT11EXT_CPU_KERNEL(layer_kernel, Layer)
 
 // From the gradients of all that Layer writes, to those of the sums and of the states at the start. Rows whose step
 // does not take place have gradients of zero. Sums run over the same units in the same order for any shares.
-struct LayerBackward : LayerCommon {
+struct LayerGradients : LayerCommon {
   double clip;  // gradients of a step's h' and c' are clamped to ±clip, which may be infinite
   // Where positive: none passes from step s, of rows that take it, to those before it where s is a multiple, but for 0.
   // Steps count from first_step where these are a part of a longer sequence.
@@ -125,12 +127,14 @@ struct LayerBackward : LayerCommon {
   TimeStrides out_strides, gates_strides, normed_strides, rstd_strides;  // out's and gates' also of their gradients
 
   // --- written
-  void* grad_pre;     // [T, B, G·H] of C: of the sums
+  void* grad_pre;     // [T, B, G·H] of C, on CUDA of S: of the sums
   void* grad_hidden;  // of v before its norm, where that differs (a GRU's n, a norm); else null
   void* grad_normed;  // of v after it, where the cell is a GRU with a norm; else null
   TimeStrides grad_pre_strides;
   void *grad_h, *grad_c, *grad_mask;  // [B, H]; null where not wanted
+};
 
+struct LayerBackward : LayerGradients {
   // --- scratch
   void* panels;   // [blocks, G·H, 16] of C: of weight_hh, columns of a block
   void* carry_h;  // [B, blocks·16] of C

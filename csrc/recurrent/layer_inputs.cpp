@@ -86,7 +86,7 @@ Tensor Inputs::inactive() const {
 
 c10::SymInt Inputs::kept_cells() const { return (steps() - 1).max(0) / recompute; }
 
-bool is_fused(const Inputs& in) { return !in.input.is_cuda() && !in.has_projection(); }
+bool is_fused(const Inputs& in) { return !in.has_projection(); }
 
 void check_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept) {
   in.check();

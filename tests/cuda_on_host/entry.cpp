@@ -3,9 +3,12 @@
 #include <exception>
 #include <string>
 
+#include <cuda_runtime.h>
+
 #include "autoencoder/variational.h"
 #include "common/random.h"
 #include "recurrent/gru_cell.h"
+#include "recurrent/layer_cuda.h"
 #include "recurrent/lstm_cell.h"
 
 namespace {
@@ -38,6 +41,14 @@ ENTRY(lstm_gates_forward, LstmGates)
 ENTRY(lstm_gates_backward, LstmGatesBackward)
 ENTRY(gru_gates_forward, GruGates)
 ENTRY(gru_gates_backward, GruGatesBackward)
+ENTRY(layer_forward, LayerCuda)
+ENTRY(layer_backward, LayerCudaBackward)
+
+// What the device seems to have from now on.
+extern "C" void set_device(int multiprocessors, int most_shared) {
+  cuda_on_host::multiprocessors = multiprocessors;
+  cuda_on_host::most_shared = most_shared;
+}
 
 extern "C" void gaussian_tiles(int64_t rows, int64_t cols, lect11ext::GaussianTiles* out) {
   *out = lect11ext::GaussianTiles(rows, cols);

@@ -147,6 +147,67 @@ class GruGatesBackward(Structure):
     ]
 
 
+class TimeStrides(Structure):
+    _fields_ = [("step", c_int64), ("row", c_int64)]
+
+
+class Zoneout(Structure):
+    _fields_ = [("mask", c_void_p), ("strides", TimeStrides), ("rate", c_double)]
+
+
+class LayerCommon(Structure):
+    _fields_ = [
+        ("cell", c_int8),
+        *[(name, c_int64) for name in ("steps", "batch", "hidden")],
+        ("dtype", c_int8),
+        ("sigmoid_candidate", c_bool),
+        ("reverse", c_bool),
+        ("weight_hh", c_void_p),
+        ("weight_hh_stride", c_int64),
+        *_pointers("h", "c", "peephole", "norm", "hidden_mask", "lengths", "reset"),
+        ("reset_strides", TimeStrides),
+        ("zoneout_h", Zoneout),
+        ("zoneout_c", Zoneout),
+    ]
+
+
+class LayerCuda(LayerCommon):
+    _fields_ = [
+        ("out", c_void_p),
+        ("out_strides", TimeStrides),
+        *_pointers("h_out", "c_out", "gates", "cells"),
+        ("gates_strides", TimeStrides),
+        ("cells_every", c_int64),
+        ("normed", c_void_p),
+        ("normed_strides", TimeStrides),
+        ("rstd", c_void_p),
+        ("rstd_strides", TimeStrides),
+        ("pre", c_void_p),
+        ("pre_strides", TimeStrides),
+        ("bias_hh", c_void_p),
+        ("tensor_cores", c_bool),
+        *_pointers("panels", "exchange_0", "exchange_1", "reset_state", "state_h", "state_c"),
+        *_pointers("sums", "moments", "arrivals"),
+    ]
+
+
+class LayerCudaBackward(LayerCommon):
+    _fields_ = [
+        ("clip", c_double),
+        ("truncate", c_int64),
+        ("first_step", c_int64),
+        *_pointers("grad_out", "grad_h_out", "grad_c_out", "grad_gates", "grad_cells"),
+        *_pointers("out", "gates", "cells", "normed", "rstd"),
+        *[(f"{name}_strides", TimeStrides) for name in ("out", "gates", "normed", "rstd")],
+        *_pointers("grad_pre", "grad_hidden", "grad_normed"),
+        ("grad_pre_strides", TimeStrides),
+        *_pointers("grad_h", "grad_c", "grad_mask"),
+        ("tensor_cores", c_bool),
+        *_pointers("panels", "exchange_0", "exchange_1", "carry_h", "carry_c", "product"),
+        *_pointers("carry_mask", "moments", "arrivals"),
+    ]
+
+
 ENTRIES = {
     "philox_key": PhiloxReservation,
     "philox_normal": PhiloxNormal,
@@ -156,6 +217,8 @@ ENTRIES = {
     "lstm_gates_backward": LstmGatesBackward,
     "gru_gates_forward": GruGates,
     "gru_gates_backward": GruGatesBackward,
+    "layer_forward": LayerCuda,
+    "layer_backward": LayerCudaBackward,
 }
 
 

@@ -29,14 +29,30 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
         "launch a kernel");
 }
 
+// The same for a kernel whose blocks wait for one another: all of them run at the same time, or none.
+template <class... Params>
+void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                     const std::type_identity_t<Params>&... args) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  if (shared_bytes > 0) {  // more than 48 KiB must be asked for
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          "reserve shared memory");
+  }
+  check(cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream)),
+        "launch a cooperative kernel");
+}
+
+// Of the current device.
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "tell the current device");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
+  return value;
+}
+
 // As many threads as the current device holds at a time. 2048 is what a multiprocessor of sm_80, sm_90 and sm_100
 // holds; where it is 1536 (sm_86, sm_89) the figure is a little high, and nothing depends on it but speed.
-inline int64_t resident_threads() {
-  int device = 0, multiprocessors = 0;
-  check(cudaGetDevice(&device), "tell the current device");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "describe the device");
-  return int64_t{2048} * multiprocessors;
-}
+inline int64_t resident_threads() { return 2048 * device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // Blocks for a grid-stride loop over `items`. A few times more than run at once, so that the last ones to finish leave
 // little of the device idle, and no more, so that a block's setup is paid rarely.

@@ -138,6 +138,9 @@ T atomicCAS(T* at, T expected, T value) {
 template <class T>
 T __ldg(const T* at) { return *at; }
 template <class T>
+T __ldcg(const T* at) { return *at; }
+void __nanosleep(unsigned);
+template <class T>
 void __stwb(T* at, T value) { *at = value; }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
@@ -161,9 +164,13 @@ inline void sincospif(float x, float* sine, float* cosine) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = struct CUstream_st*;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace cuda_on_host {
+// One multiprocessor: what a library does only for large problems begins at a small size here. Tests set others.
+inline constexpr unsigned kMostShared = 227 * 1024;
+inline int multiprocessors = 1, most_shared = kMostShared;
 inline thread_local cudaError_t last_error = cudaSuccess;
 
 template <class... Params, std::size_t... I>
@@ -174,10 +181,10 @@ void call(void (*kernel)(Params...), void** args, std::index_sequence<I...>) {
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, void** args, std::size_t shared,
                    bool cooperative) {
-  constexpr unsigned kMaxThreads = 1024, kMaxGridX = 0x7FFFFFFF, kMaxGridYZ = 65535, kMaxShared = 227 * 1024;
+  constexpr unsigned kMaxThreads = 1024, kMaxGridX = 0x7FFFFFFF, kMaxGridYZ = 65535;
   const auto outside = [](std::size_t n, unsigned most) { return n == 0 || n > most; };
   if (outside(std::size_t{block.x} * block.y * block.z, kMaxThreads) || outside(grid.x, kMaxGridX) ||
-      outside(grid.y, kMaxGridYZ) || outside(grid.z, kMaxGridYZ) || shared > kMaxShared) {
+      outside(grid.y, kMaxGridYZ) || outside(grid.z, kMaxGridYZ) || shared > kMostShared) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   run([&] { call(kernel, args, std::index_sequence_for<Params...>()); }, grid, block, cooperative);
@@ -193,8 +200,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// One multiprocessor: what a library does only for large problems begins at a small size here.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const bool count = attribute == cudaDevAttrMultiProcessorCount;
+  return *value = count ? cuda_on_host::multiprocessors : cuda_on_host::most_shared, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 template <class... Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** args, std::size_t shared = 0,
