@@ -118,8 +118,10 @@ def lstm_layer(
     grad_clip: float | None = None,
     truncate: int = 0,
     reverse: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One LSTM layer in one direction over ``input`` ``[T, B, I]``: the outputs of all steps, and the last state."""
+    return_cells: bool = False,
+) -> tuple[Any, ...]:
+    """One LSTM layer in one direction over ``input`` ``[T, B, I]``: h of all steps, the last state, and where asked for
+    c of all steps."""
     p_i, p_f, p_o = (0.0, 0.0, 0.0) if weight_peephole is None else weight_peephole
 
     def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -135,8 +137,9 @@ def lstm_layer(
         c_new = _keep(None if zoneout_c is None else zoneout_c[t], zoneout_rate_c, c, c_new)
         return _clip_gradient(h_new, grad_clip), _clip_gradient(c_new, grad_clip)
 
-    output, (h, c) = _unroll(step, input, state, lengths, reset, truncate, reverse)
-    return output, (h, c)
+    kept = 2 if return_cells else 1
+    (output, *cells), (h, c) = _unroll(step, input, state, lengths, reset, truncate, reverse, kept)
+    return output, (h, c), *cells
 
 
 def gru_layer(
@@ -178,7 +181,7 @@ def gru_layer(
         h_new = _keep(None if zoneout_h is None else zoneout_h[t], zoneout_rate_h, h, z * h + (1 - z) * n)
         return (_clip_gradient(h_new, grad_clip),)
 
-    output, (last,) = _unroll(step, input, (h,), lengths, reset, truncate, reverse)
+    (output,), (last,) = _unroll(step, input, (h,), lengths, reset, truncate, reverse)
     return output, last
 
 
@@ -196,10 +199,12 @@ def _unroll(
     reset: Tensor | None,
     truncate: int,
     reverse: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All steps of a cell. Rows keep their state, and give zero, from their length on; ``reset`` restarts a row."""
+    kept: int = 1,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """All steps of a cell: the first ``kept`` states after every one, and all states after the last. Rows keep their
+    state, and give zero, from their length on; ``reset`` restarts a row."""
     steps, batch = input.shape[:2]
-    outputs: list[Tensor] = [states[0]] * steps
+    over_time = [[state] * steps for state in states[:kept]]
     for s in range(steps):
         t = steps - 1 - s if reverse else s
         active = torch.ones(batch, dtype=torch.bool, device=input.device) if lengths is None else lengths > t
@@ -210,6 +215,9 @@ def _unroll(
             states = tuple(torch.where(restart, torch.zeros_like(s), s) for s in states)
         new = step(t, states)
         mask = active.unsqueeze(-1)
-        outputs[t] = torch.where(mask, new[0], torch.zeros_like(new[0]))
+        for outputs, state in zip(over_time, new, strict=False):
+            outputs[t] = torch.where(mask, state, torch.zeros_like(state))
         states = tuple(torch.where(mask, a, b) for a, b in zip(new, states, strict=True))
-    return torch.stack(outputs) if outputs else input.new_zeros(0, batch, states[0].size(-1)), states
+    if steps == 0:
+        return tuple(input.new_zeros(0, batch, state.size(-1)) for state in states[:kept]), states
+    return tuple(torch.stack(outputs) for outputs in over_time), states

@@ -34,8 +34,9 @@ def lstm(
     recurrent_dropout: float = 0.0,
     truncate: int = 0,
     recompute: int = 0,
+    return_cells: bool = False,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Any, ...]:
     r"""An LSTM over whole sequences: :func:`lstm_cell` at every step, in every layer and direction.
 
     On the CPU a layer's forward and backward are one op each, and its recurrence is one parallel region, with the
@@ -73,16 +74,20 @@ def lstm(
         recompute: keeps c only every k steps, and no gates, and computes the rest again in the backward, k steps at a
             time: the same gradients, to rounding, in O(T / k + k) memory beyond the output's. 0: all is kept. Without
             effect where a layer runs step by step.
+        return_cells: whether c is given at every step too, not only h: :math:`c_t = f_t c_{t-1} + i_t g_t`, after
+            zoneout where there is any. The last layer keeps all for its backward then, whatever ``recompute`` says.
         generator: where masks are drawn from (:func:`philox_key`); torch's default generator if None.
 
     Returns:
-        ``(output, (h_n, c_n))``: the last layer's h at every step, ``[T, B, directions · H]`` in the input's order of
-        dimensions, and the last states of every layer and direction, shaped as ``state``.
+        ``(output, (h_n, c_n))``: the last layer's h at every step, ``[T, B, directions · H]`` (``P`` for ``H`` with
+        projections) in the input's order of dimensions, and the last states of every layer and direction, shaped as
+        ``state``. With ``return_cells`` ``(output, (h_n, c_n), cells)``: the last layer's c at every step, laid out as
+        output, ``[T, B, directions · H]`` with projections too, and zero beyond a row's length, as output is.
 
-    Gradients: to every tensor, of any order, in ``eval()`` too; forward-mode AD; ``vmap`` (batched weights run once a
-    sample). Deterministic: the same bits for any number of threads. Sums are kept in float32 (float64 for float64), of
-    the 16-bit types c too within a call. Under autocast the layer runs in autocast's type. With projections, and on
-    CUDA, a layer runs step by step from the fused cells.
+    Gradients: through every output to every tensor, of any order, in ``eval()`` too; forward-mode AD; ``vmap`` (batched
+    weights run once a sample). Deterministic: the same bits for any number of threads. Sums are kept in float32
+    (float64 for float64), of the 16-bit types c too within a call. Under autocast the layer runs in autocast's type.
+    With projections, and on CUDA, a layer runs step by step from the fused cells.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -100,6 +105,11 @@ def lstm(
         ... )
         >>> output.shape, h.shape
         (torch.Size([7, 3, 8]), torch.Size([4, 3, 4]))
+        >>> output, (h, c), cells = lect11ext.functional.lstm(
+        ...     torch.randn(7, 3, 5), (h, c), module.all_weights, bidirectional=True, return_cells=True
+        ... )
+        >>> cells.shape, torch.equal(cells[-1, :, :4], c[-2])  # the forward direction's last
+        (torch.Size([7, 3, 8]), True)
     """
     try:
         h, c = state
@@ -110,7 +120,7 @@ def lstm(
     rate_h, rate_c = zoneout_rates(zoneout)
     check_rate("recurrent_dropout", recurrent_dropout)
 
-    def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Tensor, ...]:
+    def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Any, ...]:
         h, c = states
         ih, hh, b_ih, b_hh, hr = _named(weights[item], projected=True)
         x, weight, norm = _normed(x, ih, layer_norms, item)
@@ -118,23 +128,29 @@ def lstm(
         keep_c = _keep(x, c.size(-1), rate_c, training, generator)
         mask = variational_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
         peephole = None if peepholes is None else peepholes[item]
+        keeps_cells = return_cells and item >= len(weights) - (2 if bidirectional else 1)
         rates = (0.0 if keep_h is not None else rate_h, 0.0 if keep_c is not None else rate_c)
         args = (x, h, c, weight, hh, b_ih, b_hh, hr, peephole, norm, mask, lengths, reset, keep_h, keep_c, candidate,
-                *rates, grad_clip, truncate, recompute, reverse, batch_first)  # fmt: skip
+                *rates, grad_clip, truncate, 0 if keeps_cells else recompute, reverse, batch_first,
+                keeps_cells)  # fmt: skip
         if torch.compiler.is_compiling() or has_torch_function((x, *states, *weights[item])):
-            return torch.ops.lect11ext.lstm_layer(*args)[:3]
-        try:
-            return _C.lstm_layer(*args, False)[:3]
-        except TypeError as error:
-            raise wrong_type(
-                error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), weight_hr=(hr, OPTIONAL_TENSOR),
-                peepholes=(peephole, OPTIONAL_TENSOR), layer_norms=(norm, OPTIONAL_TENSOR),
-                candidate=(candidate, (str,)), grad_clip=(grad_clip, OPTIONAL_NUMBER), truncate=(truncate, (int,)),
-                recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
-            ) from None  # fmt: skip
+            output, h, c, _, cells = torch.ops.lect11ext.lstm_layer(*args)[:5]
+        else:
+            try:
+                output, h, c, cells = _C.lstm_layer(*args)
+            except TypeError as error:
+                raise wrong_type(
+                    error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), weight_hr=(hr, OPTIONAL_TENSOR),
+                    peepholes=(peephole, OPTIONAL_TENSOR), layer_norms=(norm, OPTIONAL_TENSOR),
+                    candidate=(candidate, (str,)), grad_clip=(grad_clip, OPTIONAL_NUMBER), truncate=(truncate, (int,)),
+                    recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
+                ) from None  # fmt: skip
+        return (output, cells, h, c) if keeps_cells else (output, h, c)
 
-    output, (h_n, c_n) = _stack("lstm", layer, input, (h, c), weights, batch_first, bidirectional, dropout, training)
-    return output, (h_n, c_n)
+    (output, *cells), (h_n, c_n) = _stack(
+        "lstm", layer, input, (h, c), weights, batch_first, bidirectional, dropout, training
+    )
+    return output, (h_n, c_n), *cells
 
 
 def gru(
@@ -207,7 +223,7 @@ def gru(
                 truncate=(truncate, (int,)), recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
             ) from None  # fmt: skip
 
-    output, (h_n,) = _stack("gru", layer, input, (state,), weights, batch_first, bidirectional, dropout, training)
+    (output,), (h_n,) = _stack("gru", layer, input, (state,), weights, batch_first, bidirectional, dropout, training)
     return output, h_n
 
 
@@ -270,8 +286,12 @@ def _stack(
     bidirectional: bool,
     dropout: float,
     training: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Layers over one another, each in one or two directions."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Layers over one another, each in one or two directions.
+
+    ``layer`` gives its output, whatever else it has over time, and its last states. Given back: what the last layer has
+    over time, and the last states of all.
+    """
     for name, tensor in (("input", input), *zip(("h", "c"), states, strict=False)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
@@ -295,7 +315,7 @@ def _stack(
             function, layer, input.unsqueeze(batch), tuple(s.unsqueeze(1) for s in states), weights, batch_first,
             bidirectional, dropout, training,
         )  # fmt: skip
-        return result.squeeze(batch), tuple(s.squeeze(1) for s in unbatched)
+        return tuple(r.squeeze(batch) for r in result), tuple(s.squeeze(1) for s in unbatched)
     directions = 2 if bidirectional else 1
     if len(weights) == 0 or len(weights) % directions != 0:
         raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {len(weights)}")
@@ -303,10 +323,9 @@ def _stack(
     for first in range(0, len(weights), directions):
         if first > 0 and training and dropout > 0:
             input = drop(input, dropout)
-        outputs = []
-        for i in range(first, first + directions):
-            output, *last = layer(input, tuple(s[i] for s in states), i, i > first)
-            outputs.append(output)
-            last_states.append(last)
-        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-    return input, tuple(torch.stack(s) for s in zip(*last_states, strict=True))
+        results = [layer(input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)]
+        parts = zip(*(r[: -len(states)] for r in results), strict=True)
+        over_time = tuple(p[0] if directions == 1 else torch.cat(p, -1) for p in parts)
+        last_states += [r[-len(states) :] for r in results]
+        input = over_time[0]
+    return over_time, tuple(torch.stack(s) for s in zip(*last_states, strict=True))

@@ -72,8 +72,14 @@ class _Layers(nn.RNNBase):
         super().check_input(input, batch_sizes)
 
     def _run(
-        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        **options: Any,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What is given for every step, output first, and the last states."""
         raise NotImplementedError
 
     def _sizes(self) -> tuple[int, ...]:
@@ -86,9 +92,10 @@ class _Layers(nn.RNNBase):
         states: tuple[Tensor, ...] | None,
         lengths: Tensor | None,
         reset: Tensor | None,
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+        **options: Any,
+    ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, states, lengths, reset)
+            return self._forward_packed(input, states, lengths, reset, **options)
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor or a PackedSequence, but got {type(input).__name__}")
         name = type(self).__name__
@@ -101,8 +108,8 @@ class _Layers(nn.RNNBase):
                 self._check_dims(states, 2, "unbatched 2-D")
                 states = tuple(s.unsqueeze(1) for s in states)
             batch = 0 if self.batch_first else 1
-            output, last = self._forward(input.unsqueeze(batch), states, None, None)
-            return output.squeeze(batch), tuple(s.squeeze(1) for s in last)
+            over_time, last = self._forward(input.unsqueeze(batch), states, None, None, **options)
+            return tuple(t.squeeze(batch) for t in over_time), tuple(s.squeeze(1) for s in last)
         self.check_input(input, None)
         batch_size = input.size(0 if self.batch_first else 1)
         if states is None:
@@ -110,7 +117,7 @@ class _Layers(nn.RNNBase):
         else:
             self._check_dims(states, 3, "batched 3-D")
             self._check_sizes(states, batch_size)
-        return self._run(input, states, lengths, reset)
+        return self._run(input, states, lengths, reset, **options)
 
     def _forward_packed(
         self,
@@ -118,7 +125,8 @@ class _Layers(nn.RNNBase):
         states: tuple[Tensor, ...] | None,
         lengths: Tensor | None,
         reset: Tensor | None,
-    ) -> tuple[PackedSequence, tuple[Tensor, ...]]:
+        **options: Any,
+    ) -> tuple[tuple[PackedSequence, ...], tuple[Tensor, ...]]:
         if lengths is not None or reset is not None:
             raise ValueError("lengths and reset go with padded input; a PackedSequence has its own lengths")
         self.check_input(input.data, input.batch_sizes)
@@ -130,10 +138,10 @@ class _Layers(nn.RNNBase):
         else:
             self._check_sizes(states, len(own_lengths))
             states = _select(states, input.sorted_indices)
-        output, last = self._run(padded, states, own_lengths.to(padded.device), None)
-        data = pack_padded_sequence(output, own_lengths, self.batch_first).data
-        packed = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        return packed, _select(last, input.unsorted_indices)
+        over_time, last = self._run(padded, states, own_lengths.to(padded.device), None, **options)
+        datas = (pack_padded_sequence(t, own_lengths, self.batch_first).data for t in over_time)
+        orders = (input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        return tuple(PackedSequence(data, *orders) for data in datas), _select(last, input.unsorted_indices)
 
     def _entries(self) -> int:
         return self.num_layers * (2 if self.bidirectional else 1)
@@ -185,7 +193,8 @@ class LSTM(_Layers):
         recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
 
     Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``(h, c)``,
-    zeros where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, (h_n, c_n))``.
+    zeros where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, (h_n, c_n))``; with
+    ``return_cells=True`` ``(output, (h_n, c_n), cells)``, the last layer's c at every step in output's form.
 
     Example::
 
@@ -194,6 +203,9 @@ class LSTM(_Layers):
         >>> output, (h, c) = layer(torch.randn(3, 7, 5), lengths=torch.tensor([7, 2, 0]))
         >>> output.shape, h.shape
         (torch.Size([3, 7, 4]), torch.Size([2, 3, 4]))
+        >>> output, (h, c), cells = layer(torch.randn(3, 7, 5), return_cells=True)
+        >>> cells.shape, torch.equal(cells[:, -1], c[-1])
+        (torch.Size([3, 7, 4]), True)
     """
 
     def __init__(
@@ -238,16 +250,18 @@ class LSTM(_Layers):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """All steps; ``hx`` is ``(h, c)``."""
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """All steps; ``hx`` is ``(h, c)``. With ``return_cells`` a third item: c of the last layer at every step."""
         if hx is not None:
             if not isinstance(hx, (tuple, list)):
                 raise TypeError(f"hx must be (h, c), two tensors, but got {type(hx).__name__}")
             if len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
                 got = ", ".join(type(s).__name__ for s in hx)
                 raise TypeError(f"hx must be (h, c), two tensors, but got ({got})")
-        output, (h, c) = self._forward(input, None if hx is None else tuple(hx), lengths, reset)
-        return output, (h, c)
+        states = None if hx is None else tuple(hx)
+        (output, *cells), (h, c) = self._forward(input, states, lengths, reset, return_cells=return_cells)
+        return output, (h, c), *cells
 
     def _rates(self) -> tuple[float, float]:
         """Zoneout's, of h and of c."""
@@ -257,17 +271,23 @@ class LSTM(_Layers):
         return self.proj_size or self.hidden_size, self.hidden_size
 
     def _run(
-        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        **options: Any,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         h, c = states
-        return lstm(
+        output, last, *cells = lstm(
             input, (h, c), self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
             dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, candidate=self.candidate,
             grad_clip=self.grad_clip, layer_norms=self._layer_norms(),
             peepholes=[getattr(self, "weight_peephole" + e) for e in self._endings()] if self.peephole else None,
             zoneout=self._rates(), recurrent_dropout=self.recurrent_dropout, truncate=self.truncate,
-            recompute=self.recompute,
+            recompute=self.recompute, **options,
         )  # fmt: skip
+        return (output, *cells), last
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _extra(
@@ -345,22 +365,27 @@ class GRU(_Layers):
         """All steps; ``hx`` is h."""
         if hx is not None and not isinstance(hx, Tensor):
             raise TypeError(f"hx must be a Tensor or None, but got {type(hx).__name__}")
-        output, (h,) = self._forward(input, None if hx is None else (hx,), lengths, reset)
+        (output,), (h,) = self._forward(input, None if hx is None else (hx,), lengths, reset)
         return output, h
 
     def _sizes(self) -> tuple[int, ...]:
         return (self.hidden_size,)
 
     def _run(
-        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        **options: Any,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         output, h = gru(
             input, states[0], self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
             dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, grad_clip=self.grad_clip,
             reset_after=self.reset_after, layer_norms=self._layer_norms(), zoneout=self.zoneout,
             recurrent_dropout=self.recurrent_dropout, truncate=self.truncate, recompute=self.recompute,
         )  # fmt: skip
-        return output, (h,)
+        return (output,), (h,)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _extra(
