@@ -17,13 +17,17 @@
 
 namespace lect11ext::layer_op {
 
+// A size that must be a number, which a trace with symbolic sizes then fixes: a loop over steps is unrolled, and a part
+// of a weight has a place. The batch need not be one.
+inline int64_t known(const c10::SymInt& size) { return size.guard_int(__FILE__, __LINE__); }
+
 // The masks of a step, and the states before it.
 struct Steps {
   const Inputs& in;
   int64_t count;
   Tensor inactive, restarts;  // [T, B, 1]; undefined where there are none
 
-  explicit Steps(const Inputs& in) : in(in), count(in.input.size(in.time_dim())) {
+  explicit Steps(const Inputs& in) : in(in), count(known(in.steps())) {
     if (autograd::defined(in.lengths)) inactive = first(in.inactive()).unsqueeze(-1);
     if (autograd::defined(in.reset)) restarts = first(*in.reset).unsqueeze(-1);
     if (inactive.defined() && restarts.defined()) restarts = restarts.logical_and(inactive.logical_not());

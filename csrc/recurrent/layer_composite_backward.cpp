@@ -30,7 +30,7 @@ class CompositeBackward {
         kept_(call_forward(in.without_recompute(), /*save=*/true)),
         keep_h_(steps_, in.zoneout_h, in.zoneout_rate_h, in.h),
         keep_c_(steps_, in.zoneout_c, in.zoneout_rate_c, in.h),
-        hidden_(in.h.size(1)) {
+        hidden_(known(in.hidden())) {
     gates_ = steps_.first(kept_.gates).chunk(in.kept_gates(), 2);
     grad_out_ = steps_.active_part(steps_.first(grads.out));
     if (grads.gates.defined()) grad_gates_ = steps_.active_part(steps_.first(grads.gates)).chunk(in.kept_gates(), 2);
@@ -84,7 +84,7 @@ class CompositeBackward {
 
   Tensor stack(const std::vector<Tensor>& steps, int64_t columns) const {
     if (!steps.empty()) return at::stack(steps);
-    return at::zeros({0, in_.h.size(0), columns}, in_.input.options());
+    return at::zeros_symint({0, in_.batch(), columns}, in_.input.options());
   }
 
   // The gradient with respect to a gate that came from outside, times the gate's slope.

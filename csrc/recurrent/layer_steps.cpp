@@ -74,7 +74,7 @@ class GeneralStep {
   }
 
   State gru(const Tensor& x, const Tensor& h) const {
-    const int64_t size = h.size(1);
+    const int64_t size = known(in_.hidden());
     const auto sums = x.chunk(3, 1);
     Tensor r, z, n;
     if (in_.reset_after) {

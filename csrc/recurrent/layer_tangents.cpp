@@ -78,7 +78,7 @@ class Tangents {
         out_(out),
         keep_h_(steps_, in_.zoneout_h, in_.zoneout_rate_h, in_.h),
         keep_c_(steps_, in_.zoneout_c, in_.zoneout_rate_c, in_.h),
-        hidden_(in_.h.size(1)),
+        hidden_(known(in_.hidden())),
         all_h_(steps_.count),
         all_c_(steps_.count),
         all_gates_(steps_.count) {
@@ -112,8 +112,9 @@ class Tangents {
   // What of the sums' tangents does not depend on the state's: the input's part, the state's bias, and, of the state's
   // product, what the weights' tangent and the mask's give.
   void set_constant_parts() {
-    const int64_t B = in_.h.size(0), columns = in_.gates() * hidden_;
-    const auto zeros = [&] { return at::zeros({steps_.count, B, columns}, in_.input.options()); };
+    const int64_t columns = in_.gates() * hidden_;
+    const std::array<c10::SymInt, 3> size{steps_.count, in_.batch(), columns};
+    const auto zeros = [&] { return at::zeros_symint(size, in_.input.options()); };
     const Tensor dx = steps_.active_part(steps_.first(tangent(dual_.input))), d_hh = tangent(dual_.weight_hh);
     if (!autograd::defined(in_.weight_ih)) {
       by_input_ = dx;
@@ -124,7 +125,7 @@ class Tangents {
       }
     }
     accumulate(by_input_, tangent(dual_.bias_ih));
-    by_input_ = by_input_.defined() ? by_input_.expand({steps_.count, B, columns}) : zeros();
+    by_input_ = by_input_.defined() ? by_input_.expand_symint(size) : zeros();
     if (d_hh.defined()) {
       Tensor operand = multiplied_.matmul(d_hh.t());
       if (in_.resets_first()) {

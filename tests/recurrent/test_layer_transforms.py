@@ -225,6 +225,40 @@ def test_export_with_dynamic_sizes(kind: str, with_masks: bool) -> None:
     assert sum(f"{kind.lower()}_layer" in str(node.target) for node in exported.graph.nodes) == 4
 
 
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True, "zoneout": 0.1, "peephole": True}], ids=str)
+def test_export_of_projections_fixes_the_steps_alone(options: dict[str, Any], with_masks: bool) -> None:
+    layer = build("LSTM", {"proj_size": 3}, **options).eval()
+    rows, batch = 0 if options else 1, Dim("batch", min=2)
+
+    def given(batch: int) -> dict[str, Tensor]:
+        reset = torch.rand(T, batch) < 0.3
+        masks = {"lengths": torch.randint(0, T + 1, (batch,)), "reset": reset.t() if options else reset}
+        x = torch.randn(T, batch, F)
+        return {"input": x.transpose(0, 1) if options else x, **(masks if with_masks else {})}
+
+    shapes = {name: {0 if name == "lengths" else rows: batch} for name in given(B)}
+    exported = torch.export.export(layer, (), given(B), dynamic_shapes=shapes)
+    for size in (2, 7):
+        args = given(size)
+        same(exported.module()(**args), layer(**args))
+    with pytest.raises(Exception, match="steps"):  # the loop over them is unrolled
+        torch.export.export(layer, (torch.randn(T, T, F),), dynamic_shapes={"input": {1 - rows: Dim("steps", min=2)}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_of_tangents_serve_every_batch(kind: str) -> None:
+    layer = build(kind, {})
+
+    def tangents(x: Tensor, d: Tensor) -> list[Tensor]:
+        return jvp(lambda x: flat(layer(x)), (x,), (d,))[1]
+
+    pairs = [(torch.randn(T, batch, F), torch.randn(T, batch, F)) for batch in (B, 2, 7)]
+    traced = make_fx(tangents, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*pairs[0])
+    for pair in pairs:
+        same(traced(*pair), tangents(*pair))
+
+
 @LAYERS
 def test_export_of_inference(kind: str, options: dict[str, Any]) -> None:
     layer = build(kind, options).requires_grad_(False)

@@ -87,7 +87,8 @@ def lstm(
     Gradients: through every output to every tensor, of any order, in ``eval()`` too; forward-mode AD; ``vmap`` (batched
     weights run once a sample). Deterministic: the same bits for any number of threads. Sums are kept in float32
     (float64 for float64), of the 16-bit types c too within a call. Under autocast the layer runs in autocast's type.
-    With projections, and on CUDA, a layer runs step by step from the fused cells.
+    With projections, and on CUDA, a layer runs step by step from the fused cells; a compiled or exported graph of its
+    derivatives then holds for one number of steps, and any batch.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
