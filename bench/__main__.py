@@ -19,7 +19,7 @@ from lect11ext._load import _C
 
 from .ceilings import CEILINGS
 
-FAMILIES = ["autoencoder", "recurrent", "layers"]
+FAMILIES = ["autoencoder", "recurrent", "layers", "compilation"]
 HERE = Path(__file__).parent
 
 
@@ -29,7 +29,8 @@ def seconds_by_turn(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
         result = results.setdefault(entry["group"], {"work": info["work"], "turns": defaultdict(dict)})
-        result["turns"][info["turn"]][info["implementation"]] = median(entry["stats"]["data"])
+        seconds = info.get("seconds") or median(entry["stats"]["data"])
+        result["turns"][info["turn"]][info["implementation"]] = seconds
     return results
 
 
@@ -56,7 +57,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, r in results.items():
         peer = min(r["ratios"], key=lambda p: r["ratios"][p])
         product = next((f"{v:.0f}" for k, v in r["per_cent"].items() if k.startswith("product")), "")
-        copy = f"{r['per_cent']['copy']:.0f}"
+        copy = f"{r['per_cent']['copy']:.0f}" if "copy" in r["per_cent"] else ""
         ours = r["seconds"]["lect11ext"] * 1e6
         lines.append(f"{name:46} {ours:9.1f} {peer:>16} {r['ratios'][peer]:6.2f} {product:>10} {copy:>7}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""LSTM and GRU layers against torch.nn's, and their variants against plain torch ops, eager and compiled."""
+"""LSTM and GRU layers against torch.nn's, and variants and further derivatives against plain torch ops."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import grad, jvp
 
-from lect11ext import nn, reference
+from lect11ext import functional, nn, reference
 
 from .common import Call, Workload, parametrize, run_turn
 
@@ -17,11 +18,12 @@ STEPS = 64
 SIZES = [(1, 64), (1, 256), (1, 512), (32, 256), (32, 512)]
 
 
-def _work(gates: int, steps: int, batch: int, hidden: int, dtype: torch.dtype, train: bool) -> dict[str, float]:
+def _work(gates: int, steps: int, batch: int, hidden: int, dtype: torch.dtype, passes: int) -> dict[str, float]:
+    """``passes``: how often each weight is multiplied; a backward does so twice as often as what it goes back over."""
     weights = 2.0 * gates * hidden * hidden
     return {
-        f"product/{str(dtype)[6:]}": 2 * weights * steps * batch * (3 if train else 1),
-        "copy": weights * dtype.itemsize * (3 if train else 1),
+        f"product/{str(dtype)[6:]}": 2 * weights * steps * batch * passes,
+        "copy": weights * dtype.itemsize * passes,
     }
 
 
@@ -57,7 +59,7 @@ def _layer(kind: str, batch: int, hidden: int, dtype: torch.dtype, train: bool) 
         f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/T{STEPS}/B{batch}/H{hidden}",
         make,
         ("lect11ext", "eager", "compile"),
-        work=_work(GATES[kind], STEPS, batch, hidden, dtype, train),
+        work=_work(GATES[kind], STEPS, batch, hidden, dtype, 3 if train else 1),
         tolerance=1e-3 if dtype == torch.float32 else 0.1,
     )
 
@@ -108,7 +110,50 @@ def _variant(name: str, batch: int, hidden: int) -> Workload:
         f"{kind}-{name}/train/float32/T{VARIANT_STEPS}/B{batch}/H{hidden}",
         make,
         ("lect11ext", "eager", "compile"),
-        work=_work(GATES[kind], VARIANT_STEPS, batch, hidden, torch.float32, True),
+        work=_work(GATES[kind], VARIANT_STEPS, batch, hidden, torch.float32, 3),
+    )
+
+
+DERIVATIVES = {"jvp": 3, "double_backward": 9}  # with how many passes
+DERIVATIVE_STEPS = 32
+COMPILED = {"jvp"}  # of the double backward four steps take a minute to compile, and 32 far more
+
+
+def _derivative(name: str, batch: int, hidden: int) -> Workload:
+    """Tangents of the output in a direction of all arguments; the gradient of a penalty on the squared gradients."""
+
+    def make() -> dict[str, Call]:
+        module = nn.LSTM(hidden, hidden)
+        h = torch.zeros(1, batch, hidden)
+        args = (torch.randn(DERIVATIVE_STEPS, batch, hidden), *(w.detach() for w in module.parameters()))
+        directions = tuple(torch.randn_like(a) for a in args)
+        every = tuple(range(len(args)))
+
+        def fused(x: Tensor, *weights: Tensor) -> Tensor:
+            return functional.lstm(x, (h, h), [weights])[0]
+
+        def plain(x: Tensor, *weights: Tensor) -> Tensor:
+            return reference.lstm_layer(x, (h[0], h[0]), *weights)[0]
+
+        def tangents(function: Callable[..., Tensor]) -> Call:
+            return lambda: jvp(function, args, directions)
+
+        def double_backward(function: Callable[..., Tensor]) -> Call:
+            def penalty(*args: Tensor) -> Tensor:
+                grads = grad(lambda *args: function(*args).square().mean(), every)(*args)
+                return sum(g.square().sum() for g in grads)  # type: ignore[return-value]
+
+            return lambda: grad(penalty, every)(*args)
+
+        derive = tangents if name == "jvp" else double_backward
+        calls = {"lect11ext": derive(fused), "eager": derive(plain)}
+        return calls | {"compile": torch.compile(derive(plain))} if name in COMPILED else calls
+
+    return Workload(
+        f"LSTM-{name}/float32/T{DERIVATIVE_STEPS}/B{batch}/H{hidden}",
+        make,
+        ("lect11ext", "eager", "compile") if name in COMPILED else ("lect11ext", "eager"),
+        work=_work(GATES["LSTM"], DERIVATIVE_STEPS, batch, hidden, torch.float32, DERIVATIVES[name]),
     )
 
 
@@ -116,6 +161,7 @@ WORKLOADS = (
     [_layer(kind, b, h, torch.float32, train) for kind in GATES for train in (False, True) for b, h in SIZES]
     + [_layer("LSTM", b, h, torch.bfloat16, train) for train in (False, True) for b, h in SIZES[1:]]
     + [_variant(name, b, h) for name in VARIANTS for b, h in [(1, 64), (32, 256)]]
+    + [_derivative(name, b, h) for name in DERIVATIVES for b, h in [(1, 64), (32, 256)]]
 )
 
 
