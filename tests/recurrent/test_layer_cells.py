@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lect11ext import functional, nn, reference
-from tests.helpers import ONE_STEP, Tagged, check
+from tests.helpers import Tagged, chain, check
 from tests.recurrent.test_layers import operands, variants
 
 T, B, F, H = 6, 3, 4, 5
@@ -86,7 +86,7 @@ def test_values(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         return output, *state, cells
 
     for options in variants(*shape[:2]):
-        check(*(lambda *args, f=f, o=options: f(*args, **o) for f in (ours, plain)), args, ONE_STEP)
+        check(*(lambda *args, f=f, o=options: f(*args, **o) for f in (ours, plain)), args, chain(shape[0], dtype))
 
 
 @PROJECTED

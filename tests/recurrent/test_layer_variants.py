@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lect11ext import reference
 from tests.conftest import DTYPES
-from tests.helpers import ONE_STEP, check
+from tests.helpers import chain, check
 
 SHAPES = [(1, 1, 2, 3), (5, 3, 4, 7), (3, 9, 17, 64), (6, 2, 3, 130), (2, 50, 5, 17)]
 BOTH = ["norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums"]
@@ -90,7 +90,7 @@ def test_values(kind: str, variant: str, shape: tuple[int, int, int, int], dtype
         for clip in (None, 0.3):
             choice = {**options, "grad_clip": clip}
             # A norm divides by the deviation of few, small sums.
-            slack = ONE_STEP * shape[0] * (2 if "norm" in variant else 1)
+            slack = chain(shape[0], dtype) * (2 if "norm" in variant else 1)
             check(case.with_options(case.ours, **choice), case.with_options(case.plain, **choice), case.args, slack)
 
 
@@ -98,7 +98,7 @@ def test_values(kind: str, variant: str, shape: tuple[int, int, int, int], dtype
 def test_every_capability(kind: str, variant: str, capability: str) -> None:
     for dtype in DTYPES:
         case = Case(kind, variant, (3, 9, 5, 40), dtype)
-        check(case.ours, case.plain, case.args, ONE_STEP * 3)
+        check(case.ours, case.plain, case.args, chain(3, dtype))
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
@@ -209,7 +209,7 @@ def test_projections_run_step_by_step(options: dict[str, Any]) -> None:
         output, state = reference.lstm_layer(x, (h, c), ih, hh, **named, **options)
         return output, *state
 
-    check(ours, plain, args, ONE_STEP * steps)
+    check(ours, plain, args, chain(steps, torch.float64))
     if "truncate" not in options and "grad_clip" not in options:
         assert torch.autograd.gradcheck(ours, args, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(ours, args)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lect11ext import reference
 from tests.conftest import DTYPES
-from tests.helpers import ONE_STEP, assert_within_rule, check, flat
+from tests.helpers import ONE_STEP, assert_within_rule, chain, check, flat
 
 KINDS = ["lstm", "gru"]
 SHAPES = [(1, 1, 2, 3), (2, 3, 1, 1), (5, 3, 4, 7), (4, 1, 9, 33), (3, 9, 17, 64), (6, 2, 3, 130), (2, 40, 5, 17)]
@@ -60,8 +60,7 @@ def test_values(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype)
     args = operands(kind, shape, dtype, grad=shape[0] > 0)
     for options in variants(*shape[:2]):
         for choice in (options, clipped(options)):
-            # The same rule as for a cell, along the chain: the errors of the steps add up.
-            check(ours(kind, **choice), plain(kind, **choice), args, ONE_STEP * max(1, shape[0]))
+            check(ours(kind, **choice), plain(kind, **choice), args, chain(shape[0], dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +69,7 @@ def test_every_capability(kind: str, capability: str) -> None:
         for shape in [(3, 2, 5, 40), (2, 9, 33, 17), (9, 8, 5, 33)]:
             args = operands(kind, shape, dtype, grad=True)
             for options in variants(*shape[:2]):
-                check(ours(kind, **options), plain(kind, **options), args, ONE_STEP * shape[0])
+                check(ours(kind, **options), plain(kind, **options), args, chain(shape[0], dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +121,7 @@ def test_against_torch_nn(kind: str, bias: bool) -> None:
         got = ours(kind)(x, *states, *weights)
         exact = plain(kind)(*[None if a is None else a.double() for a in (x, *states, *weights)])
     for a, b, wide in zip(got, [output, *(s[0] for s in flat(state))], exact, strict=True):
-        assert_within_rule(a, b, wide, ONE_STEP * steps)
+        assert_within_rule(a, b, wide, ONE_STEP)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,7 +73,7 @@ def lstm(
         truncate: gradients of the states do not pass from steps k, 2k, … to those before them; 0: they pass.
         recompute: keeps c only every k steps, and no gates, and computes the rest again in the backward, k steps at a
             time: the same gradients, to rounding, in O(T / k + k) memory beyond the output's. 0: all is kept. Without
-            effect where a layer runs step by step.
+            effect where a layer runs step by step: with projections, and on CUDA.
         return_cells: whether c is given at every step too, not only h: :math:`c_t = f_t c_{t-1} + i_t g_t`, after
             zoneout where there is any. The last layer keeps all for its backward then, whatever ``recompute`` says.
         generator: where masks are drawn from (:func:`philox_key`); torch's default generator if None.
