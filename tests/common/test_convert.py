@@ -15,7 +15,6 @@ import torch.nn.utils.prune
 from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 
-import lect11ext
 from lect11ext import convert, nn, revert
 from lect11ext.convert import Report
 from tests.helpers import assert_within_rule, flat
@@ -68,15 +67,6 @@ def gradients(model: torch.nn.Module) -> list[Tensor | None]:
 
 def input_of(module: Any) -> Tensor:
     return torch.randn(*(() if "Cell" in type(module).__name__ else (7,)), 3, module.input_size)
-
-
-def reason(model: torch.nn.Module, exchange: Callable[..., Any] = convert, name: str = "") -> str:
-    """Why the one module that is left was."""
-    before = type(model.get_submodule(name))
-    same, report = exchange(model)
-    assert same is model and type(model.get_submodule(name)) is before
-    assert list(report.left) == [name] and name not in report.replaced
-    return report.left[name]
 
 
 def test_a_model_is_converted_and_reverted() -> None:
@@ -324,96 +314,3 @@ def test_compiled_models_see_the_exchange() -> None:
     close(inner(x), expected)
     whole = torch.compile(convert(Tagger())[0], backend="eager", fullgraph=True)
     close(whole(TOKENS), convert(whole._orig_mod)[0](TOKENS))
-
-
-class OwnLSTM(torch.nn.LSTM):
-    pass
-
-
-class OwnCell(nn.GRUCell):
-    pass
-
-
-class LSTM(torch.nn.Module):
-    """Nothing but the name."""
-
-
-def test_subclasses_are_left() -> None:
-    expected = "tests.common.test_convert.OwnLSTM derives from torch.nn.LSTM, and what it adds would be lost"
-    assert reason(OwnLSTM(5, 4)) == expected
-    assert reason(torch.nn.Sequential(torch.nn.Linear(2, 2), OwnLSTM(5, 4)), name="1") == expected
-    assert "OwnLSTM derives from" in reason(parametrizations.weight_norm(OwnLSTM(5, 4), "weight_ih_l0"))
-    assert "OwnCell derives from lect11ext.nn.GRUCell, and" in reason(OwnCell(5, 4), revert)
-    assert convert(LSTM())[1] == revert(LSTM())[1] == Report()
-    assert convert(OwnCell(5, 4))[1] == revert(OwnLSTM(5, 4))[1] == Report()
-
-
-@pytest.mark.filterwarnings("ignore:torch.quantize_per", "ignore:.*deprecated")
-def test_quantized_and_scripted_modules_are_left() -> None:
-    dynamic = torch.ao.nn.quantized.dynamic
-    assert reason(dynamic.GRUCell(5, 4)) == (
-        "lect11ext has nothing like torch.ao.nn.quantized.dynamic.modules.rnn.GRUCell"
-    )
-    assert "nothing like torch.ao.nn.quantized" in reason(torch.nn.ModuleList([dynamic.LSTM(5, 4)]), name="0")
-    scripted = torch.nn.Sequential(torch.jit.script(torch.nn.GRU(5, 4)), torch.jit.script(torch.nn.Linear(5, 4)))
-    assert reason(scripted, name="0") == "a scripted GRU keeps its code"
-
-
-@EVERY_PAIR
-def test_replaced_methods_are_left(torchs: Any, ours: Any) -> None:
-    for cls, exchange in ((torchs, convert), (ours, revert)):
-        module = cls(5, 4)
-        module.forward = lambda *args: "mine"
-        assert reason(module, exchange) == "forward was set on this module itself, from outside its class"
-        assert module(input_of(module)) == "mine"
-    module = torchs(5, 4)
-    module.grad_clip = 3
-    assert reason(module) == "grad_clip was set on this module itself, from outside its class"
-
-
-@pytest.mark.filterwarnings("ignore:Complex modules")
-def test_types_without_a_kernel_are_left() -> None:
-    assert reason(torch.nn.LSTM(5, 4).to(torch.complex64)) == "lect11ext.nn.LSTM does not take torch.complex64"
-
-
-@pytest.mark.parametrize(
-    ("module", "options"),
-    [
-        (nn.LSTMCell(5, 4, candidate="sigmoid"), "candidate='sigmoid'"),
-        (nn.LSTM(5, 4, candidate="sigmoid", grad_clip=1.0), "candidate='sigmoid', grad_clip=1.0"),
-        (nn.GRUCell(5, 4, reset_after=False), "reset_after=False"),
-        (nn.GRU(5, 4, grad_clip=0), "grad_clip=0"),
-    ],
-)
-def test_what_torch_lacks_is_left(module: torch.nn.Module, options: str) -> None:
-    model = torch.nn.Sequential(module, nn.GRU(5, 4))
-    _, report = revert(model)
-    assert report.left == {"0": f"torch.nn.{type(module).__name__} has no {options}"}
-    assert report.replaced == {"1": "torch.nn.GRU"} and type(model[1]) is torch.nn.GRU
-    assert reason(nn.GaussianLatent(5, 4), revert) == "torch.nn has nothing like lect11ext.nn.GaussianLatent"
-
-
-@BOTH_WAYS
-@pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_what_is_no_model_is_refused(exchange: Callable[..., Any]) -> None:
-    cases = [
-        (None, "model must be a torch.nn.Module, but got NoneType"),
-        (torch.nn.LSTM(5, 4).state_dict(), "model must be a torch.nn.Module, but got OrderedDict"),
-        (torch.nn.LSTM, "model must be a torch.nn.Module, but got the class LSTM"),
-        (torch.compile(Tagger()), "model must be as it was before torch.compile, but got a compiled one: compile it"),
-        (
-            torch.jit.script(torch.nn.GRUCell(5, 4)),
-            "model must be as it was before torch.jit, but got a RecursiveScript",
-        ),
-    ]
-    for value, message in cases:
-        with pytest.raises(TypeError, match=message):
-            exchange(value)
-
-
-def test_the_report_reads_well() -> None:
-    assert str(convert(torch.nn.Linear(2, 2))[1]) == "replaced: 0\nleft: 0"
-    assert str(convert(OwnLSTM(5, 4))[1]).startswith("replaced: 0\nleft: 1\n  (the model itself): tests.common.")
-    lines = str(convert(Tagger())[1]).splitlines()
-    assert lines[:2] == ["replaced: 4", "  encoder: lect11ext.nn.LSTM"] and lines[-1] == "left: 0"
-    assert lect11ext.convert is convert and lect11ext.revert is revert
