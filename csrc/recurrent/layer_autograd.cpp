@@ -102,13 +102,14 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     in.check();
     return step_by_step(in, save);
   }
-  // Tangents are made of gates.
-  const Inputs used = dual ? in.without_recompute() : in;
   Outputs out;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    out = call_forward(used, save || differentiable || dual);
+    out = call_forward(dual ? in.without_recompute() : in, save || differentiable || dual);
   }
+  // Tangents are made of gates, so that these are kept all the same where there are some, on this level or below.
+  const bool recomputes = in.recompute > 0 && !out.gates.defined();
+  const Inputs used = recomputes ? in : in.without_recompute();
   if (differentiable) {
     auto node = autograd::make_node<LayerNode>();
     torch::autograd::edge_list edges;
@@ -126,7 +127,6 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     node->recompute_ = used.recompute;
     node->reverse_ = used.reverse;
     node->batch_first_ = used.batch_first;
-    const bool recomputes = used.recompute > 0;
     for (const Tensor* output : {&out.out, &out.h, &out.c, &out.gates, &out.cells}) {
       if (output->defined() && !(recomputes && output == &out.cells)) torch::autograd::set_history(*output, node);
     }

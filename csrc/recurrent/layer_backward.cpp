@@ -26,6 +26,8 @@ Tensor before_steps(const Inputs& in, const Tensor& states, const Tensor& initia
     before.scatter_(time, last.expand(start.sizes()), start);
   }
   if (autograd::defined(in.reset)) before.masked_fill_(in.reset->unsqueeze(-1), 0);
+  // What a row without the step holds must not reach the weights, not even times zero.
+  if (autograd::defined(in.lengths)) before.masked_fill_(in.inactive().unsqueeze(-1), 0);
   return before;
 }
 
@@ -213,8 +215,11 @@ Gradients backward_in_parts(const Device& device, const OutputGradients& grads, 
     if (mask[kInput]) part.steps(result[kInput]).copy_(found[kInput]);
     for (size_t i = kWeightIh; i < kInputs; ++i) {
       if (!found[i].defined()) continue;
-      result[i] = result[i].defined() ? result[i].add_(found[i]) : found[i];
+      result[i] = result[i].defined() ? result[i].add_(found[i]) : found[i].to(recurrent::compute_type(found[i]));
     }
+  }
+  for (size_t i = kWeightIh; i < kInputs; ++i) {
+    if (result[i].defined()) result[i] = result[i].to(in.input.scalar_type());
   }
   if (mask[kH]) result[kH] = carried.h;
   if (mask[kC]) result[kC] = carried.c;

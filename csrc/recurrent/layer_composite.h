@@ -56,7 +56,7 @@ struct Steps {
     return at::where(inactive, at::zeros_like(over_time), over_time);
   }
 
-  // The states before every step, where `states` are those after it and zero where it does not take place.
+  // The states before every step, where `states` are those after it. Zero where it does not take place, both.
   Tensor before(const Tensor& states, const Tensor& initial) const {
     if (count == 0) return states;
     const Tensor start = initial.unsqueeze(0);
@@ -67,7 +67,8 @@ struct Steps {
       shifted = at::where(begins, start, shifted);
     }
     if (in.truncate > 0) shifted = at::where(cuts(), shifted.detach(), shifted);
-    return restarts.defined() ? at::where(restarts, at::zeros_like(shifted), shifted) : shifted;
+    if (restarts.defined()) shifted = at::where(restarts, at::zeros_like(shifted), shifted);
+    return active_part(shifted);
   }
 
   Tensor cuts() const {  // [T, 1, 1]

@@ -105,6 +105,8 @@ void check_backward(const OutputGradients& grads, const Inputs& in, const Output
                         kept.normed.defined() == (in.has_norm() && !recomputes) &&
                         kept.rstd.defined() == kept.normed.defined(),
                     "output, gates, cells, normed and rstd must be those of a forward with save=True");
+  TORCH_CHECK_VALUE(!recomputes || (!grads.gates.defined() && !grads.cells.defined()),
+                    "grad_gates and grad_cells must be None where recompute is positive: the forward gives neither");
   check("grad_output", grads.out, over_time(1), true);
   check("grad_gates", grads.gates, over_time(in.kept_gates()), true);
   check("grad_cells", grads.cells, over_time(1), true);

@@ -1,5 +1,4 @@
 // lstm_layer and gru_layer step by step, in differentiable ops: whatever the layer's own kernels do not cover.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
 
@@ -11,10 +10,11 @@
 namespace lect11ext::layer_op {
 namespace {
 
-// Whether a step is a fused cell's.
+// Whether a step is a fused cell's. The cell clips its own h, not what a projection makes of it.
 bool is_plain(const Inputs& in) {
-  return autograd::defined(in.weight_ih) && !autograd::defined(in.weight_peephole) && !in.has_norm() &&
-         !autograd::defined(in.hidden_mask) && !in.zones_out_h() && !in.zones_out_c();
+  return !(in.has_projection() && in.grad_clip.has_value()) && autograd::defined(in.weight_ih) &&
+         !autograd::defined(in.weight_peephole) && !in.has_norm() && !autograd::defined(in.hidden_mask) &&
+         !in.zones_out_h() && !in.zones_out_c();
 }
 
 struct State {
@@ -118,7 +118,11 @@ Outputs step_by_step(const Inputs& in, bool save) {
       state.h = Steps::choose(steps.restarts, t, at::zeros_like(state.h), state.h);
       if (state.c.defined()) state.c = Steps::choose(steps.restarts, t, at::zeros_like(state.c), state.c);
     }
-    const State after = plain ? cell_step(in, input[t], state) : general(input[t], state, t);
+    // What a row without the step holds must not reach the weights' gradients, not even times zero.
+    State before = state;
+    before.h = steps.active_or(t, state.h, at::zeros_like(state.h));
+    if (state.c.defined()) before.c = steps.active_or(t, state.c, at::zeros_like(state.c));
+    const State after = plain ? cell_step(in, input[t], before) : general(input[t], before, t);
     const auto finish = [&](const Tensor& now, Tensor& kept, Tensor& out) {
       out = steps.active_or(t, now, at::zeros_like(now));
       kept = steps.active_or(t, now, kept);
@@ -130,7 +134,7 @@ Outputs step_by_step(const Inputs& in, bool save) {
   const auto over_time = [&](const std::vector<Tensor>& parts, const c10::SymInt& size) {
     if (!parts.empty()) return at::stack(parts, in.time_dim());
     const auto [first, second] = in.order(in.steps(), in.batch());
-    return at::empty_symint({first, second, size}, in.input.options());
+    return in.input.sum(-1, /*keepdim=*/true).expand_symint({first, second, size});  // empty, but part of the graph
   };
   out.out = over_time(outputs, in.h.sym_size(1));
   // What an op gives must not be what it was given.
