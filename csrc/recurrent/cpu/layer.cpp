@@ -1,3 +1,4 @@
+#include "recurrent/cpu/layer_norm.h"
 #include "recurrent/cpu/layer_share.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -48,9 +49,7 @@ class Recurrence : LayerShare<S, kCell> {
   C* waiting_sums(int64_t block, int64_t row) const {
     return static_cast<C*>(args_.sums) + (block * args_.batch + row) * kWidth;
   }
-  C* moments(int64_t block, int64_t row) const {
-    return static_cast<C*>(args_.moments) + (block * args_.batch + row) * 2;
-  }
+  C* moments(int64_t block, int64_t row) const { return block_moments<C>(args_.moments, block, args_.batch, row); }
   const C* pre_of(int64_t s, int64_t block, int64_t b) const {
     const int64_t begin = s / args_.chunk * args_.chunk, end = std::min(begin + args_.chunk, args_.steps);
     return pre(block, this->row_of_chunk(s, begin, end, b));
@@ -162,54 +161,20 @@ class Recurrence : LayerShare<S, kCell> {
       for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]);
         multiply_states(s, block, rows, n, sums);
-        for (int64_t i = 0; i < n; ++i) measure(sums[i], units(block), moments(block, rows[i]));
+        for (int64_t i = 0; i < n; ++i) measure_block<kGates>(sums[i], units(block), moments(block, rows[i]));
       }
     });
     wait();
     for (int64_t b = 0; b < args_.batch; ++b) {
       if (!schedule_.active(t, b)) continue;
-      const auto [mean, rstd] = statistics(b);
-      save_rstd(t, b, rstd);
+      const Statistics<C> row = row_statistics<kGates, C>(args_.moments, args_.hidden, args_.batch, b);
+      save_rstd(t, b, row.rstd);
       for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
         const Parameters parameters(args_, block);
-        normalize(t, block, b, mean, rstd, parameters);
+        normalize(t, block, b, row, parameters);
         activate(s, t, block, b, waiting_sums(block, b), parameters);
       }
     }
-  }
-
-  // Mean, and sum of squares about it: no digits are lost where the mean is far from zero.
-  static void measure(const C* sums, int64_t n, C* moments) {
-    C mean = 0, squares = 0;
-    for (int g = 0; g < kGates; ++g) {
-      for (int64_t u = 0; u < n; ++u) mean += sums[g * kUnits + u];
-    }
-    mean /= C(kGates * n);
-    for (int g = 0; g < kGates; ++g) {
-      for (int64_t u = 0; u < n; ++u) {
-        const C d = sums[g * kUnits + u] - mean;
-        squares += d * d;
-      }
-    }
-    moments[0] = mean;
-    moments[1] = squares;
-  }
-
-  struct Statistics {
-    C mean, rstd;
-  };
-
-  // Blocks in order, whoever asks: every share finds the same bits.
-  Statistics statistics(int64_t b) const {
-    const int64_t blocks = (args_.hidden + kUnits - 1) / kUnits;
-    C mean = 0, squares = 0;
-    for (int64_t block = 0; block < blocks; ++block) mean += moments(block, b)[0] * C(units(block));
-    mean /= C(args_.hidden);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const C d = moments(block, b)[0] - mean;
-      squares += moments(block, b)[1] + d * d * C(kGates * units(block));
-    }
-    return {mean, C(1) / std::sqrt(squares / C(kGates * args_.hidden) + C(kLayerNormEpsilon))};
   }
 
   void step_reset_first(int64_t s) {
@@ -319,13 +284,12 @@ class Recurrence : LayerShare<S, kCell> {
     }
   };
 
-  void normalize(int64_t t, int64_t block, int64_t b, C mean, C rstd, const Parameters& parameters) {
+  void normalize(int64_t t, int64_t block, int64_t b, Statistics<C> row, const Parameters& parameters) {
     C* sums = waiting_sums(block, b);
     S* normed = over_time(static_cast<S*>(args_.normed), args_.normed_strides, t, b);
-    for (int g = 0; g < kGates; ++g, sums += kUnits) {
-      for (int64_t u = 0; u < kUnits; ++u) sums[u] = (sums[u] - mean) * rstd;
-      if (normed != nullptr) move_units(sums, normed + g * args_.hidden + first_unit(block), units(block));
-      for (int64_t u = 0; u < kUnits; ++u) sums[u] *= parameters.norm[g][u];
+    for (int g = 0; g < kGates; ++g) {
+      S* to = normed == nullptr ? nullptr : normed + g * args_.hidden + first_unit(block);
+      normalize_units(sums + g * kUnits, row, parameters.norm[g], to, units(block));
     }
   }
 

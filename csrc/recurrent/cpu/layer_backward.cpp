@@ -1,4 +1,4 @@
-#include "recurrent/cpu/layer_common.h"
+#include "recurrent/cpu/layer_norm.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
@@ -214,32 +214,33 @@ class Backward {
 
   // --- a norm
 
-  C* moments(int64_t block, int64_t b) const { return static_cast<C*>(args_.moments) + (block * args_.batch + b) * 2; }
+  C* moments(int64_t block, int64_t b) const { return block_moments<C>(args_.moments, block, args_.batch, b); }
 
-  // Calls back with every column of a block: its gradient before the norm's scale, the scale, and its normed value.
+  // Calls back with vectors of a block's columns: the first column, how many are left, the gradient of what the norm
+  // gave before its scale, and the normed values. What the vectors hold beyond those left is for nobody.
   template <class Call>
   void each_normed(int64_t t, int64_t b, int64_t block, const Call& call) const {
     const C* grad = sums_at(normed_grad(), t, b);
     const S* normed = at(args_.normed, args_.normed_strides, t, b);
     const S* scale = static_cast<const S*>(args_.norm);
-    for (int g = 0; g < kGates; ++g) {
-      const int64_t column = g * args_.hidden + first_unit(block);
-      alignas(64) C scales[kUnits], values[kUnits];
-      move_units(scale + column, scales, units(block));
-      move_units(normed + column, values, units(block));
-      for (int64_t u = 0; u < units(block); ++u) call(column + u, grad[column + u] * scales[u], values[u]);
+    for (int64_t u = 0; u < units(block); u += kLanes<C>) {
+      for (int g = 0; g < kGates; ++g) {
+        const int64_t column = g * args_.hidden + first_unit(block) + u, left = units(block) - u;
+        call(column, left, load_units(grad + column, left) * load_units(scale + column, left),
+             load_units(normed + column, left));
+      }
     }
   }
 
   void measure(int64_t t, int64_t b) {
     for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-      C sum = 0, along = 0;
-      each_normed(t, b, block, [&](int64_t, C grad, C normed) {
-        sum += grad;
-        along += grad * normed;
+      Vec<C> sum(C(0)), along(C(0));
+      each_normed(t, b, block, [&](int64_t, int64_t left, Vec<C> grad, Vec<C> normed) {
+        sum = sum + first_lanes(grad, left);
+        along = along + first_lanes(grad * normed, left);
       });
-      moments(block, b)[0] = sum;
-      moments(block, b)[1] = along;
+      moments(block, b)[0] = sum_lanes(sum);
+      moments(block, b)[1] = sum_lanes(along);
     }
   }
 
@@ -258,8 +259,9 @@ class Backward {
       const C rstd = *over_time(static_cast<const C*>(args_.rstd), args_.rstd_strides, t, b);
       C* to = sums_at(args_.grad_hidden, t, b);
       for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-        each_normed(t, b, block,
-                    [&](int64_t column, C grad, C normed) { to[column] = rstd * (grad - mean - normed * along); });
+        each_normed(t, b, block, [&](int64_t column, int64_t left, Vec<C> grad, Vec<C> normed) {
+          store_units(Vec<C>(rstd) * (grad - Vec<C>(mean) - normed * Vec<C>(along)), to + column, left);
+        });
       }
     }
   }
