@@ -136,9 +136,11 @@ struct LayerGradients : LayerCommon {
 
 struct LayerBackward : LayerGradients {
   // --- scratch
-  void* panels;   // [blocks, G·H, 16] of C: of weight_hh, columns of a block
-  void* carry_h;  // [B, blocks·16] of C
-  void* carry_c;  // the same; LSTM only
+  // Columns of weight_hh, laid out as panels of S, or of C where the machine does not multiply S.
+  void* panels;       // [blocks, G·H rounded up to even, 16]
+  void* exchange[2];  // [B, G·H rounded up to even] of S: what steps multiply; null where panels are of C
+  void* carry_h;      // [B, blocks·16] of C
+  void* carry_c;      // the same; LSTM only
   void*
       product;  // the same: what is multiplied by a mask or by r before it is part of the carry; null where nothing is
   void* carry_mask;  // the same: the mask's gradient so far; null without

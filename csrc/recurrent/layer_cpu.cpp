@@ -111,15 +111,18 @@ Outputs cpu_forward(const Inputs& in, bool save) {
 
 namespace {
 
-void run_backward(const LayerGradients& gradients, const at::TensorOptions&) {
+void run_backward(const LayerGradients& gradients, const at::TensorOptions& options) {
   LayerBackward args{gradients};
   const bool is_lstm = args.cell == LayerCell::Lstm, has_norm = args.norm != nullptr;
   const bool has_mask = args.hidden_mask != nullptr, resets_first = args.cell == LayerCell::GruResetFirst;
   const int64_t B = args.batch, H = args.hidden, G = is_lstm ? 4 : 3, blocks = unit_blocks(H);
   args.shares = shares_for(B * G * H * H, H);
   const int64_t element = element_size(args.dtype), carry = B * blocks * kUnits * element;
+  const int64_t even_columns = G * H + G * H % 2;
+  const bool rounds = is_multiplied(options.dtype().toScalarType()) && options.dtype().itemsize() == 2;
   Scratch scratch;
-  scratch.add(args.panels, blocks * G * H * kUnits * element);
+  scratch.add(args.panels, blocks * even_columns * kUnits * element);
+  for (void*& exchange : args.exchange) scratch.add(exchange, B * even_columns * element, rounds);
   scratch.add(args.carry_h, carry);
   scratch.add(args.carry_c, carry, is_lstm);
   scratch.add(args.product, carry, has_mask || resets_first);

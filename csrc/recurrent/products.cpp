@@ -1,19 +1,77 @@
 #include "recurrent/products.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "common/dispatch.h"
 #include "common/tensors.h"
 #include "recurrent/cell_common.h"
 
 namespace lect11ext::recurrent {
+namespace {
 
-void Products::add(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool accumulate) {
+// Rows of C that the BLAS computes in one call. They are cut the same way for any number of threads, and each call has
+// one: left to itself the BLAS cuts sums too, by the number of threads, and bits would depend on it.
+constexpr int64_t kBlasRows = 256;
+
+// Rounding, and a call's 15 µs, are repaid from this many multiply-adds on (docs/performance-notes.md).
+constexpr int64_t kWorthTheBlas = 1 << 22;
+
+bool is_for_blas(at::ScalarType type, int64_t multiply_adds) {
+  return type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() == Capability::AVX512_BF16 &&
+         at::globalContext().userEnabledMkldnn();
+}
+
+// The BLAS asks OpenMP how many threads there are, which inside a parallel region is still the number outside.
+class OneThread {  // for this thread's calls
+ public:
+#if AT_PARALLEL_OPENMP
+  OneThread() : before_(omp_get_max_threads()) { omp_set_num_threads(1); }
+  ~OneThread() { omp_set_num_threads(before_); }
+
+ private:
+  const int before_;
+#endif
+};
+
+}  // namespace
+
+int64_t Products::BlasProduct::blocks() const { return (c.size(0) + kBlasRows - 1) / kBlasRows; }
+
+void Products::BlasProduct::run(int64_t begin, int64_t end) const {
+  const at::AutoDispatchBelowAutograd no_autograd;  // which a thread of a parallel region knows nothing of
+  const OneThread one;
+  for (int64_t first = begin * kBlasRows; first < std::min(end * kBlasRows, c.size(0)); first += kBlasRows) {
+    const int64_t rows = std::min(kBlasRows, c.size(0) - first);
+    at::Tensor out = c.narrow(0, first, rows);
+    at::mm_out(out, a.narrow(0, first, rows), b);
+  }
+}
+
+const at::Tensor& Products::rounded(const at::Tensor& grad_pre, at::ScalarType type) {
+  for (const auto& [from, to] : rounded_) {
+    if (from.is_same(grad_pre)) return to;
+  }
+  return rounded_.emplace_back(grad_pre, grad_pre.to(type)).second;
+}
+
+void Products::add(const at::Tensor& grad_pre, bool transposed, const at::Tensor& b, const at::Tensor& c,
+                   bool accumulate) {
+  const int64_t multiply_adds = grad_pre.numel() * b.size(1);
+  multiply_adds_ += multiply_adds;
+  if (!accumulate && is_for_blas(b.scalar_type(), multiply_adds)) {
+    const at::Tensor& a = rounded(grad_pre, b.scalar_type());
+    blas_.push_back({transposed ? a.t() : a, b, c});
+    return;
+  }
+  const at::Tensor a = transposed ? grad_pre.t() : grad_pre;
   const Rows rows(b);
   Product args{};
   args.m = a.size(0);
@@ -32,20 +90,19 @@ void Products::add(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c
   if (product_blocks(args) < 2 * at::get_num_threads()) args.columns = kNarrow;
   held_.append({a, rows.held, c});
   products_.push_back(args);
-  multiply_adds_ += args.m * args.n * args.k;
 }
 
 at::Tensor Products::input_gradient(const at::Tensor& grad_pre, const at::Tensor& weight, const at::Tensor& onto) {
   if (!weight.is_cpu()) return onto.defined() ? at::addmm(onto, grad_pre, weight) : at::mm(grad_pre, weight);
   at::Tensor out = onto.defined() ? onto : at::empty({grad_pre.size(0), weight.size(1)}, weight.options());
-  add(grad_pre, weight, out, onto.defined());
+  add(grad_pre, /*transposed=*/false, weight, out, onto.defined());
   return out;
 }
 
 at::Tensor Products::weight_gradient(const at::Tensor& grad_pre, const at::Tensor& x, at::Tensor out) {
   if (!out.defined()) out = empty_output({grad_pre.size(1), x.size(1)}, x.options());
   if (x.is_cpu()) {
-    add(grad_pre.t(), x, out, /*accumulate=*/false);
+    add(grad_pre, /*transposed=*/true, x, out, /*accumulate=*/false);
   } else {
     at::mm_out(out, grad_pre.t(), x);
   }
@@ -70,12 +127,20 @@ void Products::run() {
   const auto run_shares = [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
       int64_t part = share;
-      const auto take = [&](auto* kernel, const auto& args, int64_t blocks) {
-        kernel(args, blocks * part / shares, blocks * (part + 1) / shares);
+      const auto take = [&](int64_t blocks, const auto& run) {
+        run(blocks * part / shares, blocks * (part + 1) / shares);
         part = (part + 1) % shares;
       };
-      for (const Product& product : products_) take(product_kernel, product, product_blocks(product));
-      for (const ColumnSums& sums : sums_) take(column_sums_kernel, sums, (sums.n + kSumColumns - 1) / kSumColumns);
+      for (const BlasProduct& product : blas_) {
+        take(product.blocks(), [&](int64_t first, int64_t last) { product.run(first, last); });
+      }
+      for (const Product& product : products_) {
+        take(product_blocks(product), [&](int64_t first, int64_t last) { product_kernel(product, first, last); });
+      }
+      for (const ColumnSums& sums : sums_) {
+        take((sums.n + kSumColumns - 1) / kSumColumns,
+             [&](int64_t first, int64_t last) { column_sums_kernel(sums, first, last); });
+      }
     }
   };
   if (shares == 1) return run_shares(0, 1);

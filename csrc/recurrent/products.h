@@ -8,6 +8,9 @@
 
 namespace lect11ext::recurrent {
 
+// The CPU's kernels multiply in float32 and take grad_pre as it is. Large products of bfloat16 are left to the BLAS
+// where the machine multiplies it, with grad_pre rounded.
+//
 // On the CPU products are collected, and run() computes all of them in one parallel region: a cell has up to six, and
 // to wake the threads for each costs as much as a small one takes. On CUDA each is launched at once.
 class Products {
@@ -25,11 +28,22 @@ class Products {
   void run();
 
  private:
-  void add(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c, bool accumulate);
+  struct BlasProduct {
+    at::Tensor a, b, c;  // c = a · b, all of one type
+
+    int64_t blocks() const;
+    void run(int64_t begin, int64_t end) const;
+  };
+
+  // c = grad_pre · b, or grad_preᵀ · b; added to c where `accumulate`.
+  void add(const at::Tensor& grad_pre, bool transposed, const at::Tensor& b, const at::Tensor& c, bool accumulate);
+  const at::Tensor& rounded(const at::Tensor& grad_pre, at::ScalarType type);
 
   c10::SmallVector<Product, 6> products_;
+  c10::SmallVector<BlasProduct, 4> blas_;
   c10::SmallVector<ColumnSums, 2> sums_;
   c10::SmallVector<at::Tensor, 16> held_;  // what their pointers borrow from
+  c10::SmallVector<std::pair<at::Tensor, at::Tensor>, 2> rounded_;
   int64_t multiply_adds_ = 0;
 };
 

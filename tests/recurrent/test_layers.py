@@ -73,6 +73,12 @@ def test_every_capability(kind: str, capability: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_products_large_enough_for_the_blas(kind: str) -> None:
+    shape = (8, 33, 48, 128)  # more than one call's rows
+    check(ours(kind), plain(kind), operands(kind, shape, torch.bfloat16, grad=True), ONE_STEP * shape[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_every_order(kind: str) -> None:
     args = operands(kind, (3, 2, 2, 3), torch.float64, grad=True)
     for options in variants(3, 2):
@@ -154,9 +160,10 @@ def grads(function: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)]
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)  # bfloat16's products may be the BLAS's
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits_for_any_number_of_threads(kind: str) -> None:
-    args = operands(kind, (23, 3, 64, 256), torch.float32)
+def test_the_same_bits_for_any_number_of_threads(kind: str, kept: torch.dtype) -> None:
+    args = operands(kind, (23, 3, 64, 256), kept)
     threads = torch.get_num_threads()
     results = []
     try:

@@ -7,6 +7,10 @@ namespace {
 template <class S, LayerCell kCell>
 class Backward {
   using C = Compute<S>;
+  using P = Operand<S>;
+  static constexpr int64_t kDeep = PanelStep<P>::kDeep;
+  // Whether sums' gradients are multiplied in another type than they are kept in.
+  static constexpr bool kRounds = !std::is_same_v<P, C>;
   static constexpr bool kLstm = kCell == LayerCell::Lstm;
   static constexpr bool kResetFirst = kCell == LayerCell::GruResetFirst;
   static constexpr int kGates = kLstm ? 4 : 3;
@@ -28,6 +32,7 @@ class Backward {
       const int64_t t = schedule_.time(s);
       for (int64_t b = 0; b < args_.batch; ++b) schedule_.active(t, b) ? activate(s, t, b) : skip(t, b);
       if constexpr (kResetFirst) {
+        publish(s, t, 2, 3);
         wait();
         back_through_reset(s, t);
       } else if (args_.norm != nullptr) {
@@ -35,6 +40,7 @@ class Backward {
         back_through_norm(t);
       }
       if (s == 0 && args_.grad_h == nullptr && args_.grad_mask == nullptr) break;
+      publish(s, t, 0, kResetFirst ? 2 : kGates);
       wait();
       args_.product == nullptr ? back_to_state(s, t) : back_through_product(s, t);
     }
@@ -44,6 +50,8 @@ class Backward {
  private:
   void wait() const { args_.barrier->arrive_and_wait(parties_); }
   static int64_t first_unit(int64_t block) { return block * kUnits; }
+  static int64_t deep(int64_t size) { return (size + kDeep - 1) / kDeep * kDeep; }
+  int64_t columns() const { return kGates * args_.hidden; }  // of the state's product
   int64_t units(int64_t block) const { return std::min(kUnits, args_.hidden - first_unit(block)); }
 
   C* scratch_row(void* scratch, int64_t b) const { return static_cast<C*>(scratch) + b * carry_row_; }
@@ -70,23 +78,36 @@ class Backward {
   // --- before the first step
 
   void start() {
-    const int64_t size = kGates * args_.hidden;
     const auto load = [&](const void* grad, C* to, int64_t b, int64_t first, int64_t n) {
       if (grad == nullptr) std::fill_n(to + first, n, C(0));
       else convert(static_cast<const S*>(grad) + b * args_.hidden + first, to + first, n);
     };
     for (int64_t block = blocks_.first; block < blocks_.last; block += kPanel) {
-      const int64_t columns = std::min(kPanel, blocks_.last - block) * kUnits;
-      const int64_t first = first_unit(block), n = std::min(columns, args_.hidden - first);
-      C* panel = static_cast<C*>(args_.panels) + first * size;
-      for (int64_t k = 0; k < size; ++k, panel += columns) {
-        convert(static_cast<const S*>(args_.weight_hh) + k * args_.weight_hh_stride + first, panel, n);
-        std::fill(panel + n, panel + columns, C(0));
+      const int64_t width = std::min(kPanel, blocks_.last - block) * kUnits;
+      const int64_t first = first_unit(block), n = std::min(width, args_.hidden - first);
+      P* panel = static_cast<P*>(args_.panels) + first * deep(columns());
+      for (int64_t k = 0; k < columns(); k += kDeep, panel += width * kDeep) {
+        pack_rows(k, first, n, panel);
+        std::fill(panel + n * kDeep, panel + width * kDeep, P(0));
       }
       for (int64_t b = 0; b < args_.batch; ++b) {
         load(args_.grad_h_out, carry_h(b), b, first, n);
         if constexpr (kLstm) load(args_.grad_c_out, carry_c(b), b, first, n);
-        if (args_.carry_mask != nullptr) std::fill_n(scratch_row(args_.carry_mask, b) + first, columns, C(0));
+        if (args_.carry_mask != nullptr) std::fill_n(scratch_row(args_.carry_mask, b) + first, width, C(0));
+      }
+    }
+  }
+
+  // Columns first … first + n − 1 of rows k … k + kDeep − 1 of the weights, rows side by side.
+  void pack_rows(int64_t k, int64_t first, int64_t n, P* to) const {
+    const S* row = static_cast<const S*>(args_.weight_hh) + k * args_.weight_hh_stride + first;
+    if constexpr (kDeep == 1) {
+      convert(row, to, n);
+    } else {
+      const S* next = k + 1 < columns() ? row + args_.weight_hh_stride : nullptr;
+      for (int64_t i = 0; i < n; ++i) {
+        to[2 * i] = row[i];
+        to[2 * i + 1] = next == nullptr ? S(0) : next[i];
       }
     }
   }
@@ -268,21 +289,47 @@ class Backward {
 
   // --- products
 
+  P* exchange(int64_t s, int64_t b) const { return static_cast<P*>(args_.exchange[s % 2]) + b * deep(columns()); }
+
+  // A row of what step s multiplies.
+  const P* operand(int64_t s, int64_t t, int64_t b) const {
+    if constexpr (kRounds) return exchange(s, b);
+    else return sums_at(product_grad(), t, b);
+  }
+
+  // Rounds this share's units of gates first … last − 1, for all to multiply. Another share may still be reading what
+  // the step after this one has given: hence two buffers.
+  void publish(int64_t s, int64_t t, int first, int last) const {
+    if constexpr (kRounds) {
+      for (int64_t b = 0; b < args_.batch; ++b) {
+        if (!schedule_.active(t, b)) continue;
+        for (int64_t at = first * args_.hidden + first_; at < last * args_.hidden; at += args_.hidden) {
+          convert(sums_at(product_grad(), t, b) + at, exchange(s, b) + at, end_ - first_);
+        }
+        if (end_ == args_.hidden && columns() % kDeep != 0) exchange(s, b)[columns()] = P(0);
+      }
+    }
+  }
+
   // Rows `rows` of the gradient of columns k … k + depth − 1 of the state's product, times those rows of the weights.
-  void multiply(int64_t t, const int64_t* rows, int64_t n, int64_t k, int64_t depth, void* scratch, bool add) {
-    const int64_t size = kGates * args_.hidden;
-    const C* from[kLayerRows];
+  void multiply(int64_t s, int64_t t, const int64_t* rows, int64_t n, int64_t k, int64_t depth, void* scratch,
+                bool add) {
+    const P* from[kLayerRows];
     C* to[kLayerRows];
-    for (int64_t i = 0; i < n; ++i) from[i] = sums_at(product_grad(), t, rows[i]) + k;
+    for (int64_t i = 0; i < n; ++i) from[i] = operand(s, t, rows[i]) + k;
     for (int64_t block = blocks_.first; block < blocks_.last; block += kPanel) {
       const int64_t blocks = std::min(kPanel, blocks_.last - block);
-      const C* panel = static_cast<const C*>(args_.panels) + first_unit(block) * size + k * blocks * kUnits;
+      const P* panel = static_cast<const P*>(args_.panels) + first_unit(block) * deep(columns()) + k * blocks * kUnits;
       for (int64_t i = 0; i < n; ++i) to[i] = scratch_row(scratch, rows[i]) + first_unit(block);
+      const auto run = [&]<int64_t kBlocks>() {
+        constexpr int64_t kColumns = kBlocks * kUnits;
+        panel_product<kColumns>(from, n, deep(depth), panel, kColumns * kDeep, to, add);
+      };
       switch (blocks) {
-        case 1: panel_product<kUnits>(from, n, depth, panel, kUnits, to, add); break;
-        case 2: panel_product<2 * kUnits>(from, n, depth, panel, 2 * kUnits, to, add); break;
-        case 3: panel_product<3 * kUnits>(from, n, depth, panel, 3 * kUnits, to, add); break;
-        default: panel_product<4 * kUnits>(from, n, depth, panel, 4 * kUnits, to, add); break;
+        case 1: run.template operator()<1>(); break;
+        case 2: run.template operator()<2>(); break;
+        case 3: run.template operator()<3>(); break;
+        default: run.template operator()<kPanel>(); break;
       }
     }
   }
@@ -305,17 +352,16 @@ class Backward {
     for (int64_t b = 0; b < args_.batch; ++b) {
       if (schedule_.active(t, b) && is_cut(s, t, b)) std::fill(carry_h(b) + first_, carry_h(b) + end_, C(0));
     }
-    each_group([&](int64_t b) { return schedule_.active(t, b) && !is_cut(s, t, b); },
-               [&](const int64_t* rows, int64_t n) {
-                 multiply(t, rows, n, 0, kGates * args_.hidden, args_.carry_h, passes_by());
-               });
+    each_group(
+        [&](int64_t b) { return schedule_.active(t, b) && !is_cut(s, t, b); },
+        [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 0, columns(), args_.carry_h, passes_by()); });
   }
 
   // From n through r ⊙ u: the gradient of r, and u's part of it.
   void back_through_reset(int64_t s, int64_t t) {
     const int64_t H = args_.hidden;
     each_group([&](int64_t b) { return schedule_.active(t, b); },
-               [&](const int64_t* rows, int64_t n) { multiply(t, rows, n, 2 * H, H, args_.product, false); });
+               [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 2 * H, H, args_.product, false); });
     const Vec<C> one(C(1));
     for (int64_t b = 0; b < args_.batch; ++b) {
       if (!schedule_.active(t, b)) continue;
@@ -343,9 +389,9 @@ class Backward {
 
   // The same where what was multiplied was not the state itself.
   void back_through_product(int64_t s, int64_t t) {
-    const int64_t depth = kResetFirst ? 2 * args_.hidden : kGates * args_.hidden;
+    const int64_t depth = kResetFirst ? 2 * args_.hidden : columns();
     each_group([&](int64_t b) { return schedule_.active(t, b); },
-               [&](const int64_t* rows, int64_t n) { multiply(t, rows, n, 0, depth, args_.product, kResetFirst); });
+               [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 0, depth, args_.product, kResetFirst); });
     for (int64_t b = 0; b < args_.batch; ++b) {
       if (!schedule_.active(t, b)) continue;
       const bool cut = is_cut(s, t, b);
