@@ -1,3 +1,4 @@
+#include "recurrent/cpu/layer_cells.h"
 #include "recurrent/cpu/layer_norm.h"
 #include "recurrent/cpu/layer_share.h"
 
@@ -12,7 +13,8 @@ class Recurrence : LayerShare<S, kCell> {
   using Share::kLstm, Share::kResetAfter, Share::kGates, Share::kWidth, Share::kDeep;
   using Share::packed, Share::first_unit, Share::units, Share::even, Share::deep, Share::pre, Share::panel;
   using typename Share::C, typename Share::P;
-  static constexpr int kKept = kCell == LayerCell::GruResetFirst ? 3 : 4;  // parts of gates
+  using Cell = CellBlock<S, kCell>;
+  static constexpr int kKept = Cell::kKept;
 
  public:
   Recurrence(const Layer& args, int64_t begin, int64_t end) : Share(args, begin, end), parties_(end - begin) {
@@ -110,10 +112,10 @@ class Recurrence : LayerShare<S, kCell> {
           multiply_states(s, block, rows, n, sums_at_ + (block - first) * n);
         }
         for (int64_t block = first; block < last; ++block) {
-          const Parameters parameters(args_, block);
+          const Cell cell(args_, block);
           for (int64_t i = 0; i < n; ++i) {
             if (!packed() && !schedule_.active(t, rows[i])) continue;
-            activate(s, t, block, rows[i], sums_at_[(block - first) * n + i], parameters);
+            activate(s, t, block, rows[i], sums_at_[(block - first) * n + i], cell);
           }
         }
       }
@@ -132,6 +134,19 @@ class Recurrence : LayerShare<S, kCell> {
         const bool active = schedule_.active(t, b);
         if (!active) keep(s, t, b);
         if (active || !packed()) rows[n++] = b;
+      }
+      call(rows, n);
+    }
+  }
+
+  // The same in the second part of a step.
+  template <class Call>
+  void each_active_group(int64_t t, const Call& call) const {
+    int64_t rows[kLayerRows];
+    for (int64_t b = 0; b < args_.batch;) {
+      int64_t n = 0;
+      for (; b < args_.batch && n < kLayerRows; ++b) {
+        if (schedule_.active(t, b)) rows[n++] = b;
       }
       call(rows, n);
     }
@@ -165,16 +180,20 @@ class Recurrence : LayerShare<S, kCell> {
       }
     });
     wait();
-    for (int64_t b = 0; b < args_.batch; ++b) {
-      if (!schedule_.active(t, b)) continue;
-      const Statistics<C> row = row_statistics<kGates, C>(args_.moments, args_.hidden, args_.batch, b);
-      save_rstd(t, b, row.rstd);
-      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-        const Parameters parameters(args_, block);
-        normalize(t, block, b, row, parameters);
-        activate(s, t, block, b, waiting_sums(block, b), parameters);
+    each_active_group(t, [&](const int64_t* rows, int64_t n) {
+      Statistics<C> statistics[kLayerRows];
+      for (int64_t i = 0; i < n; ++i) {
+        statistics[i] = row_statistics<kGates, C>(args_.moments, args_.hidden, args_.batch, rows[i]);
+        save_rstd(t, rows[i], statistics[i].rstd);
       }
-    }
+      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
+        const Cell cell(args_, block);
+        for (int64_t i = 0; i < n; ++i) {
+          normalize(t, block, rows[i], statistics[i], cell);
+          activate(s, t, block, rows[i], waiting_sums(block, rows[i]), cell);
+        }
+      }
+    });
   }
 
   void step_reset_first(int64_t s) {
@@ -194,23 +213,17 @@ class Recurrence : LayerShare<S, kCell> {
       }
     });
     wait();
-    int64_t rows[kLayerRows];
-    for (int64_t b = 0; b < args_.batch;) {
-      int64_t n = 0;
+    each_active_group(t, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
-      for (; b < args_.batch && n < kLayerRows; ++b) {
-        if (!schedule_.active(t, b)) continue;
-        from[n] = reset_state(b);
-        rows[n++] = b;
-      }
+      for (int64_t i = 0; i < n; ++i) from[i] = reset_state(rows[i]);
       for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-        const Parameters parameters(args_, block);
+        const Cell cell(args_, block);
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]) + kFirst;
         panel_product<kUnits>(from, n, deep(args_.hidden), columns(block, kFirst), kWidth * kDeep, sums, false);
-        for (int64_t i = 0; i < n; ++i) activate(s, t, block, rows[i], sums[i] - kFirst, parameters);
+        for (int64_t i = 0; i < n; ++i) activate(s, t, block, rows[i], sums[i] - kFirst, cell);
       }
-    }
+    });
   }
 
   // r and z, in place of their sums, and r ⊙ u.
@@ -265,35 +278,16 @@ class Recurrence : LayerShare<S, kCell> {
     mask_state(s + 1, block, b);
   }
 
-  // A block's parameters, in arithmetic's type; what is not there is zero.
-  struct Parameters {
-    alignas(64) C bias[kUnits] = {};  // of the state's part of n, where the reset gate multiplies it
-    alignas(64) C peephole[3][kUnits] = {};
-    alignas(64) C norm[kGates][kUnits] = {};
-
-    Parameters(const Layer& args, int64_t block) {
-      const int64_t at = block * kUnits, n = std::min(kUnits, args.hidden - at);
-      const auto load = [&](const void* from, int64_t part, C* to) {
-        if (from != nullptr) convert(static_cast<const S*>(from) + part * args.hidden + at, to, n);
-      };
-      if constexpr (kResetAfter) load(args.bias_hh, 2, bias);
-      if constexpr (kLstm) {
-        for (int g = 0; g < 3; ++g) load(args.peephole, g, peephole[g]);
-      }
-      for (int g = 0; g < kGates; ++g) load(args.norm, g, norm[g]);
-    }
-  };
-
-  void normalize(int64_t t, int64_t block, int64_t b, Statistics<C> row, const Parameters& parameters) {
+  void normalize(int64_t t, int64_t block, int64_t b, Statistics<C> row, const Cell& cell) {
     C* sums = waiting_sums(block, b);
     S* normed = over_time(static_cast<S*>(args_.normed), args_.normed_strides, t, b);
     for (int g = 0; g < kGates; ++g) {
       S* to = normed == nullptr ? nullptr : normed + g * args_.hidden + first_unit(block);
-      normalize_units(sums + g * kUnits, row, parameters.norm[g], to, units(block));
+      normalize_units(sums + g * kUnits, row, cell.norm(g), to, units(block));
     }
   }
 
-  void activate(int64_t s, int64_t t, int64_t block, int64_t b, const C* sums, const Parameters& parameters) {
+  void activate(int64_t s, int64_t t, int64_t block, int64_t b, const C* sums, const Cell& cell) {
     const int64_t at = first_unit(block), n = units(block);
     alignas(64) C h[kUnits], kept[kKept][kUnits], before[kUnits] = {};
     const C* pre = pre_of(s, block, b);
@@ -302,11 +296,10 @@ class Recurrence : LayerShare<S, kCell> {
       C* c = cell_state(block, b);
       alignas(64) C c_before[kUnits];
       if (args_.zoneout_c.acts()) std::copy_n(c, kUnits, c_before);
-      args_.peephole == nullptr ? lstm<false>(c, pre, sums, parameters, h, kept)
-                                : lstm<true>(c, pre, sums, parameters, h, kept);
+      cell.lstm(c, pre, sums, h, kept);
       zone_out(args_.zoneout_c, t, block, b, c_before, c);
     } else {
-      gru(before, pre, sums, parameters, h, kept);
+      cell.gru(before, pre, sums, h, kept);
     }
     zone_out(args_.zoneout_h, t, block, b, before, h);
     S* out = over_time(static_cast<S*>(args_.out), args_.out_strides, t, b) + at;
@@ -323,45 +316,6 @@ class Recurrence : LayerShare<S, kCell> {
       save_cell(s, block, b);
     }
     begin_next(s, block, b);
-  }
-
-  template <bool kPeephole>
-  void lstm(C* c, const C* pre, const C* sums, const Parameters& p, C* h, C (&kept)[4][kUnits]) const {
-    for (int64_t u = 0; u < kUnits; u += kLanes<C>) {
-      const Vec<C> before = Vec<C>::loadu(c + u);
-      const auto gate = [&](int g) {
-        return Vec<C>::loadu(pre + g * kUnits + u) + Vec<C>::loadu(sums + g * kUnits + u);
-      };
-      const auto peep = [&](int part, Vec<C> cell, Vec<C> sum) {
-        if constexpr (!kPeephole) return sum;
-        else return at::vec::fmadd(Vec<C>::loadu(p.peephole[part] + u), cell, sum);
-      };
-      const Vec<C> i = sigmoid(peep(0, before, gate(0))), f = sigmoid(peep(1, before, gate(1)));
-      const Vec<C> g = args_.sigmoid_candidate ? sigmoid(gate(2)) : tanh(gate(2));
-      const Vec<C> state = at::vec::fmadd(f, before, i * g);
-      const Vec<C> o = sigmoid(peep(2, state, gate(3)));
-      state.store(c + u);
-      (o * tanh(state)).store(h + u);
-      i.store(kept[0] + u);
-      f.store(kept[1] + u);
-      g.store(kept[2] + u);
-      o.store(kept[3] + u);
-    }
-  }
-
-  // Where the reset came first, sums hold r and z themselves.
-  void gru(const C* before, const C* pre, const C* sums, const Parameters& p, C* h, C (&kept)[kKept][kUnits]) const {
-    for (int64_t u = 0; u < kUnits; u += kLanes<C>) {
-      const auto load = [&](const C* from, int g) { return Vec<C>::loadu(from + g * kUnits + u); };
-      const auto gate = [&](int g) { return kResetAfter ? sigmoid(load(pre, g) + load(sums, g)) : load(sums, g); };
-      const Vec<C> r = gate(0), z = gate(1), hidden = load(sums, 2) + load(p.bias, 0);
-      const Vec<C> candidate = tanh(kResetAfter ? at::vec::fmadd(r, hidden, load(pre, 2)) : load(pre, 2) + hidden);
-      at::vec::fmadd(z, load(before, 0) - candidate, candidate).store(h + u);
-      r.store(kept[0] + u);
-      z.store(kept[1] + u);
-      candidate.store(kept[2] + u);
-      if constexpr (kResetAfter) hidden.store(kept[3] + u);
-    }
   }
 
   void zone_out(const Zoneout& zoneout, int64_t t, int64_t block, int64_t b, const C* before, C* state) const {
