@@ -112,7 +112,8 @@ Outputs cpu_forward(const Inputs& in, bool save) {
 namespace {
 
 void run_backward(const LayerGradients& gradients, const at::TensorOptions& options) {
-  LayerBackward args{gradients};
+  LayerBackward args{};
+  static_cast<LayerGradients&>(args) = gradients;
   const bool is_lstm = args.cell == LayerCell::Lstm, has_norm = args.norm != nullptr;
   const bool has_mask = args.hidden_mask != nullptr, resets_first = args.cell == LayerCell::GruResetFirst;
   const int64_t B = args.batch, H = args.hidden, G = is_lstm ? 4 : 3, blocks = unit_blocks(H);

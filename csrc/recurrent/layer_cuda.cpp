@@ -92,7 +92,8 @@ Outputs cuda_forward(const Inputs& in, bool save) {
 namespace {
 
 void run_backward(const LayerGradients& gradients, const at::TensorOptions& options) {
-  LayerCudaBackward args{gradients};
+  LayerCudaBackward args{};
+  static_cast<LayerGradients&>(args) = gradients;
   args.tensor_cores = allows_tf32();
   const bool is_lstm = args.cell == LayerCell::Lstm;
   const int64_t B = args.batch, H = args.hidden, G = is_lstm ? 4 : 3, tiles = cuda_tiles(H);

@@ -54,7 +54,10 @@ class Layer:
         self.scale = draw(G * H) if self.norm else None
         self.mask = draw(B, H) if self.hidden_mask else None
         flip = torch.Generator().manual_seed(2)
-        coins = lambda *size: torch.rand(size, generator=flip) < 0.3
+
+        def coins(*size: int) -> Tensor:
+            return torch.rand(size, generator=flip) < 0.3
+
         self.length = None if self.lengths is None else torch.tensor(self.lengths)
         self.restart = coins(*ordered(T, B)) if self.reset else None
         masks = self.zoneout == "mask"
@@ -62,7 +65,11 @@ class Layer:
         self.keep_c = coins(*ordered(T, B), H) if masks and self.lstm else None
         self.rate_h, self.rate_c = (0.25, 0.5 if self.lstm else 0.0) if self.zoneout == "rate" else (0.0, 0.0)
         # What a backward starts from.
-        self.grads = {"out": draw(*ordered(T, B), H), "h": draw(B, H), "gates": draw(*ordered(T, B), self.kept_gates * H)}
+        self.grads = {
+            "out": draw(*ordered(T, B), H),
+            "h": draw(B, H),
+            "gates": draw(*ordered(T, B), self.kept_gates * H),
+        }
         if self.lstm:
             self.grads |= {"c": draw(B, H), "cells": draw(*ordered(T, B), H)}
 
@@ -73,7 +80,10 @@ class Layer:
 
     def arguments(self) -> list[Any]:
         """Of the op, in float64, from input to batch_first."""
-        wide = lambda t: None if t is None else t.double()
+
+        def wide(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.double()
+
         masks, clip = [self.length, self.restart, self.keep_h], None if self.clip == math.inf else self.clip
         last = [clip, self.truncate, 0, self.reverse, self.batch_first]
         if self.lstm:
@@ -84,13 +94,17 @@ class Layer:
                 self.rate_h, self.rate_c, *last,
             ]  # fmt: skip
         return [
-            wide(self.pre), wide(self.h), None, wide(self.weight), None, wide(self.bias), wide(self.scale), wide(self.mask),
-            *masks, self.cell == "gru", self.rate_h, *last,
+            wide(self.pre), wide(self.h), None, wide(self.weight), None, wide(self.bias), wide(self.scale),
+            wide(self.mask), *masks, self.cell == "gru", self.rate_h, *last,
         ]  # fmt: skip
 
     def expected(self) -> dict[str, Tensor]:
         op = torch.ops.lect11ext.lstm_layer if self.lstm else torch.ops.lect11ext.gru_layer
-        names = ("out", "h", "c", "gates", "cells", "normed", "rstd") if self.lstm else ("out", "h", "gates", "normed", "rstd")
+        names = (
+            ("out", "h", "c", "gates", "cells", "normed", "rstd")
+            if self.lstm
+            else ("out", "h", "gates", "normed", "rstd")
+        )
         found = dict(zip(names, op(*self.arguments(), True), strict=True))
         return {name: t for name, t in found.items() if t is not None and t.numel() > 0}
 
@@ -114,11 +128,13 @@ class Layer:
     # --- the kernels
 
     def common(self) -> dict[str, Any]:
-        zoneout = lambda mask, rate: Zoneout(
-            None if mask is None else mask.data_ptr(),
-            TimeStrides(0, 0) if mask is None else over_time(mask, self.batch_first),
-            rate,
-        )
+        def zoneout(mask: Tensor | None, rate: float) -> Zoneout:
+            return Zoneout(
+                None if mask is None else mask.data_ptr(),
+                TimeStrides(0, 0) if mask is None else over_time(mask, self.batch_first),
+                rate,
+            )
+
         return dict(
             cell=CELLS[self.cell], steps=self.steps, batch=self.batch, hidden=self.hidden, dtype=self.dtype,
             sigmoid_candidate=self.sigma, reverse=self.reverse, weight_hh=self.weight,
@@ -140,7 +156,10 @@ class Layer:
 
     def run_forward(self, kernels: Kernels, *, save: bool = True, every: int = 0) -> dict[str, Output]:
         T, B, H, G, tiles = self.steps, self.batch, self.hidden, self.gates, -(-self.hidden // TILE)
-        time = lambda parts: Output(*self.ordered(T, B), parts * H, dtype=self.dtype)
+
+        def time(parts: int) -> Output:
+            return Output(*self.ordered(T, B), parts * H, dtype=self.dtype)
+
         out = {"out": time(1), "h": Output(B, H, dtype=self.dtype)}
         if self.lstm:
             out["c"] = Output(B, H, dtype=self.dtype)
@@ -150,7 +169,10 @@ class Layer:
                 out["normed"], out["rstd"] = time(G), Output(*self.ordered(T, B), dtype=self.wide)
         if save and self.lstm:
             out["cells"] = Output((T - 1) // every, B, H, dtype=self.dtype) if every else time(1)
-        strides = lambda t: None if t is None else over_time(t.tensor, self.batch_first)
+
+        def strides(t: Output | None) -> TimeStrides | None:
+            return None if t is None else over_time(t.tensor, self.batch_first)
+
         kernels.layer_forward(
             **self.common(), out=out["out"], out_strides=strides(out["out"]), h_out=out["h"], c_out=out.get("c"),
             gates=out.get("gates"), cells=out.get("cells"), gates_strides=strides(out.get("gates")),
@@ -168,9 +190,15 @@ class Layer:
 
     def run_backward(self, kernels: Kernels, kept: dict[str, Tensor]) -> dict[str, Output]:
         T, B, H, G, tiles = self.steps, self.batch, self.hidden, self.gates, -(-self.hidden // TILE)
-        time = lambda: Output(*self.ordered(T, B), G * H, dtype=self.dtype)
+
+        def time() -> Output:
+            return Output(*self.ordered(T, B), G * H, dtype=self.dtype)
+
         given = {name: t.to(self.wide if name == "rstd" else self.dtype) for name, t in kept.items()}
-        strides = lambda t: None if t is None else over_time(t, self.batch_first)
+
+        def strides(t: Tensor | None) -> TimeStrides | None:
+            return None if t is None else over_time(t, self.batch_first)
+
         out = {"pre": time(), "h": Output(B, H, dtype=self.dtype)}
         if self.lstm:
             out["c"] = Output(B, H, dtype=self.dtype)
@@ -180,7 +208,10 @@ class Layer:
             out["normed"] = time()
         if self.hidden_mask:
             out["mask"] = Output(B, H, dtype=self.dtype)
-        carry = lambda: aligned(B, H, dtype=self.wide)
+
+        def carry() -> Tensor:
+            return aligned(B, H, dtype=self.wide)
+
         kernels.layer_backward(
             **self.common(), clip=self.clip, truncate=self.truncate, grad_out=self.grads["out"],
             grad_h_out=self.grads["h"], grad_c_out=self.grads.get("c"), grad_gates=self.grads["gates"],

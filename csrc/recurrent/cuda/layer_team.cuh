@@ -57,7 +57,7 @@ class LayerTeam {
   // Shared memory besides weights: the warps' sums, and two numbers for every row of a pass.
   static constexpr int64_t kSumBytes = (kPassRows * kColumns * kTile + kPassRows * 2) * sizeof(C);
 
-  __device__ LayerTeam(const LayerCommon& args, const LayerPlan& plan, const void* panels, unsigned long long* arrivals,
+  __device__ LayerTeam(const LayerCommon& args, const LayerPlan& plan, const void* panels, void* arrivals,
                        unsigned char* shared)
       : common_(args),
         plan_(plan),
