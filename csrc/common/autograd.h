@@ -3,7 +3,8 @@
 // An op's Autograd kernel calls the op again below autograd, hangs a Node on the outputs, and copies tangents from the
 // op's definition in differentiable ATen ("composite"). A backward op has no Node of its own: where its inputs need a
 // derivative, its Autograd kernel returns the composite definition, and ATen's derivatives are its derivatives, of any
-// order. Values kept from the forward as a cache never enter a composite: they would hide what they depend on.
+// order. Values kept from the forward enter a composite only where they are outputs with derivatives of their own, as a
+// layer's gates are: others would hide what they depend on.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -110,6 +110,7 @@ Outputs autograd_forward(const Inputs& in, bool save) {
   // Tangents are made of gates, so that these are kept all the same where there are some, on this level or below.
   const bool recomputes = in.recompute > 0 && !out.gates.defined();
   const Inputs used = recomputes ? in : in.without_recompute();
+  decltype(autograd::make_node<LayerNode>()) saves;
   if (differentiable) {
     auto node = autograd::make_node<LayerNode>();
     torch::autograd::edge_list edges;
@@ -130,7 +131,7 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     for (const Tensor* output : {&out.out, &out.h, &out.c, &out.gates, &out.cells}) {
       if (output->defined() && !(recomputes && output == &out.cells)) torch::autograd::set_history(*output, node);
     }
-    save_for_backward(*node, used, out);
+    saves = std::move(node);
   }
   if (dual) {
     const OutputGradients d = tangents(used, out);
@@ -143,19 +144,21 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     set(out.gates, d.gates);
     set(out.cells, d.cells);
   }
+  if (saves != nullptr) save_for_backward(*saves, used, out);  // tangents too
   return out;
 }
 
 Gradients autograd_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
-  bool differentiable = autograd::needs_grad(grads.out, grads.h, grads.c, grads.gates, grads.cells);
-  bool dual = autograd::has_tangent(grads.out, grads.h, grads.c, grads.gates, grads.cells);
+  bool differentiable =
+      autograd::needs_grad(grads.out, grads.h, grads.c, grads.gates, grads.cells, kept.out, kept.gates);
+  bool dual = autograd::has_tangent(grads.out, grads.h, grads.c, grads.gates, grads.cells, kept.out, kept.gates);
   for (const Tensor& t : in.tensors()) {
     differentiable = differentiable || autograd::needs_grad(t);
     dual = dual || autograd::has_tangent(t);
   }
   if (differentiable || dual) {
     check_backward(grads, in, kept);
-    return composite_backward(grads, in, mask);
+    return composite_backward(grads, in, kept, mask);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return call_backward(grads, in, kept, mask);

@@ -17,26 +17,40 @@ Tensor sum_steps(const Tensor& a, const Tensor& b) { return a.flatten(0, 1).t().
 
 Tensor plus(const Tensor& a, const Tensor& b) { return b.defined() ? a + b : a; }
 
-Tensor at_step(const Tensor& over_time, int64_t t) { return over_time.defined() ? over_time[t] : Tensor(); }
+// The steps of a tensor over time, all taken at once: the derivative of taking one is a tensor of the size of all.
+class ByStep {
+ public:
+  ByStep() = default;
+  explicit ByStep(const Tensor& over_time) {
+    if (over_time.defined()) steps_ = over_time.unbind(0);
+  }
+  Tensor operator[](int64_t t) const { return steps_.empty() ? Tensor() : steps_[t]; }
+
+ private:
+  std::vector<Tensor> steps_;
+};
 
 Tensor or_zeros(const Tensor& grad, const Tensor& like) { return grad.defined() ? grad : at::zeros_like(like); }
 
 class CompositeBackward {
  public:
-  CompositeBackward(const OutputGradients& grads, const Inputs& in)
+  CompositeBackward(const OutputGradients& grads, const Inputs& in, const Outputs& kept)
       : in_(in),
         steps_(in),
         grads_(grads),
-        kept_(call_forward(in.without_recompute(), /*save=*/true)),
+        kept_(kept.gates.defined() ? kept : call_forward(in.without_recompute(), /*save=*/true)),
         keep_h_(steps_, in.zoneout_h, in.zoneout_rate_h, in.h),
         keep_c_(steps_, in.zoneout_c, in.zoneout_rate_c, in.h),
         hidden_(known(in.hidden())) {
     gates_ = steps_.first(kept_.gates).chunk(in.kept_gates(), 2);
-    grad_out_ = steps_.active_part(steps_.first(grads.out));
+    grad_out_ = ByStep(steps_.active_part(steps_.first(grads.out)));
     if (grads.gates.defined()) grad_gates_ = steps_.active_part(steps_.first(grads.gates)).chunk(in.kept_gates(), 2);
     before_ = steps_.before(steps_.first(kept_.out), in.h);
     multiplied_ = steps_.masked(before_);
-    if (in.has_norm()) std::tie(normed_, rstd_) = normalize(multiplied_.matmul(in.weight_hh.t()));
+    if (in.has_norm()) {
+      std::tie(normed_, rstd_) = normalize(multiplied_.matmul(in.weight_hh.t()));
+      normed_at_ = ByStep(normed_), rstd_at_ = ByStep(rstd_);
+    }
     sums_.resize(steps_.count);
     sums_hidden_.resize(steps_.count);
     products_.resize(steps_.count);
@@ -113,7 +127,7 @@ class CompositeBackward {
 
   // From the gradient of the state's product after its norm to that of the state.
   Tensor to_state(int64_t t, const Tensor& sums) {
-    const Tensor grad = in_.has_norm() ? through_norm(sums * *in_.weight_norm, normed_[t], rstd_[t]) : sums;
+    const Tensor grad = in_.has_norm() ? through_norm(sums * *in_.weight_norm, normed_at_[t], rstd_at_[t]) : sums;
     products_[t] = grad.matmul(in_.weight_hh);
     return steps_.masked(products_[t]);
   }
@@ -125,24 +139,24 @@ class CompositeBackward {
     const Tensor tanh_c = c_after_.tanh();
     const Tensor slope_i = i * (1 - i), slope_f = f * (1 - f), slope_o = o * (1 - o);
     const Tensor slope_g = in_.sigmoid_candidate() ? g * (1 - g) : 1 - g * g;
-    const Tensor by_c = at::stack({g * slope_i, c_before_ * slope_f, i * slope_g}, 2);  // [T, B, 3, H]
-    const Tensor by_h = tanh_c * slope_o, into_c = o * (1 - tanh_c * tanh_c), outer_o = outer(3, slope_o);
-    const Tensor outer_ifg =
-        grad_gates_.empty() ? Tensor() : at::stack({outer(0, slope_i), outer(1, slope_f), outer(2, slope_g)}, 2);
-    const Tensor grad_cells = steps_.active_part(steps_.first(grads_.cells));
+    const ByStep by_c(at::stack({g * slope_i, c_before_ * slope_f, i * slope_g}, 2));  // [T, B, 3, H]
+    const ByStep by_h(tanh_c * slope_o), into_c(o * (1 - tanh_c * tanh_c)), outer_o(outer(3, slope_o)), f_at(f);
+    const ByStep outer_ifg(
+        grad_gates_.empty() ? Tensor() : at::stack({outer(0, slope_i), outer(1, slope_f), outer(2, slope_g)}, 2));
+    const ByStep grad_cells(steps_.active_part(steps_.first(grads_.cells)));
     const Tensor peephole = autograd::tensor_or_none(in_.weight_peephole);
     carry_h_ = or_zeros(grads_.h, in_.h);
     carry_c_ = or_zeros(grads_.c, *in_.c);
     for (int64_t s = steps_.count - 1; s >= 0; --s) {
       const int64_t t = steps_.time(s);
-      Tensor dh = clip(plus(carry_h_, at_step(grad_out_, t))), dc = clip(plus(carry_c_, at_step(grad_cells, t)));
+      Tensor dh = clip(plus(carry_h_, grad_out_[t])), dc = clip(plus(carry_c_, grad_cells[t]));
       const Tensor by_zoned_h = zone_out(keep_h_, t, dh), by_zoned_c = zone_out(keep_c_, t, dc);
-      const Tensor pre_o = plus(dh * by_h[t], at_step(outer_o, t));
+      const Tensor pre_o = plus(dh * by_h[t], outer_o[t]);
       dc = at::addcmul(dc, dh, into_c[t]);
       if (peephole.defined()) dc = at::addcmul(dc, pre_o, peephole[2]);
-      const Tensor pre_ifg = plus(dc.unsqueeze(1) * by_c[t], at_step(outer_ifg, t));
+      const Tensor pre_ifg = plus(dc.unsqueeze(1) * by_c[t], outer_ifg[t]);
       sums_[t] = zero_inactive(t, at::cat({pre_ifg, pre_o.unsqueeze(1)}, 1).flatten(1));
-      Tensor to_c = plus(dc * f[t], by_zoned_c);
+      Tensor to_c = plus(dc * f_at[t], by_zoned_c);
       if (peephole.defined()) to_c = to_c + (pre_ifg.narrow(1, 0, 2) * peephole.narrow(0, 0, 2)).sum(1);
       carry_h_ = leave(s, plus(to_state(t, sums_[t]), by_zoned_h), carry_h_);
       carry_c_ = leave(s, to_c, carry_c_);
@@ -152,20 +166,20 @@ class CompositeBackward {
   void gru() {
     const Tensor &r = gates_[0], &z = gates_[1], &n = gates_[2], &hidden = gates_[3];
     const Tensor slope_r = r * (1 - r), slope_z = z * (1 - z), slope_n = 1 - n * n;
-    const Tensor z_by_h = (before_ - n) * slope_z, n_by_h = (1 - z) * slope_n, r_by_n = hidden * slope_r;
-    const Tensor outer_r = outer(0, slope_r), outer_z = outer(1, slope_z), outer_n = outer(2, slope_n);
-    const Tensor outer_hidden = grad_gates_.empty() ? Tensor() : grad_gates_[3];
+    const ByStep z_by_h((before_ - n) * slope_z), n_by_h((1 - z) * slope_n), r_by_n(hidden * slope_r), r_at(r), z_at(z);
+    const ByStep outer_r(outer(0, slope_r)), outer_z(outer(1, slope_z)), outer_n(outer(2, slope_n));
+    const ByStep outer_hidden(grad_gates_.empty() ? Tensor() : grad_gates_[3]);
     carry_h_ = or_zeros(grads_.h, in_.h);
     for (int64_t s = steps_.count - 1; s >= 0; --s) {
       const int64_t t = steps_.time(s);
-      Tensor dh = clip(plus(carry_h_, at_step(grad_out_, t)));
+      Tensor dh = clip(plus(carry_h_, grad_out_[t]));
       const Tensor by_zoned = zone_out(keep_h_, t, dh);
-      const Tensor dn = plus(dh * n_by_h[t], at_step(outer_n, t)), dz = plus(dh * z_by_h[t], at_step(outer_z, t));
-      const Tensor dr = plus(dn * r_by_n[t], at_step(outer_r, t));
-      const Tensor d_hidden = plus(dn * r[t], at_step(outer_hidden, t));
+      const Tensor dn = plus(dh * n_by_h[t], outer_n[t]), dz = plus(dh * z_by_h[t], outer_z[t]);
+      const Tensor dr = plus(dn * r_by_n[t], outer_r[t]);
+      const Tensor d_hidden = plus(dn * r_at[t], outer_hidden[t]);
       sums_[t] = zero_inactive(t, at::cat({dr, dz, dn}, 1));
       sums_hidden_[t] = zero_inactive(t, at::cat({dr, dz, d_hidden}, 1));
-      const Tensor to_h = at::addcmul(to_state(t, sums_hidden_[t]), dh, z[t]);
+      const Tensor to_h = at::addcmul(to_state(t, sums_hidden_[t]), dh, z_at[t]);
       carry_h_ = leave(s, plus(to_h, by_zoned), carry_h_);
     }
   }
@@ -173,20 +187,21 @@ class CompositeBackward {
   void gru_reset_first() {
     const Tensor &r = gates_[0], &z = gates_[1], &n = gates_[2];
     const Tensor slope_r = r * (1 - r), slope_z = z * (1 - z), slope_n = 1 - n * n;
-    const Tensor z_by_h = (before_ - n) * slope_z, n_by_h = (1 - z) * slope_n, r_by_product = multiplied_ * slope_r;
-    const Tensor outer_r = outer(0, slope_r), outer_z = outer(1, slope_z), outer_n = outer(2, slope_n);
+    const ByStep z_by_h((before_ - n) * slope_z), n_by_h((1 - z) * slope_n), r_by_product(multiplied_ * slope_r),
+        r_at(r), z_at(z);
+    const ByStep outer_r(outer(0, slope_r)), outer_z(outer(1, slope_z)), outer_n(outer(2, slope_n));
     const Tensor by_gates = in_.weight_hh.narrow(0, 0, 2 * hidden_), by_n = part(in_.weight_hh.t(), 2).t();
     carry_h_ = or_zeros(grads_.h, in_.h);
     for (int64_t s = steps_.count - 1; s >= 0; --s) {
       const int64_t t = steps_.time(s);
-      Tensor dh = clip(plus(carry_h_, at_step(grad_out_, t)));
+      Tensor dh = clip(plus(carry_h_, grad_out_[t]));
       const Tensor by_zoned = zone_out(keep_h_, t, dh);
-      const Tensor dn = plus(dh * n_by_h[t], at_step(outer_n, t)), dz = plus(dh * z_by_h[t], at_step(outer_z, t));
-      const Tensor d_reset = dn.matmul(by_n), dr = plus(d_reset * r_by_product[t], at_step(outer_r, t));
+      const Tensor dn = plus(dh * n_by_h[t], outer_n[t]), dz = plus(dh * z_by_h[t], outer_z[t]);
+      const Tensor d_reset = dn.matmul(by_n), dr = plus(d_reset * r_by_product[t], outer_r[t]);
       sums_[t] = zero_inactive(t, at::cat({dr, dz, dn}, 1));
-      const Tensor to_product = at::cat({dr, dz}, 1).matmul(by_gates) + d_reset * r[t];
+      const Tensor to_product = at::cat({dr, dz}, 1).matmul(by_gates) + d_reset * r_at[t];
       products_[t] = zero_inactive(t, to_product);
-      const Tensor to_h = at::addcmul(steps_.masked(to_product), dh, z[t]);
+      const Tensor to_h = at::addcmul(steps_.masked(to_product), dh, z_at[t]);
       carry_h_ = leave(s, plus(to_h, by_zoned), carry_h_);
     }
   }
@@ -198,16 +213,17 @@ class CompositeBackward {
   const KeptShare keep_h_, keep_c_;
   const int64_t hidden_;
   std::vector<Tensor> gates_, grad_gates_;
-  Tensor grad_out_, before_, multiplied_;  // the state before every step, and what of it is multiplied
+  Tensor before_, multiplied_;  // the state before every step, and what of it is multiplied
   Tensor normed_, rstd_, c_before_, c_after_;
+  ByStep grad_out_, normed_at_, rstd_at_;
   std::vector<Tensor> sums_, sums_hidden_, products_;  // gradients, step by step: of the sums, the state's, and u
   Tensor carry_h_, carry_c_;
 };
 
 }  // namespace
 
-Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Mask& mask) {
-  return CompositeBackward(grads, in).run(mask);
+Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
+  return CompositeBackward(grads, in, kept).run(mask);
 }
 
 }  // namespace lect11ext::layer_op

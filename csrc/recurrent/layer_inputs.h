@@ -114,7 +114,7 @@ Gradients call_backward(const OutputGradients& grads, const Inputs& in, const Ou
 void check_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept);
 
 // A backward in differentiable ops, and the tangents of a forward's outputs, given its inputs with theirs.
-Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Mask& mask);
+Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask);
 OutputGradients tangents(const Inputs& dual, const Outputs& out);
 
 }  // namespace lect11ext::layer_op
