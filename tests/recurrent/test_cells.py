@@ -76,7 +76,9 @@ def test_any_shape(
 ) -> None:
     torch.manual_seed(seed)
     args = operands(variant, batch, inputs, hidden, dtype, bias=bias)
-    check(cell(functional, variant), cell(reference, variant), args)
+    # oneDNN's bound for sums of this length: of some shapes plain PyTorch's error is zero by luck.
+    slack = ONE_STEP * (4 * hidden).bit_length() if dtype.itemsize > 2 else ONE_STEP
+    check_rule(cell(functional, variant), cell(reference, variant), args, slack)
 
 
 @pytest.mark.slow
