@@ -9,7 +9,7 @@ import torch
 
 from lect11ext._load import _C
 
-CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -2,6 +2,12 @@
 
 #include <c10/util/Exception.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -9,7 +15,20 @@
 namespace lect11ext {
 namespace {
 
-constexpr std::array<const char*, kCapabilities> kNames{"default", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<const char*, kCapabilities> kNames{"default", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// AMX has registers of 8 KiB, which Linux gives to a process that has asked for them.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Capability detect() {
 #if defined(__x86_64__)
@@ -17,7 +36,9 @@ Capability detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::AVX512_BF16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && has_amx()) return Capability::AMX;
+  if (bf16) return Capability::AVX512_BF16;
   if (avx512) return Capability::AVX512;
   if (avx2) return Capability::AVX2;
 #endif
@@ -31,7 +52,8 @@ Capability parse(const char* name) {
                       "' is beyond this machine, whose best is '", capability_name(best_capability()), "'");
     return static_cast<Capability>(i);
   }
-  TORCH_CHECK_VALUE(false, "CPU capability must be one of default, avx2, avx512, avx512_bf16, but got '", name, "'");
+  TORCH_CHECK_VALUE(false, "CPU capability must be one of default, avx2, avx512, avx512_bf16, amx, but got '", name,
+                    "'");
 }
 
 std::atomic<Capability>& in_use() {

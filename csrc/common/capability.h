@@ -9,8 +9,9 @@
 
 namespace lect11ext {
 
-enum class Capability : int { DEFAULT, AVX2, AVX512, AVX512_BF16 };
-inline constexpr int kCapabilities = 4;
+// AMX is no build of its own: that of AVX512_BF16 asks for it where it has a use for it.
+enum class Capability : int { DEFAULT, AVX2, AVX512, AVX512_BF16, AMX };
+inline constexpr int kCapabilities = 5;
 
 const char* capability_name(Capability capability);
 // The best one that this CPU and this build have.
@@ -22,9 +23,9 @@ void set_capability(const char* name);
 }  // namespace lect11ext
 
 #if defined(__x86_64__)
-#define LECT11EXT_BUILDS(name) {DEFAULT::name, AVX2::name, AVX512::name, AVX512_BF16::name}
+#define LECT11EXT_BUILDS(name) {DEFAULT::name, AVX2::name, AVX512::name, AVX512_BF16::name, AVX512_BF16::name}
 #else
-#define LECT11EXT_BUILDS(name) {DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name}
+#define LECT11EXT_BUILDS(name) {DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name}
 #endif
 
 // Kernels take their struct and a range of work items, and run on the caller's thread.

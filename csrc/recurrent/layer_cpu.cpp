@@ -32,7 +32,7 @@ void run_shares(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
 // Whether weights can be multiplied as they lie; else they are laid out as panels, converted.
 bool is_multiplied(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble ||
-         (type == at::kBFloat16 && capability() == Capability::AVX512_BF16);
+         (type == at::kBFloat16 && capability() >= Capability::AVX512_BF16);
 }
 
 // Rows for which it pays to lay weights out as panels first, which are streamed at twice the speed.

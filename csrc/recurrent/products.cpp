@@ -25,7 +25,7 @@ constexpr int64_t kBlasRows = 256;
 constexpr int64_t kWorthTheBlas = 1 << 22;
 
 bool is_for_blas(at::ScalarType type, int64_t multiply_adds) {
-  return type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() == Capability::AVX512_BF16 &&
+  return type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() >= Capability::AVX512_BF16 &&
          at::globalContext().userEnabledMkldnn();
 }
 

@@ -23,7 +23,7 @@ from tests.helpers import Tagged, Watch
 
 PACKAGE = Path(lect11ext.__file__).parent
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
-CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
 OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lect11ext::"))
 
 # Runs setup.py (argument 1) with a folder for what it builds (argument 2) where torch cannot be found.
@@ -125,7 +125,7 @@ def test_a_capability_can_be_forced(name: str) -> None:
 def test_an_unknown_capability_is_refused() -> None:
     done = run("-m", "lect11ext", capability="sse9", cwd=PACKAGE.parent)
     assert done.returncode != 0
-    expected = "CPU capability must be one of default, avx2, avx512, avx512_bf16, but got 'sse9'"
+    expected = "CPU capability must be one of default, avx2, avx512, avx512_bf16, amx, but got 'sse9'"
     assert f"ValueError: {expected}" in done.stderr
     with pytest.raises(ValueError, match=expected):
         _C.set_cpu_capability("sse9")

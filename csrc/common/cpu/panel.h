@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "common/capability.h"
+#include "common/cpu/amx.h"
 #include "common/cpu/dot.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -114,7 +116,16 @@ inline void panel_product(const P* const* a, int64_t rows, int64_t size, const P
   constexpr int64_t kDeep = PanelStep<P>::kDeep;
   static_assert(kVectors % V == 0);
   constexpr int64_t steps = kPanelDepth * kDeep;
-  for (int64_t k = 0; k == 0 || k < size; k += steps) {
+  int64_t done = 0;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<P, at::BFloat16>) {
+    if (rows >= kAmxLeastRows && capability() == Capability::AMX) {
+      done = amx_product<kColumns>(a, rows, size, panel, panel_row, out, add);
+      if (done == size) return;
+    }
+  }
+#endif
+  for (int64_t k = done; k == 0 || k < size; k += steps) {
     const int64_t depth = std::min(steps, size - k);
     const P* from = panel + k / kDeep * panel_row;
     for (int64_t r = 0, n; r < rows; r += n) {
