@@ -43,6 +43,9 @@ def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = Non
         (torch.Size([2]), torch.int64)
     """
     if torch.compiler.is_compiling():
+        # torch.compile merges calls of the same arguments, but for random ops of torch's own, and two draws would be
+        # one. It never merges torch.empty; ``like`` stays in for vmap, which sees by it that there are samples.
+        like = like.detach().reshape(-1)[:0] + torch.empty(0, dtype=like.dtype, device=like.device)
         return torch.ops.lect11ext.philox_key(like, numel, generator)
     if in_functorch():
         return _philox_key_vmap(like, numel, generator)

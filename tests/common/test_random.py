@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lect11ext import functional, reference
@@ -151,3 +152,20 @@ def test_a_call_that_fails_draws_nothing() -> None:
     with pytest.raises(ValueError, match="logvar must have shape"):
         gaussian_rsample_kl(torch.zeros(2), torch.zeros(3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_keeps_two_draws_apart(backend: str) -> None:
+    """Graphs with a backward are rid of calls that are alike."""
+
+    def draws(x: Tensor) -> tuple[Tensor, ...]:
+        keys = [philox_key(x, 4) for _ in range(2)]
+        samples = [gaussian_rsample_kl(x, x)[0] for _ in range(2)]
+        return *(x * philox_normal((4,), key) for key in keys), *samples
+
+    x, results = torch.ones(4, requires_grad=True), []
+    for call in (draws, torch.compile(draws, fullgraph=True, backend=backend)):
+        torch.manual_seed(0)
+        results.append(call(x))
+    assert not torch.equal(*results[0][:2]) and not torch.equal(*results[0][2:])
+    torch.testing.assert_close(results[1], results[0])
