@@ -63,8 +63,9 @@ def convert(model: Model) -> tuple[Model, Report]:
     computes differs by rounding, and by dropout's random numbers.
 
     Left as they are, with the reason in the report: subclasses, quantized and scripted modules, modules on which a
-    method was replaced, types and devices for which lect11ext has no kernels. It knows modules by their class: what
-    code makes of an LSTM later, such as quantization, is to be done on torch.nn's, before or after :func:`revert`.
+    method was replaced, types and devices for which lect11ext has no kernels, several types in one module. It knows
+    modules by their class: what code makes of an LSTM later, such as quantization, is to be done on torch.nn's, before
+    or after :func:`revert`.
 
     Args:
         model: any module; it may itself be an LSTM. Not one that ``torch.compile`` returned: convert first, then
@@ -204,12 +205,15 @@ def _needs_ours(module: Module, target: type[Module]) -> str | None:
             return "this build of lect11ext has no CUDA kernels"
         if device not in ("cpu", "cuda", "meta"):
             return f"lect11ext has no kernels for device {device}"
-    return None
+    types = sorted({str(parameter.dtype) for parameter in module.parameters()})
+    return f"{_name(target)} takes parameters of one type, not of {' and '.join(types)}" if len(types) > 1 else None
 
 
 def _needs_torchs(module: Module, target: type[Module]) -> str | None:
     options = _options(type_before_parametrizations(module))
-    given = [f"{n}={getattr(module, n)!r}" for n, default in options.items() if getattr(module, n) != default]
+    own = {name: getattr(module, name) for name in options}
+    # A pair of defaults, as an LSTM's zoneout may be, is the default too.
+    given = [f"{n}={own[n]!r}" for n, default in options.items() if own[n] not in (default, (default, default))]
     return f"{_name(target)} has no {', '.join(given)}" if given else None
 
 

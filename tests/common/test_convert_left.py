@@ -74,6 +74,14 @@ def test_types_without_a_kernel_are_left() -> None:
     assert reason(torch.nn.LSTM(5, 4).to(torch.complex64)) == "lect11ext.nn.LSTM does not take torch.complex64"
 
 
+@EVERY_PAIR
+def test_parameters_of_several_types_are_left(torchs: Any, ours: Any) -> None:
+    module = torchs(5, 4)
+    next(module.parameters()).data = next(module.parameters()).data.double()
+    expected = f"lect11ext.nn.{ours.__name__} takes parameters of one type, not of torch.float32 and torch.float64"
+    assert reason(module) == expected
+
+
 @pytest.mark.parametrize(
     ("module", "options"),
     [
@@ -89,6 +97,12 @@ def test_what_torch_lacks_is_left(module: torch.nn.Module, options: str) -> None
     assert report.left == {"0": f"torch.nn.{type(module).__name__} has no {options}"}
     assert report.replaced == {"1": "torch.nn.GRU"} and type(model[1]) is torch.nn.GRU
     assert reason(nn.GaussianLatent(5, 4), revert) == "torch.nn has nothing like lect11ext.nn.GaussianLatent"
+
+
+def test_a_pair_of_defaults_is_no_option() -> None:
+    layer = nn.LSTM(5, 4, zoneout=(0.0, 0.0))
+    assert revert(layer)[1].replaced == {"": "torch.nn.LSTM"} and type(layer) is torch.nn.LSTM
+    assert reason(nn.LSTM(5, 4, zoneout=(0.0, 0.1)), revert) == "torch.nn.LSTM has no zoneout=(0.0, 0.1)"
 
 
 @BOTH_WAYS
