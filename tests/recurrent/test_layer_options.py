@@ -156,6 +156,33 @@ def test_compile_with_options() -> None:
         torch.autograd.grad(compiled(x)[0].sum(), [x, *layer.parameters()])
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("masks", [{"zoneout": 0.3}, {"recurrent_dropout": 0.4}], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_compile_in_training(name: str, masks: dict[str, float], dynamic: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = getattr(nn, name)(F, H, **masks), torch.randn(T, B, F)
+    zeros = torch.zeros(1, B, H)
+
+    def function(x: Tensor) -> Any:
+        options: dict[str, Any] = dict(masks)
+        if name == "GRU":
+            return functional.gru(x, zeros, layer.all_weights, training=True, **options)
+        if "zoneout" in options:
+            options["zoneout"] = (options["zoneout"], options["zoneout"])
+        return functional.lstm(x, (zeros, zeros), layer.all_weights, training=True, **options)
+
+    for call in (layer, function):
+        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        results = []
+        for run in (compiled, call, compiled):
+            torch.manual_seed(4)
+            outs = flat(run(x))
+            results.append([*outs, *torch.autograd.grad(outs[0].square().sum(), list(layer.parameters()))])
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+        assert not torch.equal(compiled(x)[0], results[0][0])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -39,7 +38,8 @@ def bernoulli(like: Tensor, size: Sequence[int], rate: float, generator: torch.G
     for n in size:
         numel *= n
     key = philox_key(like, numel, generator)
-    return philox_normal(size, key) < NormalDist().inv_cdf(rate)
+    # The quantile is torch's: statistics.NormalDist gives the same one, but torch.compile breaks the graph there.
+    return philox_normal(size, key) < torch.special.ndtri(torch.tensor(rate, dtype=torch.float64))
 
 
 def variational_mask(h: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
