@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lect11ext import functional, nn
+from tests.conftest import DTYPES
 from tests.helpers import Tagged, Watch
 from tests.recurrent.test_layer_modules import KINDS, B, F, H, T, flat, make, pack_states
 
@@ -355,3 +356,36 @@ def test_what_stands_beyond_the_lengths_reaches_no_derivative(kind: str) -> None
         return [jvp(loss, (weights, x), ones), jvp(grad(loss, argnums=(0, 1)), (weights, x), ones)]
 
     same(derivatives(clean.masked_fill(beyond, torch.nan)), derivatives(clean), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", [{}, {"lengths": torch.tensor([2, 0, 5])}], ids=["all", "lengths"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_tangents_under_a_norm(kind: str, rows: dict[str, Tensor]) -> None:
+    """torch's own layer_norm gives wrong ones."""
+    layer = build(kind, {"layer_norm": True}, dtype=torch.float64).requires_grad_(False)
+    x, v = torch.randn(2, T, B, F).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return sum(o.pow(3).sum() for o in flat(layer(x, **rows)))
+
+    def tangent(x: Tensor) -> Tensor:
+        return jvp(loss, (x,), (v,))[1]
+
+    assert torch.autograd.gradcheck(tangent, x.clone().requires_grad_())
+    expected = jvp(grad(loss), (x,), (v,))[1]
+    same(grad(tangent)(x), expected, rtol=1e-9, atol=1e-11)
+    with torch.autograd.forward_ad.dual_level():  # not through torch.func
+        leaf = x.clone().requires_grad_()
+        dual = loss(torch.autograd.forward_ad.make_dual(leaf, v))
+        (got,) = torch.autograd.grad(torch.autograd.forward_ad.unpack_dual(dual).tangent, leaf)
+    same(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_under_jvp_is_the_same_norm(kind: str, dtype: torch.dtype) -> None:
+    layer, x = build(kind, {"layer_norm": True}, dtype=dtype), torch.randn(T, B, F).to(dtype)
+    tolerance = 8 * torch.finfo(dtype).eps  # a few roundings of numbers below 1
+    outs, tangents = jvp(lambda x: flat(layer(x)), (x,), (x,))
+    assert all(t.dtype == dtype for t in (*outs, *tangents))
+    same(outs, flat(layer(x)), rtol=tolerance, atol=tolerance)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm, linear
 
 from ..random import philox_key, philox_normal
@@ -50,4 +51,12 @@ def variational_mask(h: Tensor, rate: float, generator: torch.Generator | None) 
 
 def normed_sums(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The input's part of the sums of all steps, normalised over all gates' units, without its bias."""
-    return layer_norm(linear(input, weight), scale.shape, scale)
+    sums = linear(input, weight)
+    if forward_ad._current_level < 0:
+        return layer_norm(sums, scale.shape, scale)
+    # Under forward-mode AD, torch.func.jvp's too, step by step: gradients of layer_norm's own tangents, as in
+    # grad(lambda x: jvp(f, (x,), (v,))[1]), are wrong in PyTorch (seen in 2.13), and no error says so.
+    wide = sums if sums.dtype == torch.float64 else sums.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    return (normed * scale).to(sums.dtype)
