@@ -1,4 +1,4 @@
-"""Says which argument had a type that no kernel takes. Costs nothing until a call has failed."""
+"""Says which argument had a type that no kernel takes, once a call has failed or before it is made."""
 
 from __future__ import annotations
 
@@ -17,12 +17,25 @@ OPTIONAL_GENERATOR = (torch.Generator, NoneType)
 _WORDS = {NoneType: "None", Tensor: "a Tensor", float: "a float", int: "an int", str: "a str", bool: "a bool"}
 
 
+def _expected(name: str, value: object, types: tuple[type, ...]) -> TypeError:
+    words = " or ".join(_WORDS.get(t, f"a {t.__name__}") for t in types)
+    return TypeError(f"{name} must be {words}, but got {type(value).__name__}")
+
+
+def check_type(name: str, value: object, types: tuple[type, ...]) -> None:
+    """Raises unless ``value`` has one of the types, beforehand: for what a kernel would convert. A bool is no int."""
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise _expected(name, value, types)
+
+
 def wrong_type(error: Exception, **arguments: tuple[object, tuple[type, ...]]) -> Exception:
-    """An error that names the first argument of another type or out of range; ``error`` itself where there is none."""
+    """An error that names the first argument of another type or out of range; ``error`` itself where there is none.
+
+    For what kernels refuse: it costs nothing until a call has failed.
+    """
     for name, (value, types) in arguments.items():
         if not isinstance(value, types):
-            words = " or ".join(_WORDS.get(t, f"a {t.__name__}") for t in types)
-            return TypeError(f"{name} must be {words}, but got {type(value).__name__}")
+            return _expected(name, value, types)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             return ValueError(f"{name} must fit in 64 bits, but got one of {value.bit_length() + 1}")
     return error

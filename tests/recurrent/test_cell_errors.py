@@ -83,6 +83,16 @@ def test_wrong_types_of_options_are_named() -> None:
         functional.gru_cell(X, H, W[:21], U[:21], reset_after="no")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.LSTM, nn.GRU])
+def test_options_of_a_wrong_type_are_no_modules(cell: Any) -> None:
+    for clip in ("1", 1j, torch.ones(2), True):
+        with pytest.raises(TypeError, match=f"grad_clip must be .* or None, but got {type(clip).__name__}"):
+            cell(5, 7, grad_clip=clip)
+    for flag in (None, 2, "yes") if cell in (nn.GRUCell, nn.GRU) else ():
+        with pytest.raises(TypeError, match=f"reset_after must be a bool, but got {type(flag).__name__}"):
+            cell(5, 7, reset_after=flag)
+
+
 def test_errors_of_options() -> None:
     with pytest.raises(ValueError, match="candidate must be 'tanh' or 'sigmoid', but got 'relu'"):
         functional.lstm_cell(X, (H, H), W, U, candidate="relu")

@@ -14,6 +14,7 @@ from lect11ext import functional, nn
 
 KINDS = ["LSTM", "GRU"]
 X, H = torch.randn(6, 3, 5), torch.randn(2, 3, 7)
+W2 = [torch.randn(28, 5), torch.randn(28, 7)]
 
 
 def failure(function: Any, *args: Any, **options: Any) -> tuple[type[Exception], str]:
@@ -164,7 +165,113 @@ def test_options_of_the_modules() -> None:
             getattr(nn, kind)(5, 7, grad_clip=-1)
 
 
-W2 = [torch.randn(28, 5), torch.randn(28, 7)]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": X[..., :4]},
+        {"input": X.double()},
+        {"input": X.long()},
+        {"state": H[:1, :2]},
+        {"state": H[:1, :, :6]},
+        {"state": H[:1].double()},
+        {"lengths": [6, 3, 1]},
+        {"lengths": torch.tensor([6, 3, 1]).int()},
+        {"lengths": torch.tensor([6, 3])},
+        {"lengths": torch.tensor([6])},
+        {"lengths": torch.tensor(6)},
+        {"lengths": torch.tensor([6, 3, 1]).to("meta")},
+        {"reset": torch.zeros(6, 3)},
+        {"weights": [None, torch.randn(28, 7)]},
+        {"weights": [torch.randn(28), torch.randn(28, 7)]},
+        {"weights": [torch.randn(28, 5), None]},
+        {"weights": [torch.randn(28, 5).double(), torch.randn(28, 7)]},
+        {"weights": [torch.randn(28, 5), torch.randn(28, 6)]},
+        {"weights": [torch.randn(28, 5), torch.randn(28, 7), torch.randn(27), None]},
+        {"candidate": "relu"},
+        {"truncate": -1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_norm_changes_no_error(kind: str, change: dict[str, Any]) -> None:
+    rows = 28 if kind == "LSTM" else 21
+    arguments: dict[str, Any] = {"input": X, "state": H[:1], "weights": [torch.randn(28, 5), torch.randn(28, 7)]}
+    arguments |= change
+    arguments["weights"] = [[w if w is None else w[:rows] if len(w) == 28 else w[: rows - 1]
+                             for w in arguments["weights"]]]  # fmt: skip
+    if kind == "LSTM":
+        arguments["state"] = (arguments["state"], H[:1])
+    elif "candidate" in change:
+        return
+    like = next((w for w in arguments["weights"][0] if w is not None), X)
+    dtype = like.dtype
+    scales = [(torch.ones(rows, dtype=dtype), torch.ones(rows))] if dtype == torch.float32 else None
+    plain = failure(getattr(functional, kind.lower()), **arguments)
+    assert re.match("input|h|lengths|reset|weight_ih|weight_hh|bias_ih|candidate|truncate|Expected all", plain[1])
+    if scales is not None:
+        assert failure(getattr(functional, kind.lower()), layer_norms=scales, **arguments) == plain
+
+
+ONES = torch.ones(28)
+
+
+@pytest.mark.parametrize(
+    ("norms", "error", "message"),
+    [
+        (True, TypeError, "layer_norms must be a sequence of pairs of tensors, but got bool"),
+        ([], ValueError, "layer_norms must have as many items as weights, 1, but got 0"),
+        ([3], TypeError, r"layer_norms\[0\] must be a sequence of two tensors, but got int"),
+        ([(ONES,)], ValueError, r"layer_norms\[0\] must be \(scale_ih, scale_hh\), but got 1 items"),
+        ([(None, ONES)], TypeError, r"scale_ih of layer_norms\[0\] must be a Tensor, but got NoneType"),
+        ([(ONES, None)], TypeError, r"scale_hh of layer_norms\[0\] must be a Tensor, but got NoneType"),
+        ([(ONES[0], ONES)], ValueError, r"scale_ih of .* must have shape \[28\] \(rows of weight_ih\), but got \[\]"),
+        ([(ONES[:27], ONES)], ValueError, r"scale_ih of .* must have shape \[28\] .*, but got \[27\]"),
+        ([(ONES.expand(3, 28), ONES)], ValueError, r"scale_ih of .* must have shape \[28\] .*, but got \[3, 28\]"),
+        ([(ONES.expand(6, 3, 28), ONES)], ValueError, r"must have shape \[28\] .*, but got \[6, 3, 28\]"),
+        ([(ONES, ONES[:27])], ValueError, r"scale_hh of layer_norms\[0\] must have shape \[28\]"),
+        ([(ONES.double(), ONES)], TypeError, "scale_ih of .* must have the type of weight_ih, .*32, but got .*64"),
+        ([(ONES, ONES.double())], TypeError, "scale_hh of .* must have the type of weight_ih, .*32, but got .*64"),
+        (
+            [(ONES.to("meta"), ONES)],
+            ValueError,
+            "scale_ih of .* must be on the device of weight_ih, cpu, but",
+        ),
+    ],
+)
+def test_scales_of_norms(norms: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.lstm(X, (H[:1], H[:1]), [W2], layer_norms=norms)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("dropout", ("a", None, True), "must be a float or an int, but got"),
+        ("recurrent_dropout", (None, True, torch.tensor(0.5)), "must be a float or an int, but got"),
+        ("grad_clip", (1j, True, torch.ones(2)), "must be a float or an int or None, but got"),
+        ("truncate", (torch.tensor(2.5), True, 2.0), "must be an int, but got"),
+        ("recompute", (torch.tensor(2), True, None), "must be an int, but got"),
+        ("generator", (3, "a", torch.tensor([1, 0])), "must be a Generator or None, but got"),
+        ("training", ("no", None, 1), "must be a bool, but got"),
+        ("bidirectional", ("no", None, 1), "must be a bool, but got"),
+        ("batch_first", (None, 1), "must be a bool, but got"),
+        ("weights", (None, 3, iter([]), {"a": 1}, {W2[0]}), "must be a sequence of sequences of tensors, but got"),
+    ],
+)
+def test_wrong_types_of_options_are_named(kind: str, name: str, values: tuple[Any, ...], message: str) -> None:
+    for value in values:
+        arguments = {"input": X, "state": (H[:1], H[:1]) if kind == "LSTM" else H[:1], "weights": [W2], name: value}
+        with pytest.raises(TypeError, match=f"^{name} {message} {type(value).__name__}"):
+            getattr(functional, kind.lower())(**arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_types_of_the_modules_options_are_named(kind: str) -> None:
+    flags = ["layer_norm", "peephole" if kind == "LSTM" else "reset_after"]
+    for name, value in [*((f, v) for f in flags for v in ("yes", None, 2)), ("truncate", True), ("recompute", H)]:
+        with pytest.raises(TypeError, match=f"{name} must be an? (bool|int), but got {type(value).__name__}"):
+            getattr(nn, kind)(5, 7, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -181,9 +288,13 @@ W2 = [torch.randn(28, 5), torch.randn(28, 7)]
         ({"weights": [[W2[0], None]]}, TypeError, "weight_hh must be a Tensor, but got NoneType"),
         ({"weights": [[*W2, 1, None]]}, TypeError, "bias_ih must be a Tensor or None, but got int"),
         ({"weights": [[*W2, 1]]}, TypeError, "weight_hr must be a Tensor or None, but got int"),
+        ({"weights": [3]}, TypeError, r"weights\[0\] must be a sequence of tensors, but got int"),
         ({"weights": [], "state": (H[:0], H[:0])}, ValueError, "weights must have 1 items a layer, one layer or more"),
         ({"bidirectional": True}, ValueError, "weights must have 2 items a layer"),
         ({"dropout": 1.5}, ValueError, "dropout must be a probability, from 0 to 1, but got 1.5"),
+        ({"return_cells": 1}, TypeError, "return_cells must be a bool, but got int"),
+        ({"peepholes": 3}, TypeError, "peepholes must be a sequence of tensors, but got int"),
+        ({"peepholes": [None]}, TypeError, r"peepholes\[0\] must be a Tensor, but got NoneType"),
         ({"candidate": None}, TypeError, "candidate must be a str, but got NoneType"),
         ({"candidate": "relu"}, ValueError, "candidate must be 'tanh' or 'sigmoid', but got 'relu'"),
         ({"grad_clip": "1"}, TypeError, "grad_clip must be a float or an int or None, but got str"),
@@ -194,8 +305,11 @@ def test_errors_of_the_function(change: dict[str, Any], error: type[Exception], 
     arguments: dict[str, Any] = {"input": X, "state": (H[:1], H[:1]), "weights": [W2], **change}
     with pytest.raises(error, match=message):
         functional.lstm(**arguments)
-    if {"state", "candidate"} & set(change) or "weight_hr" in message or "lstm" in message:
+    if {"state", "candidate", "return_cells", "peepholes"} & set(change) or "weight_hr" in message or "lstm" in message:
         return
-    gru = [[w[:21] if isinstance(w, torch.Tensor) else w for w in weight] for weight in arguments["weights"]]
+    gru = [
+        [w[:21] if isinstance(w, torch.Tensor) else w for w in weight] if isinstance(weight, list) else weight
+        for weight in arguments["weights"]
+    ]
     with pytest.raises(error, match=message):
         functional.gru(**{**arguments, "state": H[:1], "weights": gru})

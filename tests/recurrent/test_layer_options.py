@@ -188,7 +188,7 @@ def test_compile_in_training(name: str, masks: dict[str, float], dynamic: bool) 
     [
         ("LSTM", {"zoneout": 1.5}, ValueError, "zoneout of h must be a probability"),
         ("LSTM", {"zoneout": (0.1, -1)}, ValueError, "zoneout of c must be a probability"),
-        ("LSTM", {"recurrent_dropout": "x"}, TypeError, "recurrent_dropout must be a number"),
+        ("LSTM", {"recurrent_dropout": "x"}, TypeError, "recurrent_dropout must be a float or an int, but got str"),
         ("LSTM", {"truncate": -1}, ValueError, "truncate must be a number of steps"),
         ("GRU", {"recompute": 1.5}, TypeError, "recompute must be an int, but got float"),
         ("GRU", {"layer_norm": True, "reset_after": False}, ValueError, "layer_norm needs reset_after=True"),

@@ -12,7 +12,17 @@ from torch.overrides import has_torch_function
 
 from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
-from .masks import bernoulli, check_rate, normed_sums, variational_mask, zoneout_rates
+from .checks import (
+    check_options,
+    check_rate,
+    listed_norms,
+    listed_peepholes,
+    listed_weights,
+    zoneout_rates,
+)
+from .masks import bernoulli, dropout_mask, normed_sums
+
+Layer = Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Any, ...]]
 
 
 def lstm(
@@ -117,24 +127,32 @@ def lstm(
     except (TypeError, ValueError):
         raise TypeError(f"state must be (h, c), two tensors, but got {type(state).__name__}") from None
 
-    _check_extras(weights, layer_norms=layer_norms, peepholes=peepholes)
     rate_h, rate_c = zoneout_rates(zoneout)
+    check_rate("dropout", dropout)
     check_rate("recurrent_dropout", recurrent_dropout)
+    check_options(
+        grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
+        training=training, return_cells=return_cells,
+    )  # fmt: skip
+    items = [_named(item, projected=True) for item in listed_weights(weights)]
+    norms = None if layer_norms is None else listed_norms(layer_norms, items)
+    peeps = None if peepholes is None else listed_peepholes(peepholes, items)
 
-    def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Any, ...]:
+    def layer(
+        x: Tensor, weight: Tensor | None, norm: Tensor | None, states: tuple[Tensor, ...], item: int, reverse: bool
+    ) -> tuple[Any, ...]:
         h, c = states
-        ih, hh, b_ih, b_hh, hr = _named(weights[item], projected=True)
-        x, weight, norm = _normed(x, ih, layer_norms, item)
+        ih, hh, b_ih, b_hh, hr = items[item]
         keep_h = _keep(x, h.size(-1), rate_h, training, generator)
         keep_c = _keep(x, c.size(-1), rate_c, training, generator)
-        mask = variational_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
-        peephole = None if peepholes is None else peepholes[item]
-        keeps_cells = return_cells and item >= len(weights) - (2 if bidirectional else 1)
+        mask = dropout_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
+        peephole = None if peeps is None else peeps[item]
+        keeps_cells = return_cells and item >= len(items) - (2 if bidirectional else 1)
         rates = (0.0 if keep_h is not None else rate_h, 0.0 if keep_c is not None else rate_c)
         args = (x, h, c, weight, hh, b_ih, b_hh, hr, peephole, norm, mask, lengths, reset, keep_h, keep_c, candidate,
                 *rates, grad_clip, truncate, 0 if keeps_cells else recompute, reverse, batch_first,
                 keeps_cells)  # fmt: skip
-        if torch.compiler.is_compiling() or has_torch_function((x, *states, *weights[item])):
+        if torch.compiler.is_compiling() or has_torch_function((x, *states, *items[item])):
             output, h, c, _, cells = torch.ops.lect11ext.lstm_layer(*args)[:5]
         else:
             try:
@@ -142,14 +160,14 @@ def lstm(
             except TypeError as error:
                 raise wrong_type(
                     error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), weight_hr=(hr, OPTIONAL_TENSOR),
-                    peepholes=(peephole, OPTIONAL_TENSOR), layer_norms=(norm, OPTIONAL_TENSOR),
                     candidate=(candidate, (str,)), grad_clip=(grad_clip, OPTIONAL_NUMBER), truncate=(truncate, (int,)),
-                    recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
+                    recompute=(recompute, (int,)),
                 ) from None  # fmt: skip
         return (output, cells, h, c) if keeps_cells else (output, h, c)
 
+    run = _normed(layer, items, norms)
     (output, *cells), (h_n, c_n) = _stack(
-        "lstm", layer, input, (h, c), weights, batch_first, bidirectional, dropout, training
+        "lstm", run, input, (h, c), len(items), batch_first, bidirectional, dropout if training else 0.0, generator
     )
     return output, (h_n, c_n), *cells
 
@@ -200,49 +218,63 @@ def gru(
         (torch.Size([7, 3, 4]), torch.Size([1, 3, 4]))
     """
 
-    _check_extras(weights, layer_norms=layer_norms)
     check_rate("zoneout", zoneout)
+    check_rate("dropout", dropout)
     check_rate("recurrent_dropout", recurrent_dropout)
+    check_options(
+        grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
+        training=training, reset_after=reset_after,
+    )  # fmt: skip
+    items = [_named(item, projected=False) for item in listed_weights(weights)]
+    norms = None if layer_norms is None else listed_norms(layer_norms, items)
 
-    def layer(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Tensor, ...]:
+    def layer(
+        x: Tensor, weight: Tensor | None, norm: Tensor | None, states: tuple[Tensor, ...], item: int, reverse: bool
+    ) -> tuple[Tensor, ...]:
         (h,) = states
-        ih, hh, b_ih, b_hh, _ = _named(weights[item], projected=False)
-        x, weight, norm = _normed(x, ih, layer_norms, item)
+        ih, hh, b_ih, b_hh, _ = items[item]
         keep = _keep(x, h.size(-1), zoneout, training, generator)
-        mask = variational_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
+        mask = dropout_mask(h, recurrent_dropout, generator) if training and recurrent_dropout > 0 else None
         args = (x, h, weight, hh, b_ih, b_hh, norm, mask, lengths, reset, keep, reset_after,
                 0.0 if keep is not None else zoneout, grad_clip, truncate, recompute, reverse,
                 batch_first)  # fmt: skip
-        if torch.compiler.is_compiling() or has_torch_function((x, *states, *weights[item])):
+        if torch.compiler.is_compiling() or has_torch_function((x, *states, *items[item])):
             return torch.ops.lect11ext.gru_layer(*args)[:2]
         try:
             return _C.gru_layer(*args)
         except TypeError as error:
             raise wrong_type(
-                error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), layer_norms=(norm, OPTIONAL_TENSOR),
-                reset_after=(reset_after, (bool,)), grad_clip=(grad_clip, OPTIONAL_NUMBER),
-                truncate=(truncate, (int,)), recompute=(recompute, (int,)), batch_first=(batch_first, (bool,)),
+                error, **_tensors(x, ih, hh, b_ih, b_hh, lengths, reset), grad_clip=(grad_clip, OPTIONAL_NUMBER),
+                truncate=(truncate, (int,)), recompute=(recompute, (int,)),
             ) from None  # fmt: skip
 
-    (output,), (h_n,) = _stack("gru", layer, input, (state,), weights, batch_first, bidirectional, dropout, training)
+    run = _normed(layer, items, norms)
+    (output,), (h_n,) = _stack(
+        "gru", run, input, (state,), len(items), batch_first, bidirectional, dropout if training else 0.0, generator
+    )
     return output, h_n
 
 
-def _check_extras(weights: Sequence[Any], **extras: Sequence[Any] | None) -> None:
-    """Raises unless each extra has an item for every item of weights."""
-    for name, items in extras.items():
-        if items is not None and len(items) != len(weights):
-            raise ValueError(f"{name} must have as many items as weights, {len(weights)}, but got {len(items)}")
-
-
 def _normed(
-    x: Tensor, weight: Tensor, norms: Sequence[tuple[Tensor, Tensor]] | None, item: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Input, weight_ih and the state's scale as the ops take them: with a norm the input is multiplied beforehand."""
-    if norms is None:
-        return x, weight, None
-    scale_ih, scale_hh = norms[item]
-    return normed_sums(x, weight, scale_ih), None, scale_hh
+    layer: Callable[[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...], int, bool], tuple[Any, ...]],
+    items: Sequence[Sequence[Any]],
+    norms: Sequence[tuple[Tensor, Tensor]] | None,
+) -> Layer:
+    """The layer with weight_ih and the state's scale as the ops take them: under a norm the input is multiplied and
+    normalised beforehand."""
+
+    def run(x: Tensor, states: tuple[Tensor, ...], item: int, reverse: bool) -> tuple[Any, ...]:
+        weight = items[item][0]
+        if norms is None:
+            return layer(x, weight, None, states, item, reverse)
+        scale_ih, scale_hh = norms[item]
+        try:
+            return layer(normed_sums(x, weight, scale_ih), None, scale_hh, states, item, reverse)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            layer(x, weight, None, states, item, reverse)  # names what does not fit: all of it is given here
+            raise
+
+    return run
 
 
 def _keep(x: Tensor, units: int, rate: float, training: bool, generator: torch.Generator | None) -> Tensor | None:
@@ -279,14 +311,14 @@ def _tensors(
 
 def _stack(
     function: str,
-    layer: Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Tensor, ...]],
+    layer: Layer,
     input: Tensor,
     states: tuple[Tensor, ...],
-    weights: Sequence[Sequence[Tensor]],
+    items: int,
     batch_first: bool,
     bidirectional: bool,
     dropout: float,
-    training: bool,
+    generator: torch.Generator | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers over one another, each in one or two directions.
 
@@ -303,26 +335,23 @@ def _stack(
             raise ValueError(
                 f"{function}: Expected {name} to be {input.dim()}D, as input is, got {state.dim()}D instead"
             )
-        if state.size(0) != len(weights):
+        if state.size(0) != items:
             raise ValueError(
-                f"{name} must have as many entries as weights, layers * directions = {len(weights)}, "
-                f"but got {state.size(0)}"
+                f"{name} must have as many entries as weights, layers * directions = {items}, but got {state.size(0)}"
             )
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be a probability, from 0 to 1, but got {dropout}")
     if input.dim() == 2:
         batch = 0 if batch_first else 1
         result, unbatched = _stack(
-            function, layer, input.unsqueeze(batch), tuple(s.unsqueeze(1) for s in states), weights, batch_first,
-            bidirectional, dropout, training,
+            function, layer, input.unsqueeze(batch), tuple(s.unsqueeze(1) for s in states), items, batch_first,
+            bidirectional, dropout, generator,
         )  # fmt: skip
         return tuple(r.squeeze(batch) for r in result), tuple(s.squeeze(1) for s in unbatched)
     directions = 2 if bidirectional else 1
-    if len(weights) == 0 or len(weights) % directions != 0:
-        raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {len(weights)}")
+    if items == 0 or items % directions != 0:
+        raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {items}")
     last_states = []
-    for first in range(0, len(weights), directions):
-        if first > 0 and training and dropout > 0:
+    for first in range(0, items, directions):
+        if first > 0 and dropout > 0:
             input = drop(input, dropout)
         results = [layer(input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)]
         parts = zip(*(r[: -len(states)] for r in results), strict=True)

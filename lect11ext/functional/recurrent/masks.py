@@ -12,25 +12,6 @@ from torch.nn.functional import layer_norm, linear
 from ..random import philox_key, philox_normal
 
 
-def check_rate(name: str, rate: float) -> None:
-    """Raises unless ``rate`` is a probability."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise TypeError(f"{name} must be a number, but got {type(rate).__name__}")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{name} must be a probability, from 0 to 1, but got {rate}")
-
-
-def zoneout_rates(zoneout: tuple[float, float]) -> tuple[float, float]:
-    """An LSTM's rates, of h and of c; raises unless they are probabilities."""
-    try:
-        rate_h, rate_c = zoneout
-    except (TypeError, ValueError):
-        raise TypeError(f"zoneout must be two probabilities, of h and of c, but got {zoneout!r}") from None
-    check_rate("zoneout of h", rate_h)
-    check_rate("zoneout of c", rate_c)
-    return rate_h, rate_c
-
-
 def bernoulli(like: Tensor, size: Sequence[int], rate: float, generator: torch.Generator | None) -> Tensor:
     """True with probability ``rate``: where a normal of the stream lies below the normal distribution's quantile."""
     if rate in (0, 1):
@@ -43,10 +24,10 @@ def bernoulli(like: Tensor, size: Sequence[int], rate: float, generator: torch.G
     return philox_normal(size, key) < torch.special.ndtri(torch.tensor(rate, dtype=torch.float64))
 
 
-def variational_mask(h: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout's mask ``[B, H]``, the same at every step: 0 with probability ``rate``, else 1 / (1 − rate)."""
-    keeps = bernoulli(h, h.shape, 1 - rate, generator)
-    return keeps.to(h.dtype) / (1 - rate) if rate < 1 else keeps.to(h.dtype)
+def dropout_mask(like: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """What ``like`` is multiplied by: 0 with probability ``rate``, else 1 / (1 − rate)."""
+    keeps = bernoulli(like, like.shape, 1 - rate, generator)
+    return keeps.to(like.dtype) / (1 - rate) if rate < 1 else keeps.to(like.dtype)
 
 
 def normed_sums(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

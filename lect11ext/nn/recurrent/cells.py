@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..._errors import check_type
 from ..._load import _C
 from ...functional import gru_cell, lstm_cell
+from ...functional.recurrent.checks import check_clip
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -125,7 +127,8 @@ class LSTMCell(_Cell):
         if candidate not in ("tanh", "sigmoid"):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
         self.candidate = candidate
-        self.grad_clip = _checked_clip(grad_clip)
+        check_clip(grad_clip)
+        self.grad_clip = grad_clip
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step; ``hx`` is ``(h, c)``."""
@@ -175,8 +178,10 @@ class GRUCell(_Cell):
         grad_clip: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        check_type("reset_after", reset_after, (bool,))
         self.reset_after = reset_after
-        self.grad_clip = _checked_clip(grad_clip)
+        check_clip(grad_clip)
+        self.grad_clip = grad_clip
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step; ``hx`` is h."""
@@ -214,12 +219,6 @@ def _zero_state(cell: nn.RNNCellBase, input: Tensor) -> Tensor:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, but got {type(input).__name__}")
     return torch.zeros(*input.shape[:-1], cell.hidden_size, dtype=input.dtype, device=input.device)
-
-
-def _checked_clip(grad_clip: float | None) -> float | None:
-    if grad_clip is not None and not grad_clip >= 0:
-        raise ValueError(f"grad_clip must be nonnegative, but got {grad_clip}")
-    return grad_clip
 
 
 def _extra(**arguments: tuple[object, object]) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ...functional import gru, lstm
-from ...functional.recurrent.masks import check_rate, zoneout_rates
-from .cells import _checked_clip, _extra
+from ...functional.recurrent.checks import check_options, check_rate, zoneout_rates
+from .cells import _extra
 
 
 class _Layers(nn.RNNBase):
@@ -23,14 +23,23 @@ class _Layers(nn.RNNBase):
     peephole: bool = False
 
     def _set_options(
-        self, gates: int, layer_norm: bool, recurrent_dropout: float, truncate: int, recompute: int
+        self,
+        gates: int,
+        grad_clip: float | None,
+        layer_norm: bool,
+        recurrent_dropout: float,
+        truncate: int,
+        recompute: int,
+        **flags: bool,
     ) -> None:
-        """The options that both layers have, once each's own are set, and the parameters that they bring."""
+        """The options that both layers have, and the parameters that these and each's own flags bring."""
         check_rate("recurrent_dropout", recurrent_dropout)
+        check_options(grad_clip, truncate, recompute, None, layer_norm=layer_norm, **flags)
+        self.grad_clip = grad_clip
         self.layer_norm = layer_norm
         self.recurrent_dropout = recurrent_dropout
-        self.truncate = _checked_steps("truncate", truncate)
-        self.recompute = _checked_steps("recompute", recompute)
+        self.truncate = truncate
+        self.recompute = recompute
         self._add_parameters(gates)
 
     def _add_parameters(self, gates: int) -> None:
@@ -168,14 +177,6 @@ def _select(states: tuple[Tensor, ...], order: Tensor | None) -> tuple[Tensor, .
     return states if order is None else tuple(s.index_select(1, order) for s in states)
 
 
-def _checked_steps(name: str, steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"{name} must be an int, but got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"{name} must be a number of steps, or 0 for none, but got {steps}")
-    return steps
-
-
 class LSTM(_Layers):
     r"""Drop-in for :class:`torch.nn.LSTM`: same arguments, parameters, initialisation and ``state_dict``.
 
@@ -237,11 +238,10 @@ class LSTM(_Layers):
         if candidate not in ("tanh", "sigmoid"):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
         self.candidate = candidate
-        self.grad_clip = _checked_clip(grad_clip)
         self.peephole = peephole
         self.zoneout = zoneout
         self._rates()
-        self._set_options(4, layer_norm, recurrent_dropout, truncate, recompute)
+        self._set_options(4, grad_clip, layer_norm, recurrent_dropout, truncate, recompute, peephole=peephole)
 
     def forward(
         self,
@@ -281,7 +281,7 @@ class LSTM(_Layers):
         h, c = states
         output, last, *cells = lstm(
             input, (h, c), self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
-            dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, candidate=self.candidate,
+            dropout=float(self.dropout), training=self.training, lengths=lengths, reset=reset, candidate=self.candidate,
             grad_clip=self.grad_clip, layer_norms=self._layer_norms(),
             peepholes=[getattr(self, "weight_peephole" + e) for e in self._endings()] if self.peephole else None,
             zoneout=self._rates(), recurrent_dropout=self.recurrent_dropout, truncate=self.truncate,
@@ -346,13 +346,12 @@ class GRU(_Layers):
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
         )
-        self.grad_clip = _checked_clip(grad_clip)
         check_rate("zoneout", zoneout)
-        if layer_norm and not reset_after:
-            raise ValueError("layer_norm needs reset_after=True: the norm is over the sums of all gates")
         self.reset_after = reset_after
         self.zoneout = zoneout
-        self._set_options(3, layer_norm, recurrent_dropout, truncate, recompute)
+        self._set_options(3, grad_clip, layer_norm, recurrent_dropout, truncate, recompute, reset_after=reset_after)
+        if layer_norm and not reset_after:
+            raise ValueError("layer_norm needs reset_after=True: the norm is over the sums of all gates")
 
     def forward(
         self,
@@ -381,7 +380,7 @@ class GRU(_Layers):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         output, h = gru(
             input, states[0], self.all_weights, batch_first=self.batch_first, bidirectional=self.bidirectional,
-            dropout=self.dropout, training=self.training, lengths=lengths, reset=reset, grad_clip=self.grad_clip,
+            dropout=float(self.dropout), training=self.training, lengths=lengths, reset=reset, grad_clip=self.grad_clip,
             reset_after=self.reset_after, layer_norms=self._layer_norms(), zoneout=self.zoneout,
             recurrent_dropout=self.recurrent_dropout, truncate=self.truncate, recompute=self.recompute,
         )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Checks of layers' options, for functions and modules alike. What tensors must be, the ops say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_type
+
+
+def check_options(
+    grad_clip: float | None, truncate: int, recompute: int, generator: torch.Generator | None, **flags: bool
+) -> None:
+    """The options that both layers have, and those that are yes or no."""
+    check_clip(grad_clip)
+    check_steps("truncate", truncate)
+    check_steps("recompute", recompute)
+    check_type("generator", generator, OPTIONAL_GENERATOR)
+    for name, flag in flags.items():
+        check_type(name, flag, (bool,))
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises unless ``rate`` is a probability."""
+    check_type(name, rate, NUMBER)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name} must be a probability, from 0 to 1, but got {rate}")
+
+
+def zoneout_rates(zoneout: tuple[float, float]) -> tuple[float, float]:
+    """An LSTM's rates, of h and of c; raises unless they are probabilities."""
+    try:
+        rate_h, rate_c = zoneout
+    except (TypeError, ValueError):
+        raise TypeError(f"zoneout must be two probabilities, of h and of c, but got {zoneout!r}") from None
+    check_rate("zoneout of h", rate_h)
+    check_rate("zoneout of c", rate_c)
+    return rate_h, rate_c
+
+
+def check_clip(grad_clip: float | None) -> None:
+    """Raises unless gradients can be clamped to it, or it is None."""
+    check_type("grad_clip", grad_clip, OPTIONAL_NUMBER)
+    if grad_clip is not None and not grad_clip >= 0:
+        raise ValueError(f"grad_clip must be nonnegative, but got {grad_clip}")
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Raises unless it is a number of steps, or 0."""
+    check_type(name, steps, (int,))
+    if steps < 0:
+        raise ValueError(f"{name} must be a number of steps, or 0 for none, but got {steps}")
+
+
+def listed(name: str, items: Any, what: str) -> list[Any]:
+    """The items of any sequence; raises for what is none."""
+    try:
+        return [items[i] for i in range(len(items))]
+    except (TypeError, KeyError):
+        raise TypeError(f"{name} must be a sequence of {what}, but got {type(items).__name__}") from None
+
+
+def listed_weights(weights: Sequence[Sequence[Tensor]]) -> list[list[Any]]:
+    items = listed("weights", weights, "sequences of tensors")
+    return [listed(f"weights[{i}]", item, "tensors") for i, item in enumerate(items)]
+
+
+def listed_extras(name: str, extras: Any, what: str, weights: Sequence[Any]) -> list[Any]:
+    """An item for every item of weights."""
+    items = listed(name, extras, what)
+    if len(items) != len(weights):
+        raise ValueError(f"{name} must have as many items as weights, {len(weights)}, but got {len(items)}")
+    return items
+
+
+def listed_peepholes(peepholes: Any, weights: Sequence[Any]) -> list[Tensor]:
+    items = listed_extras("peepholes", peepholes, "tensors", weights)
+    for i, item in enumerate(items):
+        check_type(f"peepholes[{i}]", item, TENSOR)
+    return items
+
+
+def listed_norms(layer_norms: Any, weights: Sequence[Sequence[Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of scales. The input's never reaches the op as it is, and one of a wrong shape would be taken for another
+    norm; so its shape is checked here, and with it the state's."""
+    pairs = []
+    for i, item in enumerate(listed_extras("layer_norms", layer_norms, "pairs of tensors", weights)):
+        pair = listed(f"layer_norms[{i}]", item, "two tensors")
+        if len(pair) != 2:
+            raise ValueError(f"layer_norms[{i}] must be (scale_ih, scale_hh), but got {len(pair)} items")
+        for part, scale in zip(("scale_ih", "scale_hh"), pair, strict=True):
+            name = f"{part} of layer_norms[{i}]"
+            check_type(name, scale, TENSOR)
+            weight = weights[i][0] if weights[i] else None
+            if isinstance(weight, Tensor) and weight.dim() == 2:
+                _check_scale(name, scale, weight)
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _check_scale(name: str, scale: Tensor, weight: Tensor) -> None:
+    rows = weight.size(0)
+    if scale.dim() != 1 or scale.size(0) != rows:
+        raise ValueError(f"{name} must have shape [{rows}] (rows of weight_ih), but got {list(scale.shape)}")
+    if scale.device != weight.device:
+        raise ValueError(f"{name} must be on the device of weight_ih, {weight.device}, but is on {scale.device}")
+    if scale.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise TypeError(f"{name} must have the type of weight_ih, {weight.dtype}, but got {scale.dtype}")
