@@ -212,12 +212,21 @@ def test_lengths_against_packed_torch(kind: str, proj: int, batch_first: bool) -
     compare(ours, torchs, x, states_of(ours, len(lengths)), lambda layer, x, hx: layer(x, hx, lengths=lengths), packed)
 
 
-def test_what_stands_beyond_the_lengths_is_not_used_with_projections() -> None:
-    layer, x = nn.LSTM(F, H, proj_size=3), torch.full((T, 1, F), torch.nan)
-    x[:2] = 1
-    output, _ = layer(x.requires_grad_(), lengths=torch.tensor([2]))
-    assert output.isfinite().all()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), [x, *layer.parameters()]))
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("kind", "options"), [("LSTM", {"proj_size": 3}), ("LSTM", {"layer_norm": True}),
+                                               ("GRU", {"layer_norm": True})], ids=str)  # fmt: skip
+def test_what_stands_beyond_the_lengths_is_not_used(kind: str, options: dict[str, Any], batch_first: bool) -> None:
+    layer = getattr(nn, kind)(F, H, 2, bidirectional=True, batch_first=batch_first, **options)
+    lengths, results = torch.tensor([2, 0, 5]), []
+    beyond = (torch.arange(T)[:, None] >= lengths)[..., None]
+    clean = torch.randn(T, B, F)
+    for fill in (0.0, torch.nan, torch.inf):
+        x = clean.masked_fill(beyond, fill)
+        x = (x.transpose(0, 1) if batch_first else x).requires_grad_()
+        outs = flat(layer(x, lengths=lengths))
+        results.append([*outs, *torch.autograd.grad(sum(o.sum() for o in outs), [x, *layer.parameters()])])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def in_episodes(layer: Any, x: Tensor, states: tuple[Tensor, ...], reset: Tensor) -> Any:

@@ -341,9 +341,10 @@ def test_transforms_of_the_functions() -> None:
     same(got, (output, last.transpose(0, 1)))
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_beyond_the_lengths_reaches_no_derivative(kind: str) -> None:
-    layer, lengths = build(kind, {}, dtype=torch.float64), torch.tensor([2, 0, 5])
+def test_what_stands_beyond_the_lengths_reaches_no_derivative(kind: str, options: dict[str, Any]) -> None:
+    layer, lengths = build(kind, options, dtype=torch.float64), torch.tensor([2, 0, 5])
     beyond = (torch.arange(T)[:, None] >= lengths)[..., None]
     clean = torch.randn(T, B, F).double().masked_fill(beyond, 0)
     weights = {name: w.detach() for name, w in layer.named_parameters()}

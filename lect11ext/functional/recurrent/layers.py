@@ -20,7 +20,7 @@ from .checks import (
     listed_weights,
     zoneout_rates,
 )
-from .masks import bernoulli, dropout_mask, normed_sums
+from .masks import bernoulli, dropout_mask, normed_sums, without_padding
 
 Layer = Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Any, ...]]
 
@@ -165,7 +165,7 @@ def lstm(
                 ) from None  # fmt: skip
         return (output, cells, h, c) if keeps_cells else (output, h, c)
 
-    run = _normed(layer, items, norms)
+    run = _normed(layer, items, norms, lengths, batch_first, bidirectional)
     (output, *cells), (h_n, c_n) = _stack(
         "lstm", run, input, (h, c), len(items), batch_first, bidirectional, dropout if training else 0.0, generator
     )
@@ -248,7 +248,7 @@ def gru(
                 truncate=(truncate, (int,)), recompute=(recompute, (int,)),
             ) from None  # fmt: skip
 
-    run = _normed(layer, items, norms)
+    run = _normed(layer, items, norms, lengths, batch_first, bidirectional)
     (output,), (h_n,) = _stack(
         "gru", run, input, (state,), len(items), batch_first, bidirectional, dropout if training else 0.0, generator
     )
@@ -259,6 +259,9 @@ def _normed(
     layer: Callable[[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...], int, bool], tuple[Any, ...]],
     items: Sequence[Sequence[Any]],
     norms: Sequence[tuple[Tensor, Tensor]] | None,
+    lengths: Tensor | None,
+    batch_first: bool,
+    bidirectional: bool,
 ) -> Layer:
     """The layer with weight_ih and the state's scale as the ops take them: under a norm the input is multiplied and
     normalised beforehand."""
@@ -269,7 +272,10 @@ def _normed(
             return layer(x, weight, None, states, item, reverse)
         scale_ih, scale_hh = norms[item]
         try:
-            return layer(normed_sums(x, weight, scale_ih), None, scale_hh, states, item, reverse)
+            # Layers above the first see outputs, which are zero beyond the lengths.
+            first = item < (2 if bidirectional else 1)
+            seen = x if lengths is None or not first else without_padding(x, lengths, batch_first)
+            return layer(normed_sums(seen, weight, scale_ih), None, scale_hh, states, item, reverse)
         except (TypeError, ValueError, RuntimeError, IndexError):
             layer(x, weight, None, states, item, reverse)  # names what does not fit: all of it is given here
             raise

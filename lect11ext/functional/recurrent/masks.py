@@ -30,6 +30,13 @@ def dropout_mask(like: Tensor, rate: float, generator: torch.Generator | None) -
     return keeps.to(like.dtype) / (1 - rate) if rate < 1 else keeps.to(like.dtype)
 
 
+def without_padding(input: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """Zeros beyond the lengths. The op's gradients are zero there, but zero times what stands there may be NaN."""
+    steps = torch.arange(input.size(1 if batch_first else 0), device=input.device)
+    beyond = steps >= lengths[:, None] if batch_first else steps[:, None] >= lengths
+    return input.masked_fill(beyond[..., None], 0)
+
+
 def normed_sums(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The input's part of the sums of all steps, normalised over all gates' units, without its bias."""
     sums = linear(input, weight)
