@@ -183,6 +183,42 @@ def test_compile_in_training(name: str, masks: dict[str, float], dynamic: bool) 
         assert not torch.equal(compiled(x)[0], results[0][0])
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_generator_draws_every_mask(name: str) -> None:
+    layer, x, zeros = getattr(torch.nn, name.upper())(F, H, 3), torch.randn(T, B, F), torch.zeros(3, B, H)
+    state, rates = ((zeros, zeros), (0.2, 0.2)) if name == "lstm" else (zeros, 0.2)
+    for options in ({"dropout": 0.5}, {"dropout": 0.5, "zoneout": rates, "recurrent_dropout": 0.3}):
+
+        def run(generator: torch.Generator | None, options: dict[str, Any] = options) -> Tensor:
+            function = getattr(functional, name)
+            return function(x, state, layer.all_weights, training=True, generator=generator, **options)[0]
+
+        before = torch.get_rng_state()
+        first, again = (run(torch.Generator().manual_seed(1)) for _ in range(2))
+        assert torch.equal(first, again) and not torch.equal(run(torch.Generator().manual_seed(2)), first)
+        assert torch.equal(torch.get_rng_state(), before)  # torch's own is not touched
+        run(None)
+        assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_frequencies_of_dropout_from_a_generator(rate: float) -> None:
+    """One step without recurrent weights: the second layer's unit i sees unit i of the first alone, or zero."""
+    units, rows = 50, 30
+    first = [torch.randn(3 * units, 2), torch.zeros(3 * units, units)]
+    x, h = torch.randn(1, rows, 2), torch.zeros(2, rows, units)
+
+    def run(scale: float, **options: Any) -> Tensor:
+        second = [torch.eye(units).repeat(3, 1) * scale, torch.zeros(3 * units, units)]
+        return functional.gru(x, h, [first, second], **options)[0]
+
+    got = run(1.0, dropout=rate, training=True, generator=torch.Generator().manual_seed(1))
+    dropped = got == 0
+    assert abs(dropped.double().mean() - rate) < 0.06  # five deviations of 1500 draws
+    if rate < 1:
+        torch.testing.assert_close(got, run(1 / (1 - rate)).masked_fill(dropped, 0))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [

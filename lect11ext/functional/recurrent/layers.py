@@ -86,7 +86,8 @@ def lstm(
             effect where a layer runs step by step: with projections, and on CUDA.
         return_cells: whether c is given at every step too, not only h: :math:`c_t = f_t c_{t-1} + i_t g_t`, after
             zoneout where there is any. The last layer keeps all for its backward then, whatever ``recompute`` says.
-        generator: where masks are drawn from (:func:`philox_key`); torch's default generator if None.
+        generator: where all masks are drawn from, dropout's too (:func:`philox_key`); torch's default generator if
+            None, and dropout's masks are then torch.nn's.
 
     Returns:
         ``(output, (h_n, c_n))``: the last layer's h at every step, ``[T, B, directions · H]`` (``P`` for ``H`` with
@@ -357,8 +358,8 @@ def _stack(
         raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {items}")
     last_states = []
     for first in range(0, items, directions):
-        if first > 0 and dropout > 0:
-            input = drop(input, dropout)
+        if first > 0 and dropout > 0:  # without a generator the mask is the one that torch.nn draws
+            input = drop(input, dropout) if generator is None else input * dropout_mask(input, dropout, generator)
         results = [layer(input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)]
         parts = zip(*(r[: -len(states)] for r in results), strict=True)
         over_time = tuple(p[0] if directions == 1 else torch.cat(p, -1) for p in parts)
