@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from lect11ext import functional, nn
 
@@ -163,6 +163,15 @@ def test_options_of_the_modules() -> None:
     for kind in KINDS:
         with pytest.raises(ValueError, match="grad_clip must be nonnegative, but got -1"):
             getattr(nn, kind)(5, 7, grad_clip=-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[3, 2, 1], [3, 2, 2, 1], [2, 3, 2], [3, 0, 4], [7, 0], [8, -1], []], ids=str)
+def test_packed_sequences_that_no_function_makes(kind: str, sizes: list[int]) -> None:
+    """torch.nn's leave rows out, or fail in the kernel."""
+    packed = PackedSequence(torch.randn(7, 5), torch.tensor(sizes, dtype=torch.int64))
+    with pytest.raises(ValueError, match="positive, in descending order, and sum to the rows of its data, 7, but got"):
+        getattr(nn, kind)(5, 7)(packed)
 
 
 @pytest.mark.parametrize("kind", KINDS)

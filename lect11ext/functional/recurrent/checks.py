@@ -109,3 +109,12 @@ def _check_scale(name: str, scale: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of weight_ih, {weight.device}, but is on {scale.device}")
     if scale.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise TypeError(f"{name} must have the type of weight_ih, {weight.dtype}, but got {scale.dtype}")
+
+
+def check_batch_sizes(sizes: list[int], rows: int) -> None:
+    """Raises for what pack_padded_sequence does not make: for some of it torch's functions write beyond memory."""
+    if not sizes or sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True) or sum(sizes) != rows:
+        raise ValueError(
+            "batch_sizes of a PackedSequence must be positive, in descending order, and sum to the rows of its data, "
+            f"{rows}, but got {sizes}"
+        )

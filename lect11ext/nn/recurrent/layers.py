@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ...functional import gru, lstm
-from ...functional.recurrent.checks import check_options, check_rate, zoneout_rates
+from ...functional.recurrent.checks import check_batch_sizes, check_options, check_rate, zoneout_rates
 from .cells import _extra
 
 
@@ -139,6 +139,8 @@ class _Layers(nn.RNNBase):
         if lengths is not None or reset is not None:
             raise ValueError("lengths and reset go with padded input; a PackedSequence has its own lengths")
         self.check_input(input.data, input.batch_sizes)
+        if not torch.compiler.is_compiling():
+            check_batch_sizes(input.batch_sizes.tolist(), input.data.size(0))
         # In the order in which it is packed, longest first.
         ordered = PackedSequence(input.data, input.batch_sizes)
         padded, own_lengths = pad_packed_sequence(ordered, batch_first=self.batch_first)
