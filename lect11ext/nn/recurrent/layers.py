@@ -5,6 +5,7 @@ Not from torch.nn.LSTM and GRU themselves: torch.compile breaks the graph at any
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -65,6 +66,10 @@ class _Layers(nn.RNNBase):
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("weight_norm_"):
                 nn.init.ones_(parameter)
+        for name in getattr(self, "parametrizations", ()):
+            if name.startswith("weight_norm_"):
+                with suppress(RuntimeError):  # one without a right_inverse cannot be given a value
+                    setattr(self, name, torch.ones_like(getattr(self, name)))
 
     def _layer_norms(self) -> list[tuple[Tensor, Tensor]] | None:
         if not self.layer_norm:
