@@ -70,10 +70,12 @@ def lstm(
             step, as at an episode's start. In a reverse direction before the step too, in its own order.
         candidate: ``"tanh"`` or ``"sigmoid"``.
         grad_clip: clamps :math:`\partial L/\partial h_t` and :math:`\partial L/\partial c_t` to [−a, a] at every step
-            of the recurrence (Mikolov 2012).
+            of the recurrence (Mikolov 2012). A double backward is that of the clamp where no gradient reaches ±a; where
+            one does, second-order gradients are clamped on each path by itself.
         layer_norms: for each item of weights ``(scale_ih, scale_hh)``, each ``[4H]``: the input's and the state's part
             of the sums are normalised on their own, over all gates' units, and scaled; ε is 1e-5, the biases come after
-            (Ba, Kiros & Hinton 2016, without a norm of the cell).
+            (Ba, Kiros & Hinton 2016, without a norm of the cell). Where sums or their squares overflow, a norm gives
+            zeros or NaN, from finite input too.
         peepholes: for each item of weights ``[3, H]``: i and f see :math:`p_i c_{t-1}` and :math:`p_f c_{t-1}`, o
             sees :math:`p_o c_t` (Gers & Schmidhuber 2000).
         zoneout: probabilities (of h, of c) with which a unit keeps its value at a step; with ``training`` drawn at
