@@ -69,7 +69,7 @@ inline constexpr int kPanelRows = 5;
 // Steps along k that all rows take before the next: 64 KiB of 64 floats, which the second-level cache streams faster
 // than the tiles multiply. It bounds the length of a sum too; smaller ones only store more often
 // (docs/performance-notes.md).
-inline constexpr int64_t kPanelDepth = 256;
+inline constexpr int64_t kPanelDepth = 128;
 
 // M rows × V vectors. The pragmas make the compiler unroll before it assigns registers.
 template <int M, int V, class P>
@@ -128,8 +128,10 @@ inline void panel_product(const P* const* a, int64_t rows, int64_t size, const P
   for (int64_t k = done; k == 0 || k < size; k += steps) {
     const int64_t depth = std::min(steps, size - k);
     const P* from = panel + k / kDeep * panel_row;
-    for (int64_t r = 0, n; r < rows; r += n) {
-      n = std::min<int64_t>(kRows, rows - r);
+    // Rows are spread evenly: a tile of few is bound by reading the panel.
+    int64_t tiles = (rows + kRows - 1) / kRows;
+    for (int64_t r = 0, n; r < rows; r += n, --tiles) {
+      n = (rows - r + tiles - 1) / tiles;
       const auto run = [&]<int M>() {
         for (int64_t v = 0; v < kVectors; v += V) {
           const int64_t column = v * kLanes<C>;

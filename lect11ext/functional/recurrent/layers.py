@@ -70,8 +70,8 @@ def lstm(
             step, as at an episode's start. In a reverse direction before the step too, in its own order.
         candidate: ``"tanh"`` or ``"sigmoid"``.
         grad_clip: clamps :math:`\partial L/\partial h_t` and :math:`\partial L/\partial c_t` to [−a, a] at every step
-            of the recurrence (Mikolov 2012). A double backward is that of the clamp where no gradient reaches ±a; where
-            one does, second-order gradients are clamped on each path by itself.
+            of the recurrence (Mikolov 2012). A double backward differentiates the clamp, and
+            clamps second-order gradients where they pass it in turn.
         layer_norms: for each item of weights ``(scale_ih, scale_hh)``, each ``[4H]``: the input's and the state's part
             of the sums are normalised on their own, over all gates' units, and scaled; ε is 1e-5, the biases come after
             (Ba, Kiros & Hinton 2016, without a norm of the cell). Where sums or their squares overflow, a norm gives
