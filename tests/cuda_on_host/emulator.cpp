@@ -162,23 +162,25 @@ void fail(const char* what) {
   std::abort();
 }
 
-void run(const std::function<void()>& thread, dim3 grid, dim3 size, bool cooperative) {
+void run(const std::function<void()>& thread, dim3 grid, dim3 size, std::size_t together) {
   const std::size_t blocks = std::size_t{grid.x} * grid.y * grid.z;
   const auto index = [&](std::size_t n) {
     return uint3{static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
                  static_cast<unsigned>(n / grid.x / grid.y)};
   };
-  if (!cooperative) {
+  if (together == 0) {
     for (std::size_t n = 0; n < blocks; ++n) block.run(thread, index(n), grid, size, nullptr);
     return;
   }
-  std::barrier<> all_blocks(static_cast<std::ptrdiff_t>(blocks));
-  std::vector<std::jthread> threads;
-  for (std::size_t n = 0; n < blocks; ++n) {
-    threads.emplace_back([&, n] {
-      block.run(thread, index(n), grid, size, &all_blocks);
-      all_blocks.arrive_and_drop();
-    });
+  for (std::size_t first = 0; first < blocks; first += together) {
+    std::barrier<> all_blocks(static_cast<std::ptrdiff_t>(together));
+    std::vector<std::jthread> threads;
+    for (std::size_t n = first; n < first + together; ++n) {
+      threads.emplace_back([&, n] {
+        block.run(thread, index(n), grid, size, &all_blocks);
+        all_blocks.arrive_and_drop();
+      });
+    }
   }
 }
 

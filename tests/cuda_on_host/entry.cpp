@@ -45,9 +45,10 @@ ENTRY(layer_forward, LayerCuda)
 ENTRY(layer_backward, LayerCudaBackward)
 
 // What the device seems to have from now on.
-extern "C" void set_device(int multiprocessors, int most_shared) {
+extern "C" void set_device(int multiprocessors, int most_shared, int compute_major) {
   cuda_on_host::multiprocessors = multiprocessors;
   cuda_on_host::most_shared = most_shared;
+  cuda_on_host::compute_major = compute_major;
 }
 
 extern "C" void gaussian_tiles(int64_t rows, int64_t cols, lect11ext::GaussianTiles* out) {

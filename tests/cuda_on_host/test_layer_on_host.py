@@ -31,10 +31,15 @@ NORM = {"norm": dict(norm=True), "norm and masks": dict(norm=True, hidden_mask=T
 
 @pytest.fixture
 def device(kernels: Kernels) -> Iterator[Any]:
-    """Sets how many blocks run at a time, and their shared memory: by default one with all of it."""
+    """Sets how many blocks run at a time, their shared memory, and whether there are clusters: by default one block
+    with all of it, and none."""
     everything = 227 * 1024
-    yield lambda blocks, shared=everything: kernels.library.set_device(blocks, shared)
-    kernels.library.set_device(1, everything)
+
+    def describe(blocks: int, shared: int = everything, *, clusters: bool = False) -> None:
+        kernels.library.set_device(blocks, shared, 9 if clusters else 8)
+
+    yield describe
+    describe(1)
 
 
 def near(name: str, got: torch.Tensor, expected: torch.Tensor, epsilon: float) -> None:
@@ -111,6 +116,13 @@ def test_teams_and_passes(
     """Several tiles a block, several teams, several groups of rows."""
     device(blocks)
     check(Layer(cell, dtype=dtype, steps=2, batch=batch), kernels)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("hidden", [5, 20, 70, 128])
+def test_clusters(kernels: Kernels, device: Any, cell: str, hidden: int) -> None:
+    device(19, clusters=True)
+    check(Layer(cell, dtype=BF16, steps=3, batch=35, hidden=hidden, norm=cell != "gru_reset_first"), kernels)
 
 
 def test_more_rows_than_a_pass(kernels: Kernels, device: Any) -> None:

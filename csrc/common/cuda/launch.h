@@ -29,17 +29,40 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
         "launch a kernel");
 }
 
+// More than 48 KiB must be asked for.
+template <class Kernel>
+void reserve_shared(Kernel* kernel, size_t bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "reserve shared memory");
+}
+
 // The same for a kernel whose blocks wait for one another: all of them run at the same time, or none.
 template <class... Params>
 void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                      const std::type_identity_t<Params>&... args) {
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  if (shared_bytes > 0) {  // more than 48 KiB must be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "reserve shared memory");
-  }
+  reserve_shared(kernel, shared_bytes);
   check(cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream)),
         "launch a cooperative kernel");
+}
+
+// Where only the blocks of a cluster, `cluster` neighbours, wait for one another.
+template <class... Params>
+void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     void* stream, const std::type_identity_t<Params>&... args) {
+  reserve_shared(kernel, shared_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, args...), "launch a kernel of clusters");
 }
 
 // Of the current device.

@@ -293,8 +293,7 @@ void run(const LayerCuda& args, void* stream) {
   pack_weights<S, kTensorCores, false>(args, gates_of(kCell), args.panels, stream);
   const int64_t chunks = cuda_depth(args.hidden, sizeof(S)) * sizeof(S) / kCudaChunkBytes;
   const LayerPlan plan = Forward<S, kCell, kTensorCores>::plan(args, chunks);
-  launch_together(forward_kernel<S, kCell, kTensorCores>, dim3(static_cast<unsigned>(plan.teams * plan.members)),
-                  dim3(kLayerThreads), plan.shared_bytes, stream, args, plan);
+  launch_teams(forward_kernel<S, kCell, kTensorCores>, args, plan, stream);
 }
 
 }  // namespace

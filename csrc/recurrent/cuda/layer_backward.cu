@@ -302,8 +302,7 @@ void run(const LayerCudaBackward& args, void* stream) {
   pack_weights<S, kTensorCores, true>(args, kGates, args.panels, stream);
   const int64_t chunks = kGates * cuda_depth(args.hidden, sizeof(S)) * sizeof(S) / kCudaChunkBytes;
   const LayerPlan plan = Backward<S, kCell, kTensorCores>::plan(args, chunks);
-  launch_together(backward_kernel<S, kCell, kTensorCores>, dim3(static_cast<unsigned>(plan.teams * plan.members)),
-                  dim3(kLayerThreads), plan.shared_bytes, stream, args, plan);
+  launch_teams(backward_kernel<S, kCell, kTensorCores>, args, plan, stream);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/cuda/cluster.cuh"
 #include "common/cuda/launch.h"
 #include "common/cuda/math.cuh"
 #include "recurrent/cuda/layer_product.cuh"
@@ -15,6 +16,7 @@ constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3;
 // The same for all blocks of a launch.
 struct LayerPlan {
   int64_t teams, members;  // blocks of a team
+  bool clusters;           // whether a team is a cluster
   int64_t row_groups;      // warps side by side along the batch; the others share the depth
   int64_t chunks;          // of the product's depth
   int64_t kept_chunks;     // those whose weights are in shared memory
@@ -31,10 +33,16 @@ __device__ inline T* over_time(T* tensor, TimeStrides strides, int64_t t, int64_
 template <class S, bool kTensorCores, int kColumns>
 class LayerTeam {
  public:
+  // The largest cluster that every device has, and what it is worth: each tile more of a block is a product more a
+  // step.
+  static constexpr int64_t kClusterBlocks = 8, kClusterTiles = 2 * kClusterBlocks;
+
   static LayerPlan plan(const LayerCommon& args, int64_t chunks) {
     const int64_t blocks = device_attribute(cudaDevAttrMultiProcessorCount), tiles = cuda_tiles(args.hidden);
     LayerPlan plan{};
-    plan.members = std::min(tiles, blocks);
+    plan.clusters =
+        device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && tiles <= kClusterTiles && blocks >= kClusterBlocks;
+    plan.members = std::min(tiles, plan.clusters ? kClusterBlocks : blocks);
     plan.teams = std::clamp<int64_t>((args.batch + kRows - 1) / kRows, 1, blocks / plan.members);
     const int64_t rows = (args.batch + plan.teams - 1) / plan.teams;
     plan.row_groups = 1;
@@ -157,6 +165,7 @@ class LayerTeam {
 
   // Waits for all blocks of the team, and for what they have written.
   __device__ void wait() {
+    if (plan_.clusters) return cluster_wait();
     __syncthreads();
     awaited_ += plan_.members;
     if (threadIdx.x == 0 && plan_.members > 1) {
@@ -275,6 +284,17 @@ void pack_weights(const LayerCommon& args, int64_t gates, void* panels, void* st
   const int64_t pieces = cuda_tiles(args.hidden) * kTile * gates * depth / kVector<S>;
   launch(pack_kernel<S, kTensorCores, kBackward>, grid_stride_blocks(pieces, kLayerThreads), dim3(kLayerThreads), 0,
          stream, args, gates, static_cast<uint4*>(panels), pieces);
+}
+
+// Starts a kernel by its plan.
+template <class Args>
+void launch_teams(void (*kernel)(Args, LayerPlan), const Args& args, const LayerPlan& plan, void* stream) {
+  const dim3 grid(static_cast<unsigned>(plan.teams * plan.members)), block(kLayerThreads);
+  if (plan.clusters) {
+    launch_clusters(kernel, static_cast<unsigned>(plan.members), grid, block, plan.shared_bytes, stream, args, plan);
+  } else {
+    launch_together(kernel, grid, block, plan.shared_bytes, stream, args, plan);
+  }
 }
 
 // Calls f with the storage type and whether tensor cores multiply it.

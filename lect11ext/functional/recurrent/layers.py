@@ -85,7 +85,7 @@ def lstm(
         truncate: gradients of the states do not pass from steps k, 2k, … to those before them; 0: they pass.
         recompute: keeps c only every k steps, and no gates, and computes the rest again in the backward, k steps at a
             time: the same gradients, to rounding, in O(T / k + k) memory beyond the output's. 0: all is kept. Without
-            effect where a layer runs step by step: with projections, and on CUDA.
+            effect with projections.
         return_cells: whether c is given at every step too, not only h: :math:`c_t = f_t c_{t-1} + i_t g_t`, after
             zoneout where there is any. The last layer keeps all for its backward then, whatever ``recompute`` says.
         generator: where all masks are drawn from, dropout's too (:func:`philox_key`); torch's default generator if
@@ -100,8 +100,9 @@ def lstm(
     Gradients: through every output to every tensor, of any order, in ``eval()`` too; forward-mode AD; ``vmap`` (batched
     weights run once a sample). Deterministic: the same bits for any number of threads. Sums are kept in float32
     (float64 for float64), of the 16-bit types c too within a call. Under autocast the layer runs in autocast's type.
-    With projections, and on CUDA, a layer runs step by step from the fused cells; a compiled or exported graph of its
-    derivatives then holds for one number of steps, and any batch.
+    With projections a layer runs step by step from the fused cells; a compiled or exported graph of its derivatives
+    then holds for one number of steps, and any batch. On CUDA float32 is multiplied as TF32 where
+    ``torch.backends.cudnn.rnn.fp32_precision`` says so, as torch.nn's layers are; CUDA is not yet run on a GPU.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <utility>
 
 #define __global__
@@ -62,7 +63,8 @@ Slot* warp_slots();
 int lane();
 [[noreturn]] void fail(const char* what);
 
-void run(const std::function<void()>& thread, dim3 grid, dim3 block, bool cooperative);
+// Blocks run one after another, but for groups of `together` neighbours, where that is not 0.
+void run(const std::function<void()>& thread, dim3 grid, dim3 block, std::size_t together);
 
 // Every lane of `mask` gives a value and sees those of all.
 template <class T>
@@ -164,13 +166,17 @@ inline void sincospif(float x, float* sine, float* cosine) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = struct CUstream_st*;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace cuda_on_host {
 // One multiprocessor: what a library does only for large problems begins at a small size here. Tests set others.
 inline constexpr unsigned kMostShared = 227 * 1024;
-inline int multiprocessors = 1, most_shared = kMostShared;
+inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8;
 inline thread_local cudaError_t last_error = cudaSuccess;
 
 template <class... Params, std::size_t... I>
@@ -180,14 +186,14 @@ void call(void (*kernel)(Params...), void** args, std::index_sequence<I...>) {
 
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, void** args, std::size_t shared,
-                   bool cooperative) {
+                   std::size_t together) {
   constexpr unsigned kMaxThreads = 1024, kMaxGridX = 0x7FFFFFFF, kMaxGridYZ = 65535;
   const auto outside = [](std::size_t n, unsigned most) { return n == 0 || n > most; };
   if (outside(std::size_t{block.x} * block.y * block.z, kMaxThreads) || outside(grid.x, kMaxGridX) ||
       outside(grid.y, kMaxGridYZ) || outside(grid.z, kMaxGridYZ) || shared > kMostShared) {
     return last_error = cudaErrorInvalidConfiguration;
   }
-  run([&] { call(kernel, args, std::index_sequence_for<Params...>()); }, grid, block, cooperative);
+  run([&] { call(kernel, args, std::index_sequence_for<Params...>()); }, grid, block, together);
   return cudaSuccess;
 }
 }  // namespace cuda_on_host
@@ -201,8 +207,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool count = attribute == cudaDevAttrMultiProcessorCount;
-  return *value = count ? cuda_on_host::multiprocessors : cuda_on_host::most_shared, cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = cuda_on_host::multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = cuda_on_host::compute_major; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_host::most_shared; break;
+  }
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
@@ -210,11 +220,39 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaS
 template <class... Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** args, std::size_t shared = 0,
                              cudaStream_t = nullptr) {
-  return cuda_on_host::launch(kernel, grid, block, args, shared, false);
+  return cuda_on_host::launch(kernel, grid, block, args, shared, 0);
 }
 
 template <class... Params>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** args,
                                         std::size_t shared = 0, cudaStream_t = nullptr) {
-  return cuda_on_host::launch(kernel, grid, block, args, shared, true);
+  return cuda_on_host::launch(kernel, grid, block, args, shared, std::size_t{grid.x} * grid.y * grid.z);
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+  struct { unsigned x, y, z; } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// With clusters along x.
+template <class... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const std::type_identity_t<Params>&... args) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  const unsigned cluster = config->attrs[0].val.clusterDim.x;
+  if (cluster == 0 || cluster > 8 || config->gridDim.x % cluster != 0) {
+    return cuda_on_host::last_error = cudaErrorInvalidConfiguration;
+  }
+  return cuda_on_host::launch(kernel, config->gridDim, config->blockDim, pointers, config->dynamicSmemBytes, cluster);
 }
