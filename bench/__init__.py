@@ -2,3 +2,8 @@
 
 ``python -m bench`` runs them and prints one table of ratios; ``pytest bench/recurrent.py`` runs a family alone.
 """
+
+import os
+
+# Where OMP_PROC_BIND is set, importing torch binds this thread to one processor, and a child would have no other.
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None

@@ -17,6 +17,7 @@ import torch
 import lect11ext
 from lect11ext._load import _C
 
+from . import PROCESSORS
 from .ceilings import CEILINGS
 
 FAMILIES = ["autoencoder", "recurrent", "layers", "compilation"]
@@ -77,6 +78,8 @@ def main() -> int:
     # Bound to its processor, a thread cannot be put beside another: kernels of virtual machines do that, and halve
     # whatever is measured.
     environment = {"OMP_PROC_BIND": "true", **os.environ, "BENCH_ONLY": args.only}
+    if PROCESSORS is not None:
+        os.sched_setaffinity(0, PROCESSORS)
     status = subprocess.run(command, env=environment, check=False).returncode
     if status != 0:
         return status
