@@ -236,8 +236,10 @@ class LayerTeam {
       for (int i = 0; i < kAhead; ++i) {
         const int64_t at = chunk + i * splits;
         if (at >= last) break;
-        const uint4* from = (at < plan_.kept_chunks ? kept : panel(tile)) + (at * kColumns + kFirst) * kPieces;
-        product.multiply(ahead[i], from, lane, rows);
+        const int64_t from = (at * kColumns + kFirst) * kPieces;
+        // Two calls, so that each knows which memory it reads: an access to either kind takes longer.
+        if (at < plan_.kept_chunks) product.multiply(ahead[i], kept + from, lane, rows);
+        else product.multiply(ahead[i], panel(tile) + from, lane, rows);
       }
     }
     product.store(sums_ + (split * groups + group) * kRows * kCount * kTile, lane, rows);
