@@ -1,12 +1,11 @@
 #include "common/barrier.h"
 
-#include <thread>
-
 namespace lect11ext {
 namespace {
 
-// Polls before a waiting thread lets others run, some 20 to 50 µs: the one that it waits for may be queued behind it on
-// this very processor.
+// Polls before a waiting thread sleeps, some 20 to 50 µs: the one that it waits for may be queued behind it on this very
+// processor, or behind another program. A thread that sleeps is let in again at once when it is woken; one that yields
+// would wait for that program's whole slice, after every step.
 constexpr int kPolls = 2000;
 
 void pause() {
@@ -21,10 +20,14 @@ Barrier::Barrier(int64_t parties) : parties_(parties) {}
 
 void Barrier::arrive_and_wait(int64_t count) {
   if (count == parties_) return;
-  const int64_t target = (arrived_.fetch_add(count, std::memory_order_acq_rel) / parties_ + 1) * parties_;
-  for (int polls = 0; arrived_.load(std::memory_order_acquire) < target; ++polls) {
+  const int64_t before = arrived_.fetch_add(count, std::memory_order_acq_rel);
+  const int64_t target = (before / parties_ + 1) * parties_;
+  if (before + count == target) return arrived_.notify_all();
+  for (int polls = 0;; ++polls) {
+    const int64_t arrived = arrived_.load(std::memory_order_acquire);
+    if (arrived >= target) return;
     if (polls < kPolls) pause();
-    else std::this_thread::yield();
+    else arrived_.wait(arrived, std::memory_order_acquire);
   }
 }
 
