@@ -1,6 +1,6 @@
-"""Fused CPU and CUDA kernels for PyTorch: LSTM and GRU steps, and the losses of autoencoders.
+"""Fused CPU and CUDA kernels for PyTorch: LSTM and GRU, steps and layers, and the losses of autoencoders.
 
-Change one import: ``torch.nn.LSTMCell`` becomes ``lect11ext.nn.LSTMCell``; or let :func:`convert` change a whole model.
+Change one import: ``torch.nn.LSTM`` becomes ``lect11ext.nn.LSTM``; or let :func:`convert` change a whole model.
 See :mod:`lect11ext.nn` for the modules, :mod:`lect11ext.functional` for the functions, :mod:`lect11ext.reference` for
 the same functions in plain PyTorch.
 """

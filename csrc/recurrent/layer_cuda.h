@@ -4,7 +4,8 @@
 // columns) in shared memory for all steps, as far as they fit; what does not fit is read from the L2 cache in every
 // step. A team is as many blocks as own all units. It works at some rows of the batch, apart from all other teams, and
 // its blocks meet at a barrier after every step, having written what the next one multiplies to `exchange`. All blocks
-// run at the same time: the launch is a cooperative one.
+// of a team run at the same time: a small team is a cluster, where there are clusters; else the launch is a cooperative
+// one.
 //
 // A step's product is cut along its depth among the warps of a block, and their sums are added in a fixed order: the
 // results are the same bits in every run, but may differ between devices.

@@ -49,8 +49,8 @@ def lstm(
 ) -> tuple[Any, ...]:
     r"""An LSTM over whole sequences: :func:`lstm_cell` at every step, in every layer and direction.
 
-    On the CPU a layer's forward and backward are one op each, and its recurrence is one parallel region, with the
-    weights in the caches. What a step computes stands in :func:`lstm_cell`.
+    A layer's forward and backward are one op each. On the CPU its recurrence is one parallel region, with the weights
+    in the caches; on CUDA one kernel. What a step computes stands in :func:`lstm_cell`.
 
     Args:
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[T, I]``; float32, float64, bfloat16 or float16;

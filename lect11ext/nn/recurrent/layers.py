@@ -314,7 +314,8 @@ class GRU(_Layers):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn's.
         grad_clip: clamps the gradient of h element by element at every step.
-        reset_after: whether the reset gate acts after the recurrent product, as in torch.nn, or before it.
+        reset_after: whether the reset gate acts after the recurrent product, as in torch.nn, or before it; not
+            before it with ``layer_norm``.
         layer_norm: whether the gates' sums are normalised (parameters weight_norm_ih_l0, weight_norm_hh_l0, …).
         zoneout: probability with which a unit keeps its value.
         recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
