@@ -184,7 +184,8 @@ def _stranger(module: Module, source: type[Module], targets: Classes) -> str | N
     names = {cls.__name__ for cls in targets}
     if isinstance(module, torch.jit.ScriptModule):
         return f"a scripted {module.original_name} keeps its code" if module.original_name in names else None
-    # torch.ao.nn has quantized modules of the same names.
+    # torch.ao.nn has quantized modules of the same names; and torch.nn kinds of recurrent modules that are not here.
+    names |= {"RNN", "RNNCell"}
     kin = any(cls.__name__ in names and cls.__module__.startswith("torch.") for cls in source.__mro__)
     return f"lect11ext has nothing like {_name(source)}" if kin else None
 

@@ -3,9 +3,9 @@
 namespace lect11ext {
 namespace {
 
-// Polls before a waiting thread sleeps, some 20 to 50 µs: the one that it waits for may be queued behind it on this very
-// processor, or behind another program. A thread that sleeps is let in again at once when it is woken; one that yields
-// would wait for that program's whole slice, after every step.
+// Polls before a waiting thread sleeps, some 20 to 50 µs: the one that it waits for may be queued behind it on this
+// very processor, or behind another program. A thread that sleeps is let in again at once when it is woken; one that
+// yields would wait for that program's whole slice, after every step.
 constexpr int kPolls = 2000;
 
 void pause() {

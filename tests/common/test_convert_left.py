@@ -36,6 +36,12 @@ class LSTM(torch.nn.Module):
     """Nothing but the name."""
 
 
+@pytest.mark.parametrize("module", [torch.nn.RNN(3, 4), torch.nn.RNNCell(3, 4)], ids=lambda m: type(m).__name__)
+def test_plain_recurrent_modules_are_left(module: torch.nn.Module) -> None:
+    _, report = convert(torch.nn.Sequential(module))
+    assert not report.replaced and "nothing like torch.nn." in report.left["0"]
+
+
 def test_subclasses_are_left() -> None:
     expected = "tests.common.test_convert_left.OwnLSTM derives from torch.nn.LSTM, and what it adds would be lost"
     assert reason(OwnLSTM(5, 4)) == expected
