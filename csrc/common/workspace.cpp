@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -14,7 +15,7 @@ namespace lect11ext {
 namespace {
 
 constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
-constexpr size_t kMostKept = size_t{64} << 20;  // of a thread
+constexpr size_t kMostKept = size_t{64} << 20;  // of a piece
 
 char* allocate(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
@@ -26,14 +27,22 @@ char* allocate(size_t bytes) {
   return static_cast<char*>(memory);
 }
 
-struct Kept {
+}  // namespace
+
+struct Workspace::Kept {
   std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
   size_t size = 0;
   bool in_use = false;
 };
-thread_local Kept kept;
 
-}  // namespace
+// One that is free, or null.
+Workspace::Kept* Workspace::find_kept() {
+  static thread_local std::array<Kept, 2> pieces;
+  for (Kept& piece : pieces) {
+    if (!piece.in_use) return &piece;
+  }
+  return nullptr;
+}
 
 size_t Workspace::reserve(int64_t bytes) {
   TORCH_INTERNAL_ASSERT(memory_ == nullptr);
@@ -44,18 +53,18 @@ size_t Workspace::reserve(int64_t bytes) {
 
 void* Workspace::at(size_t part) {
   if (memory_ == nullptr && size_ > 0) {
-    own_ = kept.in_use || size_ > kMostKept;
-    if (own_) {
+    kept_ = size_ <= kMostKept ? find_kept() : nullptr;
+    if (kept_ == nullptr) {
       memory_ = allocate(size_);
     } else {
-      if (kept.size < size_) {
-        kept.size = 0;
-        kept.memory.reset();
-        kept.memory.reset(allocate(size_));
-        kept.size = size_;
+      if (kept_->size < size_) {
+        kept_->size = 0;
+        kept_->memory.reset();
+        kept_->memory.reset(allocate(size_));
+        kept_->size = size_;
       }
-      kept.in_use = true;
-      memory_ = kept.memory.get();
+      kept_->in_use = true;
+      memory_ = kept_->memory.get();
     }
     // As at::empty does, for tests: every float type's NaN.
     const auto& context = at::globalContext();
@@ -67,8 +76,8 @@ void* Workspace::at(size_t part) {
 }
 
 Workspace::~Workspace() {
-  if (own_) std::free(memory_);
-  else if (memory_ != nullptr) kept.in_use = false;
+  if (kept_ == nullptr) std::free(memory_);
+  else kept_->in_use = false;
 }
 
 }  // namespace lect11ext

@@ -1,6 +1,6 @@
-// Memory that a call needs while it runs. It is kept from call to call, one piece for each calling thread, since fresh
-// memory costs more than most kernels: the system hands it out page by page, 2 µs for every 4 KiB on a virtual machine.
-// Nothing is ever read from it that the same call has not written.
+// Memory that a call needs while it runs. It is kept from call to call, two pieces for each calling thread (an op's,
+// and its kernel's), since fresh memory costs more than most kernels: the system hands it out page by page, 2 µs for
+// every 4 KiB on a virtual machine. Nothing is ever read from it that the same call has not written.
 #pragma once
 
 #include <cstddef>
@@ -26,9 +26,12 @@ class Workspace {
   void* at(size_t part);
 
  private:
+  struct Kept;
+  static Kept* find_kept();
+
   size_t size_ = 0;
   char* memory_ = nullptr;
-  bool own_ = false;  // freed at the end, not kept
+  Kept* kept_ = nullptr;  // where the memory is from; else it is freed at the end
 };
 
 }  // namespace lect11ext

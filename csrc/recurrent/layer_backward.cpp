@@ -1,12 +1,16 @@
 // A layer's backward: the kernel's recurrence, then products and sums over all steps at once.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 
 #include "common/tensors.h"
+#include "common/workspace.h"
 #include "recurrent/layer_tensors.h"
 #include "recurrent/products.h"
 
@@ -51,13 +55,23 @@ Gradients backward_of_steps(const Device& device, const OutputGradients& grads, 
   const bool has_mask = common.hidden_mask.defined(), differs = in.has_norm() || (!in.is_lstm() && in.reset_after);
 
   Gradients result;
-  const auto sums = [&, first = first, second = second](bool wanted) {
-    return wanted ? empty_output({first, second, G * H}, pre_options) : Tensor();
+  // They stay in here, but for an input's gradient, so that on the CPU they need no fresh memory.
+  const bool multiplies = autograd::defined(in.weight_ih), borrows = in.input.is_cpu() && multiplies;
+  Workspace space;
+  const bool wanted[] = {true, differs, in.has_norm() && !in.is_lstm()};
+  size_t parts_of_space[std::size(wanted)];
+  for (size_t i = 0; i < std::size(wanted); ++i) {
+    if (borrows && wanted[i]) parts_of_space[i] = space.reserve(T * B * G * H * pre_options.dtype().itemsize());
+  }
+  const auto sums = [&, first = first, second = second](size_t i) {
+    const std::array<int64_t, 3> size{first, second, G * H};
+    if (!wanted[i]) return Tensor();
+    return borrows ? at::from_blob(space.at(parts_of_space[i]), size, pre_options) : empty_output(size, pre_options);
   };
   if (mask[kH]) result[kH] = at::empty({B, H}, options);
   if (mask[kC] && in.is_lstm()) result[kC] = at::empty({B, H}, options);
   if (mask[kHiddenMask] && has_mask) result[kHiddenMask] = at::empty({B, H}, options);
-  const Tensor pre = sums(true), hidden = sums(differs), after_norm = sums(in.has_norm() && !in.is_lstm());
+  const Tensor pre = sums(0), hidden = sums(1), after_norm = sums(2);
 
   args.clip = in.clip();
   args.truncate = in.truncate;
@@ -95,7 +109,6 @@ Gradients backward_of_steps(const Device& device, const OutputGradients& grads, 
     return as_rows(x.contiguous());
   };
   recurrent::Products products;
-  const bool multiplies = autograd::defined(in.weight_ih);
   if (mask[kInput]) {
     result[kInput] = multiplies ? products.input_gradient(rows, *in.weight_ih).view(in.input.sizes()) : pre.to(type);
   }
