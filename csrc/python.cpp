@@ -3,6 +3,7 @@
 // A call through here costs 2 µs less than one through torch.ops; under torch.compile the wrappers take torch.ops.
 #include <torch/extension.h>
 
+#include "attention/dot_product_inputs.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/capability.h"
@@ -53,6 +54,15 @@ std::tuple<Tensor, Tensor> gru(GRU_LAYER_PARAMETERS) {
 }
 
 }  // namespace layers
+
+attention_op::Outputs attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                             const OptionalTensor& dropout_key, double dropout_p, std::optional<double> scale,
+                             std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+                             bool bottom_right, std::optional<double> softcap) {
+  return attention_op::call_forward(attention_op::ATTENTION_INPUTS);
+}
 
 py::dict build_info() {
   py::dict info;
@@ -113,6 +123,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gru_cell_packed", &gru_cell_packed, NoGil());
   m.def("lstm_layer", &layers::lstm, NoGil());
   m.def("gru_layer", &layers::gru, NoGil());
+  m.def("attention", &attend, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

@@ -117,6 +117,23 @@ def gru_layer(
     batch_first: bool,
     /,
 ) -> tuple[Tensor, Tensor]: ...
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_key: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    bottom_right: bool,
+    softcap: float | None,
+    /,
+) -> tuple[Tensor, Tensor]: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def best_cpu_capability() -> str: ...

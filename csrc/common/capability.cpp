@@ -73,6 +73,15 @@ Capability best_capability() {
   return best;
 }
 
+bool prefers_float_products() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel && capability() == Capability::AVX512_BF16;
+#else
+  return false;
+#endif
+}
+
 Capability capability() { return in_use().load(std::memory_order_relaxed); }
 
 void set_capability(const char* name) { in_use().store(parse(name), std::memory_order_relaxed); }

@@ -1,0 +1,96 @@
+// Packs keys and values into panels, a panel of one head at a time.
+#include "attention/cpu/dot_product_tile.h"
+#include "common/workspace.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+namespace {
+
+template <class P>
+bool all_finite(const P* x, int64_t n) {
+  int bad = 0;  // counted as an integer, so that the loop becomes vectors
+  if constexpr (sizeof(P) == 2) {
+    constexpr uint16_t kExponent = 0x7F80;  // of bfloat16; float16 is no operand
+    const auto* words = reinterpret_cast<const uint16_t*>(x);
+    for (int64_t i = 0; i < n; ++i) bad |= (words[i] & kExponent) == kExponent;
+  } else {
+    for (int64_t i = 0; i < n; ++i) bad |= !(std::abs(x[i]) <= std::numeric_limits<P>::max());
+  }
+  return bad == 0;
+}
+
+// [64][columns] → [columns / kDeep][64][kDeep], where a pair of 16-bit columns moves as one word.
+template <class P>
+void transpose(const P* from, int64_t columns, P* to) {
+  if constexpr (sizeof(P) == 8) {
+    for (int64_t k = 0; k < kPanelKeys; ++k) {
+      for (int64_t c = 0; c < columns; ++c) to[c * kPanelKeys + k] = from[k * columns + c];
+    }
+  } else {
+    constexpr int64_t kStep = 16;
+    const int64_t words = columns * sizeof(P) / sizeof(float);
+    const auto* source = reinterpret_cast<const float*>(from);
+    auto* target = reinterpret_cast<float*>(to);
+    for (int64_t k = 0; k < kPanelKeys; k += kStep) {
+      for (int64_t c = 0; c < words; c += kStep) {
+        at::vec::transpose_mxn<float>(source + k * words + c, words, target + c * kPanelKeys + k, kPanelKeys, kStep,
+                                      kStep);
+      }
+    }
+  }
+}
+
+// [64][columns] → [64 / kDeep][columns][kDeep].
+template <class P>
+void interleave(const P* from, int64_t stride, int64_t columns, P* to) {
+  if constexpr (PanelStep<P>::kDeep == 1) {
+    for (int64_t k = 0; k < kPanelKeys; ++k) std::copy_n(from + k * stride, columns, to + k * columns);
+  } else {
+    for (int64_t k = 0; k < kPanelKeys; k += 2, to += 2 * columns) {
+      const P *even = from + k * stride, *odd = even + stride;
+      for (int64_t c = 0; c < columns; ++c) {
+        to[2 * c] = even[c];
+        to[2 * c + 1] = odd[c];
+      }
+    }
+  }
+}
+
+template <class S, class P>
+void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand& to, int64_t begin, int64_t end) {
+  if (to.from.data == nullptr) return;
+  const int64_t wide = round_up(to.columns, kDeepStep), narrow = round_up(to.columns, kColumnStep);
+  Workspace space;
+  const auto part = space.reserve(kPanelKeys * wide * sizeof(P));
+  P* staged = static_cast<P*>(space.at(part));
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = std::upper_bound(plan.panels, plan.panels + args.sequences + 1, item / args.kv_heads) -
+                      plan.panels - 1;
+    const int64_t panels = plan.panels[n + 1] - plan.panels[n], local = item - plan.panels[n] * args.kv_heads;
+    const int64_t head = local / panels, first = local % panels * kPanelKeys;
+    const AttentionSequence s(args, n);
+    const int64_t rows = std::min(kPanelKeys, s.keys - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      P* row = staged + r * wide;
+      convert(row_of<S>(to.from, s.batch, head, s.key_start + first + r), row, to.columns);
+      std::fill(row + to.columns, row + wide, P(0));
+    }
+    std::fill(staged + rows * wide, staged + kPanelKeys * wide, P(0));
+    if (to.finite != nullptr) to.finite[item] = all_finite(staged, rows * wide);
+    if (to.transposed != nullptr) transpose(staged, wide, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
+    if (to.rows != nullptr) interleave(staged, wide, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
+  }
+}
+
+}  // namespace
+
+void attention_pack_kernel(const AttentionPack& pack_args, int64_t begin, int64_t end) {
+  with_operands(pack_args.args->dtype, pack_args.plan.widens, [&](auto* type, auto* operand) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using P = std::remove_pointer_t<decltype(operand)>;
+    for (const PackedOperand* to : {&pack_args.key, &pack_args.value, &pack_args.key_t, &pack_args.value_t}) {
+      pack<S, P>(*pack_args.args, pack_args.plan, *to, begin, end);
+    }
+  });
+}
+
+}  // namespace lect11ext::CPU_CAPABILITY

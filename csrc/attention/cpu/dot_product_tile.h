@@ -1,0 +1,266 @@
+// What the passes of dot-product attention on the CPU share: which keys a query sees, biases, dropout, and products of
+// rows with packed panels.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "attention/dot_product_cpu.h"
+#include "common/cpu/math.h"
+#include "common/cpu/normal.h"
+#include "common/cpu/panel.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+
+template <class C>
+inline constexpr C kMinusInfinity = -std::numeric_limits<C>::infinity();
+
+// Weights are powers of a base that is cheap for the type: 2 for float, e for double. A score times kLogBase is the
+// exponent.
+template <class C>
+inline constexpr C kLogBase = std::is_same_v<C, float> ? C(1.44269504088896341) : C(1);
+inline Vec<float> power(Vec<float> x) { return exp2(x); }
+inline Vec<double> power(Vec<double> x) { return x.exp(); }
+
+// The greater one; acc where x is NaN, which shows in the weights anyway.
+inline Vec<float> greater(Vec<float> x, Vec<float> acc) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(x, acc);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(x, acc);
+#else
+  return at::vec::maximum(x, acc);
+#endif
+}
+inline Vec<double> greater(Vec<double> x, Vec<double> acc) { return at::vec::maximum(x, acc); }
+
+template <class C>
+inline C sum_of_lanes(const Vec<C>& v) {
+  C lanes[kLanes<C>], sum = 0;
+  v.store(lanes);
+  for (C lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class C>
+inline C greatest_lane(const Vec<C>& v) {
+  C lanes[kLanes<C>];
+  v.store(lanes);
+  return *std::max_element(lanes, lanes + kLanes<C>);
+}
+
+// A row of weights, rounded to the operands of the next product.
+template <class C, class P>
+inline void store_weights(const Vec<C>& low, const Vec<C>& high, P* to) {
+  if constexpr (std::is_same_v<C, P>) {
+    low.store(to);
+    high.store(to + kLanes<C>);
+  } else {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    at::vec::convert_from_float<P>(low, high).store(to);
+#endif
+  }
+}
+
+// out[r][0 … columns) = Σ_k a[r][k] · panel[k][…] for columns in steps of 16.
+template <class P>
+inline void multiply(const P* const* a, int64_t rows, int64_t size, const P* panel, int64_t panel_row,
+                     Compute<P>* const* out, int64_t columns, bool add) {
+  constexpr int64_t kWidest = 64;
+  if (rows == 0 || size == 0) return;
+  Compute<P>* shifted[kTileQueries > kBlockKeys ? kTileQueries : kBlockKeys];
+  for (int64_t c = 0; c < columns; c += kWidest) {
+    Compute<P>* const* to = out;
+    if (c > 0) {
+      for (int64_t r = 0; r < rows; ++r) shifted[r] = out[r] + c;
+      to = shifted;
+    }
+    const P* from = panel + c * PanelStep<P>::kDeep;
+    switch (std::min(kWidest, columns - c)) {
+      case 16: panel_product<16>(a, rows, size, from, panel_row, to, add); break;
+      case 32: panel_product<32>(a, rows, size, from, panel_row, to, add); break;
+      case 48: panel_product<48>(a, rows, size, from, panel_row, to, add); break;
+      default: panel_product<64>(a, rows, size, from, panel_row, to, add); break;
+    }
+  }
+}
+
+// The keys that a query sees by causality and window, and the queries that see a key: both ascend.
+struct Band {
+  int64_t diagonal, left, right, queries, keys;
+
+  Band(const Attention& args, const AttentionSequence& s)
+      : diagonal(s.diagonal(args)),
+        left(args.window_left),
+        right(args.window_right),
+        queries(s.queries),
+        keys(s.keys) {}
+
+  int64_t first_key(int64_t i) const { return std::max<int64_t>(0, i + diagonal - left); }
+  int64_t end_key(int64_t i) const { return std::clamp<int64_t>(i + diagonal + right + 1, 0, keys); }
+  // Of `rows` queries from i on, those that see any of keys j … j + n − 1: [first_row, end_row).
+  int64_t first_row(int64_t i, int64_t rows, int64_t j) const {
+    return std::clamp<int64_t>(j - right - diagonal - i, 0, rows);
+  }
+  int64_t end_row(int64_t i, int64_t rows, int64_t j, int64_t n) const {
+    return std::clamp<int64_t>(j + n + left - diagonal - i, 0, rows);
+  }
+};
+
+// Where the rows of one head of one sequence lie.
+template <class S>
+inline const S* row_of(const AttentionOperand& t, int64_t batch, int64_t head, int64_t position) {
+  return static_cast<const S*>(t.data) + batch * t.strides.batch + head * t.strides.head + position * t.strides.position;
+}
+template <class S>
+inline S* row_of(void* data, const AttentionStrides& s, int64_t batch, int64_t head, int64_t position) {
+  return static_cast<S*>(data) + batch * s.batch + head * s.head + position * s.position;
+}
+inline int64_t lse_row(const Attention& args, int64_t batch, int64_t head, int64_t position) {
+  return (batch * args.heads + head) * args.queries + position;
+}
+
+// Calls f with null pointers of the storage type and of the type that products' operands have.
+template <class F>
+inline void with_operands(DType dtype, bool widens, F f) {
+  with_type(dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<Operand<S>, Compute<S>>) {
+      if (widens) return f(type, static_cast<Compute<S>*>(nullptr));
+    }
+    f(type, static_cast<Operand<S>*>(nullptr));
+  });
+}
+
+// `rows` rows of a tensor as operands of a product: in place, or rounded up in columns and converted into `buffer`.
+template <class S, class P>
+inline void operand_rows(const AttentionOperand& t, int64_t columns, int64_t batch, int64_t head, int64_t position,
+                         int64_t rows, P* buffer, const P** pointers) {
+  const int64_t padded = round_up(columns, kDeepStep);
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* from = row_of<S>(t, batch, head, position + r);
+    if constexpr (std::is_same_v<S, P>) {
+      if (columns % PanelStep<P>::kDeep == 0) {
+        pointers[r] = from;
+        continue;
+      }
+    }
+    P* to = buffer + r * padded;
+    convert(from, to, columns);
+    std::fill(to + columns, to + padded, P(0));
+    pointers[r] = to;
+  }
+}
+
+// Of columns that a product sums over: all that there are, in whole steps.
+template <class P>
+inline int64_t summed_columns(int64_t columns) {
+  return round_up(columns, PanelStep<P>::kDeep);
+}
+
+template <class T>
+inline void load_bias(const T* mask, int64_t stride, int64_t n, float* bias) {
+  for (int64_t j = 0; j < n; ++j) bias[j] = static_cast<float>(mask[j * stride]);
+}
+inline void load_bias(const double* mask, int64_t stride, int64_t n, double* bias) {
+  for (int64_t j = 0; j < n; ++j) bias[j] = mask[j * stride];
+}
+
+// mask_ij − slope · |i + diagonal − j| for keys j … j + n − 1 of query i: −∞ where the mask bars one.
+template <class S, class C>
+inline void bias_row(const Attention& args, const AttentionMask& mask, bool with_slopes, int64_t batch, int64_t head,
+                     int64_t i, int64_t diagonal, int64_t j, int64_t n, C* bias) {
+  const int64_t at = batch * mask.strides[0] + head * mask.strides[1] + i * mask.strides[2] + j * mask.strides[3];
+  const int64_t stride = mask.strides[3];
+  switch (mask.type) {
+    case MaskType::None: std::fill(bias, bias + n, C(0)); break;
+    case MaskType::Bool: {
+      const uint8_t* from = static_cast<const uint8_t*>(mask.data) + at;
+      if (stride == 1) {
+        for (int64_t k = 0; k < n; ++k) bias[k] = from[k] != 0 ? C(0) : kMinusInfinity<C>;
+      } else {
+        for (int64_t k = 0; k < n; ++k) bias[k] = from[k * stride] != 0 ? C(0) : kMinusInfinity<C>;
+      }
+      break;
+    }
+    case MaskType::Float:
+      if constexpr (std::is_same_v<C, float>) load_bias(static_cast<const float*>(mask.data) + at, stride, n, bias);
+      break;
+    case MaskType::Storage: {
+      const S* from = static_cast<const S*>(mask.data) + at;
+      if (stride == 1) convert(from, bias, n);
+      else load_bias(from, stride, n, bias);
+      break;
+    }
+  }
+  if (!with_slopes || args.alibi_slopes == nullptr) return;
+  const C slope = args.alibi_slopes[batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
+  for (int64_t k = 0; k < n; ++k) bias[k] -= slope * static_cast<C>(std::abs(i + diagonal - j - k));
+}
+
+// Multiplies the weights of keys j … j + n − 1 of a row by z; j is a multiple of a panel.
+template <class C>
+class Dropout {
+ public:
+  explicit Dropout(const Attention& args)
+      : args_(args), acts_(args.dropout_p > 0), keys_(acts_ ? static_cast<uint64_t>(args.dropout_key[0]) : 0) {
+    if (!acts_) return;
+    offset_ = static_cast<uint64_t>(args.dropout_key[1]);
+    // Words are 32 bits, so that p = 1 drops what no word is: all of them by a factor of zero.
+    threshold_ = static_cast<uint32_t>(std::min(args.dropout_p * 0x1p32, 0x1p32 - 1));
+    kept_ = args.dropout_p < 1 ? static_cast<C>(1 / (1 - args.dropout_p)) : C(0);
+  }
+
+  bool acts() const { return acts_; }
+
+  // z of keys j … j + n − 1, n a multiple of 64, of query `position` of its tensor.
+  void factors(int64_t batch, int64_t head, int64_t position, int64_t j, int64_t n, C* z) const {
+    const uint64_t row = static_cast<uint64_t>(lse_row(args_, batch, head, position));
+    const uint64_t counter = offset_ + row * static_cast<uint64_t>((args_.keys + 3) / 4) + static_cast<uint64_t>(j / 4);
+    constexpr int kTogether = kPanelKeys / kNormalsPerStep < kStepsTogether ? kPanelKeys / kNormalsPerStep
+                                                                            : kStepsTogether;
+    constexpr int kWords = kTogether * kNormalsPerStep, kHalf = kNormalsPerStep / 2;
+    float words[kWords];
+    for (int64_t k = 0; k < n; k += kWords) {
+      philox_words<kTogether>(keys_, counter + static_cast<uint64_t>(k / 4), words);
+      for (int step = 0; step < kTogether; ++step) {
+        uint32_t of[kNormalsPerStep];
+        std::memcpy(of, words + step * kNormalsPerStep, sizeof(of));
+        C* to = z + k + step * kNormalsPerStep;
+        for (int w = 0; w < kHalf; ++w) {  // even words of the stream are in the first half, odd ones in the second
+          to[2 * w] = of[w] >= threshold_ ? kept_ : C(0);
+          to[2 * w + 1] = of[kHalf + w] >= threshold_ ? kept_ : C(0);
+        }
+      }
+    }
+  }
+
+ private:
+  const Attention& args_;
+  const bool acts_;
+  const PhiloxKeys keys_;
+  uint64_t offset_ = 0;
+  uint32_t threshold_ = 0;
+  C kept_ = 0;
+};
+
+// Which sequence, head and tile a work item is. Tiles alternate from both ends, so that those of a causal attention,
+// which see more and more keys, are shared evenly.
+struct TileItem {
+  int64_t sequence, head, tile;
+
+  TileItem(const Attention& args, const int64_t* starts, int64_t item) {
+    sequence = std::upper_bound(starts, starts + args.sequences + 1, item / args.heads) - starts - 1;
+    const int64_t tiles = starts[sequence + 1] - starts[sequence];
+    const int64_t local = item - starts[sequence] * args.heads;
+    head = local / tiles;
+    const int64_t t = local % tiles;
+    tile = t % 2 == 0 ? t / 2 : tiles - 1 - t / 2;
+  }
+};
+
+}  // namespace lect11ext::CPU_CAPABILITY

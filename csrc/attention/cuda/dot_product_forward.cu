@@ -1,0 +1,152 @@
+#include "attention/cuda/dot_product_forward.cuh"
+
+namespace lect11ext::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+namespace {
+
+template <class S, int kWidth, bool kPlain>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    forward_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ ForwardPlan plan) {
+  Forward<S, kWidth, kPlain>(args, plan, dynamic_shared).run();
+}
+
+// A warp a row: out = Σ 2^(lse_s − lse) · out_s over the splits, in their order.
+template <class S>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ ForwardPlan plan) {
+  using C = Compute<S>;
+  const Lane lane;
+  const int64_t rows = args.batch * args.heads * args.queries;
+  const int64_t step = int64_t{gridDim.x} * kMostWarps;
+  const C* const lses = static_cast<const C*>(plan.partial_lse);
+  const C* const outs = static_cast<const C*>(plan.partial_out);
+  for (int64_t row = int64_t{blockIdx.x} * kMostWarps + lane.warp; row < rows; row += step) {
+    C largest = -infinity<C>(), sum = 0;
+#pragma unroll 1
+    for (int64_t s = 0; s < plan.splits; ++s) largest = std::fmax(largest, lses[s * rows + row]);
+    const bool none = largest == -infinity<C>();
+    const auto weight = [&](int64_t s) { return none ? C(0) : std::exp(lses[s * rows + row] - largest); };
+    for (int64_t s = 0; s < plan.splits; ++s) sum += weight(s);
+    if (lane.lane == 0) static_cast<C*>(args.lse)[row] = none ? largest : largest + std::log(sum);
+    const int64_t head_of_all = divide(row, args.queries), batch = divide(head_of_all, args.heads);
+    const int64_t head = head_of_all - batch * args.heads, query = row - head_of_all * args.queries;
+    S* const out = static_cast<S*>(args.out) + batch * args.out_strides.batch + head * args.out_strides.head +
+                   query * args.out_strides.position;
+    for (int64_t column = lane.lane; column < args.value_dim; column += 32) {
+      C value = 0;
+      for (int64_t s = 0; s < plan.splits; ++s) {
+        // A part of no key has weight zero and zeros; one of NaN has them everywhere.
+        value += weight(s) * outs[(s * rows + row) * args.value_dim + column];
+      }
+      out[column] = to_storage<S>(none ? C(0) : value / sum);
+    }
+  }
+}
+
+template <class S, int kWidth, bool kPlain>
+ForwardPlan make_plan(const AttentionForward& args) {
+  using Shape = ForwardShape<S, kWidth, kPlain>;
+  const auto mean = [&](int64_t all) {
+    return args.query_starts == nullptr ? all : ceil_divide(all, std::max<int64_t>(args.sequences, 1));
+  };
+  constexpr int64_t kFew = 16;  // queries, for which neighbouring heads lie in one tile
+  const int64_t group = args.heads / args.kv_heads, queries = mean(args.queries);
+  ForwardPlan plan{};
+  plan.packed = static_cast<int>(queries <= kFew && args.queries * group <= kMostPositions ? group : 1);
+  plan.warps = static_cast<int>(
+      std::clamp<int64_t>(ceil_divide(queries * plan.packed, Shape::kRows), 1, kMostWarps));
+  plan.stages = 2;
+  plan.row = TileShape::of<S>(args.head_dim);
+  plan.value = TileShape::of<S>(args.value_dim);
+  const auto bytes = [&] {
+    return static_cast<size_t>(plan.warps * Shape::kRows * plan.row.stride + plan.stages * Shape::kKeys * (plan.row.stride + plan.value.stride)) * sizeof(S);
+  };
+  const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  while (bytes() > most) {
+    if (plan.stages > 1) plan.stages = 1;
+    else if (plan.warps > 1) plan.warps /= 2;
+    else throw std::runtime_error("attention needs more shared memory than this GPU has.");
+  }
+  plan.shared_bytes = bytes();
+  plan.tiles = {args.query_starts, args.sequences, args.queries * plan.packed, plan.warps * Shape::kRows, plan.packed};
+  plan.chunks = std::max<int64_t>(1, ceil_divide(args.value_dim, kWidth));
+  plan.query_aligned = is_aligned<S>(args.query);
+  plan.key_aligned = is_aligned<S>(args.key);
+  plan.value_aligned = is_aligned<S>(args.value);
+  plan.pairs_aligned = pairs_are_aligned<S>(args.out, args.out_strides);
+
+  // Blocks that fill the device: the more, the fewer warps they have. A split has a few tiles at least, and the keys are
+  // cut only where that gives twice the blocks.
+  constexpr int64_t kResidentWarps = 8, kLeastTiles = 2, kMostSplits = 128;
+  const int64_t blocks = std::max<int64_t>(1, plan.tiles.count() * (args.heads / plan.packed) * plan.chunks);
+  const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kResidentWarps / plan.warps / blocks;
+  const int64_t tiles = std::min(ceil_divide(mean(args.keys), Shape::kKeys),
+                                 args.window_left == kOpen ? kOpen : ceil_divide(args.window_left, Shape::kKeys) + 1);
+  plan.splits = std::clamp<int64_t>(std::min(wanted, tiles / kLeastTiles), 1, kMostSplits);
+  return plan;
+}
+
+template <class S, int kWidth, bool kPlain>
+void run(const AttentionForward& args, const ForwardPlan& plan, void* stream) {
+  const int64_t blocks = plan.tiles.count() * (args.heads / plan.packed);
+  if (blocks == 0) return;
+  const dim3 grid(grid_size(blocks), static_cast<unsigned>(plan.chunks), static_cast<unsigned>(plan.splits));
+  reserve_shared(forward_kernel<S, kWidth, kPlain>, plan.shared_bytes);
+  launch(forward_kernel<S, kWidth, kPlain>, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+}
+
+// Calls f with the storage type, the width of the value's columns that a block sums, and whether the kernel is plain.
+template <class F>
+void with_kernel(const AttentionForward& args, F f) {
+  const bool plain = args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 &&
+                     args.dropout_p <= 0 && args.scale > 0;
+  with_type(args.dtype, [&](auto* type) {
+    const auto with_plain = [&](auto width) {
+      if constexpr (sizeof(*type) < 8) {
+        if (plain) return f(type, width, std::true_type{});
+      }
+      f(type, width, std::false_type{});
+    };
+    if (args.value_dim <= 64) return with_plain(std::integral_constant<int, 64>{});
+    if constexpr (sizeof(*type) < 8) {
+      if (args.value_dim > 128) return with_plain(std::integral_constant<int, 256>{});
+    }
+    with_plain(std::integral_constant<int, 128>{});
+  });
+}
+
+}  // namespace
+
+int64_t attention_scratch(const AttentionForward& args) {
+  if (args.batch == 0 || args.heads == 0 || args.queries == 0) return 0;
+  int64_t bytes = 0;
+  with_kernel(args, [&](auto* type, auto width, auto plain) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const int64_t splits = make_plan<S, width, plain>(args).splits;
+    if (splits == 1) return;
+    bytes = splits * args.batch * args.heads * args.queries * (args.value_dim + 1) *
+            static_cast<int64_t>(sizeof(Compute<S>));
+  });
+  return bytes;
+}
+
+void attention_forward(const AttentionForward& args, void* scratch, void* stream) {
+  check_positions(args);
+  if (args.batch == 0 || args.heads == 0 || args.queries == 0) return;
+  with_kernel(args, [&](auto* type, auto width, auto plain) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using C = Compute<S>;
+    ForwardPlan plan = make_plan<S, width, plain>(args);
+    const int64_t rows = args.batch * args.heads * args.queries;
+    plan.partial_lse = scratch;
+    plan.partial_out = static_cast<C*>(scratch) + plan.splits * rows;
+    run<S, width, plain>(args, plan, stream);
+    if (plan.splits > 1) {
+      launch(merge_kernel<S>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);
+    }
+  });
+}
+
+}  // namespace lect11ext::cuda

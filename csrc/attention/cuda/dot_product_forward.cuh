@@ -1,0 +1,289 @@
+// The forward kernel: a block owns a tile of queries, and the keys that they see come by in tiles, once.
+//
+// Of every row a running maximum m and sum l of 2^(t − m) are kept, in units of binary logarithms, and what has been
+// summed of the output is rescaled as m grows. Where there are few queries, the heads that share keys lie in one tile
+// ("packed"), and the keys are cut among several blocks ("splits"), whose parts are merged in order.
+#pragma once
+
+#include "attention/cuda/dot_product_score.cuh"
+
+namespace lect11ext::cuda {
+
+struct ForwardPlan {
+  RowTiles tiles;
+  int packed;              // heads in a tile; a row is a query position and a head of these
+  int64_t splits, chunks;  // of the keys; of the value's columns
+  int warps, stages;
+  bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
+  TileShape row, value;  // of queries and keys, and of values
+  size_t shared_bytes;
+  void* partial_out;  // C [splits, batch, heads, queries, value_dim]; null for one split
+  void* partial_lse;  // C [splits, batch, heads, queries]
+};
+
+// Rows for a warp, keys in a tile, chosen so that sums stay in registers.
+// kPlain: without mask, ALiBi, softcap and dropout, and with a positive scale.
+template <class S, int kWidth, bool kPlain>
+struct ForwardShape {
+  static constexpr int kRowTiles = kIsHalf<S> && kWidth <= 128 ? 2 : 1;
+  static constexpr int kKeys = kIsHalf<S> && kWidth <= 128 && kPlain ? (kWidth == 64 ? 64 : 48) : sizeof(S) == 8 ? 16 : 32;
+  static constexpr int kRows = 16 * kRowTiles;
+};
+
+template <class S, int kWidth, bool kPlain>
+class Forward {
+  using C = Compute<S>;
+  using Shape = ForwardShape<S, kWidth, kPlain>;
+  static constexpr int kRowTiles = Shape::kRowTiles, kKeys = Shape::kKeys, kTiles = kKeys / 8, kColumns = kWidth / 8;
+
+  // What one warp carries along the keys.
+  struct State {
+    C out[kRowTiles][kColumns][4] = {};
+    C largest[kRowTiles][2], sum[kRowTiles][2];
+  };
+
+ public:
+  __device__ Forward(const AttentionForward& args, const ForwardPlan& plan, unsigned char* shared)
+      : args_(args), plan_(plan), shared_(reinterpret_cast<S*>(shared)) {}
+
+  __device__ void run() const {
+    const int64_t count = plan_.tiles.count();
+    const int64_t unit = divide(blockIdx.x, count);
+    const RowTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
+    const Sequence sequence(args_, tile.sequence);
+    const int packed = plan_.packed, size = static_cast<int>(plan_.tiles.size), rows = sequence.queries * packed;
+    const int tiles = static_cast<int>(ceil_divide(rows, size));
+    if (tile.number >= tiles) return;
+    // The last queries of a causal attention have the most to do and come first.
+    const int first_row = (tiles - 1 - tile.number) * size, last_row = std::min(first_row + size, rows) - 1;
+    const Range keys = keys_seen(sequence, first_row / packed, last_row / packed);
+    const int first_tile = keys.first / kKeys;
+    const int key_tiles = keys.empty() ? 0 : static_cast<int>(ceil_divide(keys.last, kKeys)) - first_tile;
+    const auto begin = [&](unsigned split) {
+      return first_tile + static_cast<int>(int64_t{key_tiles} * split / plan_.splits);
+    };
+    attend(tile.sequence, static_cast<int>(unit) * packed, first_row, begin(blockIdx.z), begin(blockIdx.z + 1));
+  }
+
+ private:
+  struct Row {
+    int query, head;  // beyond the last row, a query that no sequence has
+  };
+
+  __device__ Row row_at(int row, const Sequence& sequence, int first_head) const {
+    const int query = row / plan_.packed;
+    return {query < sequence.queries ? query : kMostPositions, first_head + row - query * plan_.packed};
+  }
+
+  __device__ void attend(int64_t sequence_number, int first_head, int first_row, int first_tile,
+                         int last_tile) const {
+    const Lane lane;
+    const Sequence sequence(args_, sequence_number);
+    const Scores<S> scores{args_, sequence};
+    const Dropout dropout(args_, sequence);
+    const int64_t kv_head = first_head / static_cast<int>(args_.heads / args_.kv_heads);
+
+    S* const queries = shared_;
+    S* const stages = shared_ + plan_.warps * Shape::kRows * plan_.row.stride;
+    const int stage_size = kKeys * (plan_.row.stride + plan_.value.stride);
+    const auto load_keys = [&](int tile, int stage) {
+      S* const to = stages + stage * stage_size;
+      const auto row = [&](const AttentionOperand& operand, int i) -> const S* {
+        const int key = tile * kKeys + i;
+        return key < sequence.keys ? row_of<S>(operand, sequence.batch, kv_head, sequence.first_key + key) : nullptr;
+      };
+      load_rows(to, plan_.row, kKeys, plan_.key_aligned, [&](int i) { return row(args_.key, i); });
+      load_rows(to + kKeys * plan_.row.stride, plan_.value, kKeys, plan_.value_aligned,
+                [&](int i) { return row(args_.value, i); });
+      copy_commit();
+    };
+
+    load_rows(queries, plan_.row, plan_.warps * Shape::kRows, plan_.query_aligned, [&](int i) -> const S* {
+      const Row row = row_at(first_row + i, sequence, first_head);
+      if (row.query >= sequence.queries) return nullptr;
+      return row_of<S>(args_.query, sequence.batch, row.head, sequence.first_query + row.query);
+    });
+    const int own_row = first_row + lane.warp * Shape::kRows;
+    SharedRows<S> sources[kRowTiles];
+    Row own[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      sources[m] = {queries + (lane.warp * Shape::kRows + 16 * m) * plan_.row.stride, plan_.row.stride};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        own[m][half] = row_at(own_row + 16 * m + 8 * half + lane.g, sequence, first_head);
+      }
+    }
+    // From the warp's first query to its last: a tile that all of them see as a whole needs no comparisons.
+    const int low = own_row / plan_.packed, high = (own_row + Shape::kRows - 1) / plan_.packed;
+
+    State state;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) state.largest[m][half] = -infinity<C>(), state.sum[m][half] = 0;
+    }
+
+    if (first_tile < last_tile) load_keys(first_tile, 0);
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      const int stage = plan_.stages == 2 ? (tile - first_tile) & 1 : 0;
+      if (plan_.stages == 2 && tile + 1 < last_tile) {
+        load_keys(tile + 1, 1 - stage);
+        copy_wait<1>();
+      } else {
+        copy_wait<0>();
+      }
+      __syncthreads();
+      const int first_key = tile * kKeys;
+      const bool whole = (kPlain || args_.mask.type == MaskType::None) && first_key + kKeys <= sequence.keys &&
+                         first_key + kKeys - 1 <= low + sequence.diagonal + sequence.right &&
+                         first_key >= high + sequence.diagonal - sequence.left;
+      if (low < sequence.queries) {
+        take_tile(state, scores, dropout, sources, own, first_key, whole, stages + stage * stage_size, lane);
+      }
+      __syncthreads();
+      if (plan_.stages == 1 && tile + 1 < last_tile) load_keys(tile + 1, 0);
+    }
+    copy_wait<0>();  // of a block without tiles
+    // Found once more, so that no register holds it all along.
+    finish(state, Sequence(args_, sequence_number), own_row, first_head, lane);
+  }
+
+  __device__ void take_tile(State& state, const Scores<S>& scores, const Dropout& dropout,
+                            const SharedRows<S> (&sources)[kRowTiles], const Row (&own)[kRowTiles][2],
+                            int first_key, bool whole, const S* keys, const Lane& lane) const {
+    const auto key_of = [&](int n, int e) { return first_key + 8 * n + 2 * lane.q + e % 2; };
+    uint32_t bits[kRowTiles], seen = ~0u;
+    if (!whole) {
+      seen = 0;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        bits[m] = 0;
+#pragma unroll
+        for (int i = 0; i < 4 * kTiles; ++i) {
+          const Row& row = own[m][i % 4 / 2];
+          const int key = key_of(i / 4, i % 4);
+          const bool sees = kPlain ? scores.in_window(row.query, key) : scores.sees(row.head, row.query, key);
+          if (sees) bits[m] |= 1u << i;
+        }
+        seen |= bits[m];
+      }
+      if (!__any_sync(~0u, seen != 0)) return;
+      seen = 0;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) seen |= columns_seen<kTiles>(bits[m]);
+    }
+
+    C sums[kRowTiles][kTiles][4] = {};
+    multiply_rows(sums, sources, keys, plan_.row, lane);
+
+    const C unit = kPlain ? C(args_.scale * kLog2E) : C(1);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        C& t = sums[m][i / 4][i % 4];
+        const Row& row = own[m][i % 4 / 2];
+        if constexpr (!kPlain) {
+          if (whole || (bits[m] >> i & 1) != 0) {
+            t = scores.score(t, row.head, row.query, key_of(i / 4, i % 4)).t * C(kLog2E);
+          }
+        }
+        if (!whole && (bits[m] >> i & 1) == 0) t = -infinity<C>();
+      }
+      update_row(state, sums[m], m, unit);
+      if constexpr (!kPlain) {
+        if (args_.dropout_p > 0) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            const uint32_t keep = dropout.keep_of_queries(own[m][0].head, own[m][0].query, own[m][1].head,
+                                                          own[m][1].query, first_key + 8 * n, lane);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[m][n][e] = keep >> e & 1 ? sums[m][n][e] : C(0);
+          }
+        }
+      }
+    }
+    const int first_column = static_cast<int>(blockIdx.y) * kWidth;
+    multiply_columns<S>(state.out, sums, keys + kKeys * plan_.row.stride, plan_.value, first_column,
+                        args_.value_dim - first_column, seen, lane);
+  }
+
+  // Scores of a tile, in units of `unit` binary logarithms, become weights. All lanes of a quad hold a row's maximum, and
+  // each its own part of the sum.
+  __device__ void update_row(State& state, C (&sums)[kTiles][4], int m, C unit) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      C largest = state.largest[m][half];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) largest = std::fmax(largest, sums[i / 2][2 * half + i % 2]);
+      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
+      // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
+      const C base = largest == -infinity<C>() ? C(0) : largest * unit;
+      const C shrink = power_of_two(std::fma(state.largest[m][half], unit, -base));
+      C sum = state.sum[m][half] * shrink;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        C& t = sums[i / 2][2 * half + i % 2];
+        t = power_of_two(std::fma(t, unit, -base));
+        sum += t;
+      }
+      state.largest[m][half] = largest;
+      state.sum[m][half] = sum;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        state.out[m][n][2 * half] *= shrink;
+        state.out[m][n][2 * half + 1] *= shrink;
+      }
+    }
+  }
+
+  __device__ void finish(const State& state, const Sequence& sequence, int first_row, int first_head,
+                         const Lane& lane) const {
+    const C unit = kPlain ? C(args_.scale * kLog2E) : C(1), kept = C(kept_weight(args_));
+    const int first_column = static_cast<int>(blockIdx.y) * kWidth;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        C sum = state.sum[m][half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const Row row = row_at(first_row + 16 * m + 8 * half + lane.g, sequence, first_head);
+        if (row.query >= sequence.queries) continue;
+        const int64_t query = sequence.first_query + row.query;
+        const int64_t number = (sequence.batch * args_.heads + row.head) * args_.queries + query;
+        const bool none = sum == 0;
+        const C factor = none ? C(0) : kept / sum;
+        const int64_t split = blockIdx.z * args_.batch * args_.heads * args_.queries;
+        if (blockIdx.y == 0 && lane.q == 0) {
+          C* const lse = static_cast<C*>(plan_.splits == 1 ? args_.lse : plan_.partial_lse) + split + number;
+          *lse = none ? -infinity<C>() : (state.largest[m][half] * unit + log2(sum)) * C(kLn2);
+        }
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          const int column = first_column + 8 * n + 2 * lane.q;
+          const C pair[2] = {none ? C(0) : state.out[m][n][2 * half] * factor,
+                             none ? C(0) : state.out[m][n][2 * half + 1] * factor};
+          const int count = static_cast<int>(args_.value_dim) - column;
+          if (plan_.splits == 1) {
+            const AttentionStrides& strides = args_.out_strides;
+            S* const to = static_cast<S*>(args_.out) + sequence.batch * strides.batch + row.head * strides.head +
+                          query * strides.position + column;
+            store_pair(to, pair, count, plan_.pairs_aligned);
+          } else {
+            store_pair(static_cast<C*>(plan_.partial_out) + (split + number) * args_.value_dim + column, pair, count,
+                       false);
+          }
+        }
+      }
+    }
+  }
+
+  const AttentionForward& args_;
+  const ForwardPlan& plan_;
+  S* shared_;
+};
+
+}  // namespace lect11ext::cuda

@@ -1,0 +1,166 @@
+// A warp's operands of a product on tensor cores: sixteen rows of a left one, eight columns of a right one, kDepth<S>
+// elements of the sum. Sums lie where mma leaves them: with g = lane / 4 and q = lane % 4, element e of a tile of 16 × 8
+// is that of row g + 8 · (e / 2) and column 2q + e % 2. They are a left operand as they are, without a word from lane
+// to lane, since lanes take along the sum what they own: columns 2q and 2q + 1.
+//
+// 16-bit types are multiplied exactly, floats in two parts of TF32, doubles as they are.
+#pragma once
+
+#include "attention/cuda/dot_product_mma.cuh"
+
+namespace lect11ext::cuda {
+
+template <class S>
+inline constexpr bool kIsHalf = sizeof(S) == 2;
+template <class S>
+inline constexpr int kDepth = kIsHalf<S> ? 16 : 8;
+// Tiles of eight columns whose right operands are loaded together.
+template <class S>
+inline constexpr int kTogether = kIsHalf<S> ? 2 : 1;
+
+struct Lane {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+};
+
+template <class S>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  const S pair[2] = {to_storage<S>(low), to_storage<S>(high)};
+  uint32_t word;
+  memcpy(&word, pair, sizeof(word));
+  return word;
+}
+
+// N words of 16-bit pairs, floats or doubles.
+template <class S, int N>
+struct Fragment {
+  uint32_t words[N];
+};
+
+template <int N>
+struct Fragment<float, N> {
+  uint32_t words[N], rest[N];
+
+  __device__ void set(int i, float x) {
+    words[i] = tensor_word<float>(__float_as_uint(x));
+    const float large = __uint_as_float(words[i]);
+    // Of infinity and of NaN nothing is left over; a difference of infinities would be NaN.
+    rest[i] = std::abs(large) <= 3.4e38f ? tensor_word<float>(__float_as_uint(x - large)) : 0;
+  }
+};
+
+template <int N>
+struct Fragment<double, N> {
+  double words[N];
+
+  __device__ void set(int i, double x) { words[i] = x; }
+};
+
+template <class S>
+using Left = Fragment<S, 4>;
+template <class S>
+using Right = Fragment<S, 2>;
+
+template <class S>
+__device__ inline void multiply(Compute<S> (&sums)[4], const Left<S>& left, const Right<S>& right) {
+  if constexpr (kIsHalf<S>) mma<S>(sums, left.words, right.words);
+  else if constexpr (std::is_same_v<S, float>) mma_split(sums, left.words, left.rest, right.words, right.rest);
+  else mma(sums, left.words, right.words);
+}
+
+// --- left operands ------------------------------------------------------------------------------------------------
+
+// Of sixteen rows in shared memory, from their column `column` on.
+template <class S>
+__device__ inline Left<S> left_of_shared(const S* rows, int stride, int column, const Lane& lane) {
+  Left<S> left;
+  if constexpr (kIsHalf<S>) {
+    load_matrices<false>(left.words, rows + lane.lane % 16 * stride + column + lane.lane / 16 * 8);
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const S* pair = rows + (lane.g + 8 * half) * stride + column + 2 * lane.q;
+      const Pack<S, 2> both = Pack<S, 2>::load(pair);
+      left.set(half, both.data[0]);
+      left.set(2 + half, both.data[1]);
+    }
+  }
+  return left;
+}
+
+// Of rows g and g + 8 in global memory, null where there are none; zero from column `columns` on.
+template <class S>
+__device__ inline Left<S> left_of_global(const S* low, const S* high, int column, int columns, const Lane& lane) {
+  Left<S> left;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const S* row = i % 2 == 0 ? low : high;
+    const auto element = [&](int c) { return row != nullptr && c < columns ? row[c] : to_storage<S>(0.0f); };
+    if constexpr (kIsHalf<S>) {
+      const int first = column + i / 2 * 8 + 2 * lane.q;
+      const S pair[2] = {element(first), element(first + 1)};
+      memcpy(&left.words[i], pair, sizeof(left.words[i]));
+    } else {
+      left.set(i, element(column + 2 * lane.q + i / 2));
+    }
+  }
+  return left;
+}
+
+// Of sums, along their columns: part number `part` of kDepth<S> of them.
+template <class S, int kTiles>
+__device__ inline Left<S> left_of_sums(const Compute<S> (&sums)[kTiles][4], int part) {
+  Left<S> left;
+  if constexpr (kIsHalf<S>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = &sums[2 * part + i / 2][i % 2 * 2];
+      left.words[i] = pack_pair<S>(pair[0], pair[1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) left.set(i, sums[part][i % 2 * 2 + i / 2]);
+  }
+  return left;
+}
+
+// --- right operands -----------------------------------------------------------------------------------------------
+
+// Whose columns are rows in shared memory, 8 · kTogether of them, from column `column` on.
+template <class S>
+__device__ inline void right_of_rows(Right<S> (&right)[kTogether<S>], const S* rows, int stride, int column,
+                                     const Lane& lane) {
+  if constexpr (kIsHalf<S>) {
+    uint32_t words[4];
+    load_matrices<false>(words,
+                         rows + (lane.lane / 16 * 8 + lane.lane % 8) * stride + column + lane.lane / 8 % 2 * 8);
+    right[0] = {words[0], words[1]};
+    right[1] = {words[2], words[3]};
+  } else {
+    const Pack<S, 2> both = Pack<S, 2>::load(rows + lane.g * stride + column + 2 * lane.q);
+    right[0].set(0, both.data[0]);
+    right[0].set(1, both.data[1]);
+  }
+}
+
+// Whose rows are kDepth<S> rows in shared memory: 8 · kTogether columns from `column` on. `rows_seen` has two bits for
+// every eight rows, those of rows 2q and 2q + 1; a row without its bit counts as zero, whatever is in it.
+template <class S>
+__device__ inline void right_of_columns(Right<S> (&right)[kTogether<S>], const S* rows, int stride, int column,
+                                        uint32_t rows_seen, const Lane& lane) {
+  if constexpr (kIsHalf<S>) {
+    uint32_t words[4];
+    load_matrices<true>(words, rows + lane.lane % 16 * stride + column + lane.lane / 16 * 8);
+    const auto halves = [&](int bits) { return (bits & 1 ? 0xFFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u); };
+    const uint32_t first = halves(rows_seen & 3), second = halves(rows_seen >> 2 & 3);
+    right[0] = {words[0] & first, words[1] & second};
+    right[1] = {words[2] & first, words[3] & second};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const S x = rows[(2 * lane.q + i) * stride + column + lane.g];
+      right[0].set(i, rows_seen >> i & 1 ? x : S(0));
+    }
+  }
+}
+
+}  // namespace lect11ext::cuda

@@ -1,0 +1,258 @@
+// Where the kernels of attention find things: sequences and tiles of their rows, and how tiles come to shared memory.
+//
+// A kernel's rows are queries and its columns keys, or the other way round. A block owns sixteen rows for every warp (or
+// a multiple), and columns come by in tiles.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/cuda/dot_product_fragments.cuh"
+#include "attention/dot_product.h"
+#include "common/cuda/launch.h"
+
+namespace lect11ext::cuda {
+
+inline constexpr int kMostWarps = 4;
+inline constexpr int kMostThreads = 32 * kMostWarps;
+
+__host__ __device__ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The first dimension of a grid.
+inline unsigned grid_size(int64_t blocks) {
+  if (blocks > INT32_MAX) throw std::runtime_error("attention has more tiles than a grid of CUDA has blocks.");
+  return static_cast<unsigned>(blocks);
+}
+
+// --- sequences ----------------------------------------------------------------------------------------------------
+
+// Positions within a sequence fit an int with room to spare; offsets in memory are of 64 bits.
+inline constexpr int kMostPositions = 1 << 29;
+
+struct Sequence {
+  int64_t batch;  // index of the tensors' first dimension
+  int64_t first_query, first_key;
+  int queries, keys, diagonal;
+  int left, right;  // the window
+
+  __device__ Sequence(const Attention& args, int64_t n)
+      : left(clamp_window(args.window_left)), right(clamp_window(args.window_right)) {
+    if (args.query_starts != nullptr) {
+      batch = 0;
+      first_query = args.query_starts[n];
+      queries = static_cast<int>(args.query_starts[n + 1] - first_query);
+      first_key = args.key_starts[n];
+      keys = static_cast<int>(args.key_starts[n + 1] - first_key);
+    } else {
+      batch = n;
+      first_query = first_key = 0;
+      queries = static_cast<int>(args.queries);
+      keys = static_cast<int>(args.keys);
+    }
+    diagonal = args.bottom_right ? keys - queries : 0;
+  }
+
+ private:
+  static __device__ int clamp_window(int64_t bound) {
+    constexpr int64_t kMost = 2 * int64_t{kMostPositions};
+    return static_cast<int>(bound > kMost ? kMost : bound < -kMost ? -kMost : bound);
+  }
+};
+
+struct Range {
+  int first, last;
+  __device__ bool empty() const { return first >= last; }
+};
+
+// Keys that some query from first_query to last_query sees, by the window alone.
+__device__ inline Range keys_seen(const Sequence& sequence, int first_query, int last_query) {
+  return {std::max(0, first_query + sequence.diagonal - sequence.left),
+          std::min(sequence.keys, last_query + sequence.diagonal + sequence.right + 1)};
+}
+
+// Queries that see some key from first_key to last_key.
+__device__ inline Range queries_seen(const Sequence& sequence, int first_key, int last_key) {
+  return {std::max(0, first_key - sequence.diagonal - sequence.right),
+          std::min(sequence.queries, last_key - sequence.diagonal + sequence.left + 1)};
+}
+
+inline void check_positions(const Attention& args) {
+  if (args.queries > kMostPositions || args.keys > kMostPositions) {
+    throw std::runtime_error("attention on CUDA takes at most 2^29 queries and keys.");
+  }
+}
+
+// --- tiles of rows ------------------------------------------------------------------------------------------------
+
+// Tiles of `size` rows of all sequences, numbered one behind the other. With starts the lengths are on the device alone,
+// and there are a few numbers too many: sequence n has those from starts[n] / size + n on, never fewer than it needs.
+struct RowTiles {
+  const int64_t* starts;  // null: `rows` rows in each sequence
+  int64_t sequences;
+  int64_t rows;  // with starts those of all sequences together
+  int64_t size;
+  int64_t packed;  // rows for every position
+
+  __host__ __device__ int64_t count() const {
+    return starts == nullptr ? sequences * ceil_divide(rows, size) : rows / size + sequences;
+  }
+
+  struct Tile {
+    int64_t sequence;
+    int number;
+  };
+
+  __device__ int64_t first_of(int64_t n) const { return starts[n] * packed / size + n; }
+
+  __device__ Tile find(int64_t number) const {
+    if (starts == nullptr) {
+      const int64_t tiles = ceil_divide(rows, size), sequence = divide(number, tiles);
+      return {sequence, static_cast<int>(number - sequence * tiles)};
+    }
+    int64_t low = 0, high = sequences;  // first_of(low) ≤ number < first_of(high)
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_of(middle) <= number ? low : high) = middle;
+    }
+    return {low, static_cast<int>(number - first_of(low))};
+  }
+};
+
+// --- tiles in shared memory ---------------------------------------------------------------------------------------
+
+// `columns` elements of a row, zero up to a multiple of sixteen. The elements between rows keep lanes that read one
+// column of several rows out of each other's memory banks.
+struct TileShape {
+  int columns, stride;
+  int lanes_log;  // so many lanes share a row
+
+  template <class S>
+  static TileShape of(int64_t columns) {
+    constexpr int kGap = 8;
+    TileShape shape{static_cast<int>(columns), static_cast<int>(ceil_divide(columns, 16)) * 16 + kGap, 0};
+    while (shape.lanes_log < 5 && kVector<S> << shape.lanes_log < shape.stride - kGap) ++shape.lanes_log;
+    return shape;
+  }
+  __host__ __device__ int padded() const { return stride - 8; }
+};
+
+template <class S>
+__device__ inline const S* row_of(const AttentionOperand& operand, int64_t batch, int64_t head, int64_t position) {
+  return static_cast<const S*>(operand.data) + batch * operand.strides.batch + head * operand.strides.head +
+         position * operand.strides.position;
+}
+
+// Whether rows may be read in pieces of 16 bytes.
+template <class S>
+bool is_aligned(const AttentionOperand& operand) {
+  const AttentionStrides& s = operand.strides;
+  return is_aligned<S, kVector<S>>(operand.data) && s.batch % kVector<S> == 0 && s.head % kVector<S> == 0 &&
+         s.position % kVector<S> == 0;
+}
+
+// Has the block's threads copy `count` rows: row(i) is where the i-th begins, null for one of zeros. Waited for with
+// copy_wait and a barrier of the block.
+template <class S, class Row>
+__device__ inline void load_rows(S* to, const TileShape& shape, int count, bool aligned, Row row) {
+  constexpr int kElements = kVector<S>;
+  const int thread = threadIdx.x, lanes = 1 << shape.lanes_log;
+  const int step = static_cast<int>(blockDim.x) >> shape.lanes_log;
+  for (int i = thread >> shape.lanes_log; i < count; i += step) {
+    const S* from = row(i);
+    for (int column = (thread & (lanes - 1)) * kElements; column < shape.padded(); column += lanes * kElements) {
+      const int valid = from == nullptr ? 0 : std::max(0, std::min(kElements, shape.columns - column));
+      S* const piece = to + i * shape.stride + column;
+      if (valid == 0) {
+        Pack<S, kElements>::zero().store(piece);
+      } else if (aligned) {
+        copy_async<kVectorBytes>(piece, from + column, valid * static_cast<int>(sizeof(S)));
+      } else {
+        Pack<S, kElements> pack = Pack<S, kElements>::zero();
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          if (e < valid) pack.data[e] = from[column + e];
+        }
+        pack.store(piece);
+      }
+    }
+  }
+}
+
+// Two neighbouring elements of a row, of which `count` are there; aligned: `to` is to twice an element's size.
+template <class T, class C>
+__device__ inline void store_pair(T* to, const C (&pair)[2], int count, bool aligned) {
+  if (aligned && count >= 2) {
+    Pack<T, 2> pack;
+    pack.set(0, pair[0]);
+    pack.set(1, pair[1]);
+    pack.store(to);
+  } else {
+    if (count > 0) to[0] = to_storage<T>(pair[0]);
+    if (count > 1) to[1] = to_storage<T>(pair[1]);
+  }
+}
+
+template <class S>
+bool pairs_are_aligned(const void* data, const AttentionStrides& strides) {
+  return is_aligned<S, 2>(data) && strides.batch % 2 == 0 && strides.head % 2 == 0 && strides.position % 2 == 0;
+}
+
+// Sixteen rows of a left operand, in shared memory.
+template <class S>
+struct SharedRows {
+  const S* rows;
+  int stride;
+
+  __device__ Left<S> load(int column, const Lane& lane) const { return left_of_shared(rows, stride, column, lane); }
+};
+
+// sums += rows · tileᵀ for 8 · kTiles rows of a tile.
+template <class S, class Rows, int kRowTiles, int kTiles>
+__device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], const Rows (&rows)[kRowTiles],
+                                     const S* tile, const TileShape& shape, const Lane& lane) {
+#pragma unroll 2
+  for (int column = 0; column < shape.padded(); column += kDepth<S>) {
+    Left<S> left[kRowTiles];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) left[m] = rows[m].load(column, lane);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += kTogether<S>) {
+      Right<S> right[kTogether<S>];
+      right_of_rows(right, tile + 8 * n * shape.stride, shape.stride, column, lane);
+#pragma unroll
+      for (int t = 0; t < kTogether<S>; ++t) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) multiply<S>(sums[m][n + t], left[m], right[t]);
+      }
+    }
+  }
+}
+
+// out += weights · tile, for the tile's columns first_column … first_column + columns − 1. Of its rows those count that
+// `rows_seen` names.
+template <class S, int kRowTiles, int kTiles, int kColumns>
+__device__ inline void multiply_columns(Compute<S> (&out)[kRowTiles][kColumns][4],
+                                        const Compute<S> (&weights)[kRowTiles][kTiles][4], const S* tile,
+                                        const TileShape& shape, int first_column, int columns, uint32_t rows_seen,
+                                        const Lane& lane) {
+  constexpr int kTilesOfDepth = kDepth<S> / 8;
+#pragma unroll
+  for (int part = 0; part < kTiles / kTilesOfDepth; ++part) {
+    Left<S> left[kRowTiles];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) left[m] = left_of_sums<S>(weights[m], part);
+    const S* from = tile + part * kDepth<S> * shape.stride;
+#pragma unroll
+    for (int n = 0; n < kColumns; n += kTogether<S>) {
+      if (8 * n >= columns) break;
+      Right<S> right[kTogether<S>];
+      right_of_columns(right, from, shape.stride, first_column + 8 * n, rows_seen >> (2 * kTilesOfDepth * part), lane);
+#pragma unroll
+      for (int t = 0; t < kTogether<S>; ++t) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) multiply<S>(out[m][n + t], left[m], right[t]);
+      }
+    }
+  }
+}
+
+}  // namespace lect11ext::cuda

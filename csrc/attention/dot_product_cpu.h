@@ -1,0 +1,77 @@
+// Dot-product attention on the CPU: what the kernels of dot_product.h are given beyond it.
+//
+// Keys are packed first, in panels of 64 that all queries multiply: transposed, so that a row of a panel is a few
+// vectors. Values, and what else is multiplied by weights, are packed with their columns rounded up. Then every work
+// item is a tile of queries of one head against blocks of keys (forward, tangent), or a head's keys against all of its
+// queries (backward).
+#pragma once
+
+#include "attention/dot_product.h"
+
+namespace lect11ext {
+
+inline constexpr int64_t kPanelKeys = 64;    // keys of a panel
+inline constexpr int64_t kBlockKeys = 256;   // keys that a tile of queries meets at a time: whole panels
+inline constexpr int64_t kTileQueries = 96;  // queries of a tile, at most: sixteen rows of register tiles
+inline constexpr int64_t kColumnStep = 16;   // columns are rounded up to this: whole vectors of every build
+inline constexpr int64_t kDeepStep = 32;     // columns of 16-bit operands that are summed over, likewise: AMX's depth
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// One sequence, or one of the batch.
+struct AttentionSequence {
+  int64_t batch, query_start, queries, key_start, keys;
+
+  AttentionSequence(const Attention& args, int64_t n)
+      : batch(args.query_starts != nullptr ? 0 : n),
+        query_start(args.query_starts != nullptr ? args.query_starts[n] : 0),
+        queries(args.query_starts != nullptr ? args.query_starts[n + 1] - query_start : args.queries),
+        key_start(args.key_starts != nullptr ? args.key_starts[n] : 0),
+        keys(args.key_starts != nullptr ? args.key_starts[n + 1] - key_start : args.keys) {}
+
+  // Key j is on query i's diagonal where j = i + diagonal.
+  int64_t diagonal(const Attention& args) const { return args.bottom_right ? keys - queries : 0; }
+};
+
+// Tiles are of equal size, in whole register tiles, so that threads share them evenly.
+inline int64_t tile_count(int64_t queries) { return (queries + kTileQueries - 1) / kTileQueries; }
+inline int64_t tile_rows(int64_t queries) {
+  constexpr int64_t kRegisterRows = 6;
+  const int64_t tiles = tile_count(queries);
+  return tiles == 0 ? 0 : round_up((queries + tiles - 1) / tiles, kRegisterRows);
+}
+inline int64_t panel_count(int64_t keys) { return (keys + kPanelKeys - 1) / kPanelKeys; }
+
+// Keys or values of all sequences and heads, packed. Panel p of sequence n and head h is number
+// panel_starts[n] · kv_heads + h · (panels of n) + p.
+struct PackedOperand {
+  AttentionOperand from;
+  int64_t columns;
+  void* transposed;  // [panels][columns rounded to kDeepStep][64]; null where it is not needed
+  void* rows;        // [panels][64][columns rounded to kColumnStep]; the same
+  bool* finite;      // [panels]: whether all elements are
+};
+
+inline int64_t transposed_panel(int64_t columns) { return round_up(columns, kDeepStep) * kPanelKeys; }
+inline int64_t rows_panel(int64_t columns) { return round_up(columns, kColumnStep) * kPanelKeys; }
+
+struct AttentionPlan {
+  const int64_t *panels, *tiles;  // where the sequences' panels and tiles begin, [sequences + 1] each, of one head
+  bool widens;                    // whether bfloat16 is multiplied as float where there are dot products of it too
+};
+
+struct AttentionPack {
+  const Attention* args;
+  AttentionPlan plan;
+  PackedOperand key, value, key_t, value_t;  // from.data null: not there
+};
+
+struct AttentionForwardCpu : AttentionForward {
+  AttentionPlan plan;
+  PackedOperand packed_key, packed_value;
+};
+
+LECT11EXT_CPU_KERNEL(attention_pack_kernel, AttentionPack)            // items: panels of all sequences and kv_heads
+LECT11EXT_CPU_KERNEL(attention_forward_kernel, AttentionForwardCpu)  // items: tiles of all sequences and heads
+
+}  // namespace lect11ext
