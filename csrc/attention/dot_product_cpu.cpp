@@ -1,7 +1,13 @@
 // Dot-product attention on the CPU, from tensors to the kernels of dot_product_cpu.h.
 #include "attention/dot_product_cpu.h"
 
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <cstring>
 
 #include "attention/dot_product_describe.h"
 #include "attention/dot_product_devices.h"
@@ -108,15 +114,110 @@ Outputs forward(const Inputs& in) {
   return result;
 }
 
-Gradients backward(const OptionalTensor&, const OptionalTensor&, const Inputs&, const Tensor&, const Tensor&,
-                   GradientMask) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "soon");
+Outputs tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Tangents& t) {
+  AttentionTangentCpu args{};
+  Describer described(in, args);
+  args.out = described.operand(output);
+  args.lse = described.dense(lse);
+  args.query_t = described.operand(t.query);
+  args.key_t = described.operand(t.key);
+  args.value_t = described.operand(t.value);
+  args.mask_t = described.mask(t.attn_mask);
+  Outputs result{empty_output(in), empty_lse(in)};
+  args.out_t = std::get<0>(result).mutable_data_ptr();
+  args.out_t_strides = strides_of(std::get<0>(result));
+  args.lse_t = std::get<1>(result).mutable_data_ptr();
+  Packing packing(args);
+  packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
+  packing.add(args.value, args.value_dim, /*transposed=*/false, /*rows=*/true, args.packed_value);
+  packing.add(args.key_t, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key_t);
+  packing.add(args.value_t, args.value_dim, /*transposed=*/false, /*rows=*/true, args.packed_value_t);
+  args.plan = packing.run();
+  run_parallel(attention_tangent_kernel, args, packing.tiles(), 3 * tile_cost(args));
+  return result;
 }
-Outputs tangent(const Inputs&, const Tensor&, const Tensor&, const Tangents&) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "soon");
+
+namespace {
+
+// Items enough for many threads, however few heads there are; each part has its own sums of the queries' gradients.
+void choose_parts(const Inputs& in, AttentionBackwardCpu& args) {
+  constexpr int64_t kItems = 16, kLeastKeys = 512;
+  args.sequence_group = args.head_group = 1;
+  if (args.grad_mask != nullptr) {
+    if (in.attn_mask->size(0) == 1) args.sequence_group = args.sequences;
+    if (in.attn_mask->size(1) == 1) args.head_group = args.kv_heads;
+  }
+  const int64_t items = args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
+  const int64_t wanted = items == 0 ? 1 : (kItems + items - 1) / items;
+  args.parts = std::clamp<int64_t>(args.keys / kLeastKeys, 1, wanted);
 }
-Gradients backward_tangent(const Inputs&, const Tensor&, const Tensor&, const Directions&, GradientMask) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "soon");
+
+Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse, const Directions& along,
+                       GradientMask wanted, bool tangent) {
+  AttentionBackwardCpu args{};
+  Describer described(in, args);
+  args.out = described.operand(output);
+  args.lse = described.dense(lse);
+  args.grad_out = described.operand(along.grad_output);
+  args.grad_lse = described.dense(along.grad_lse);
+  if (tangent) {
+    args.query_t = described.operand(along.tangents.query);
+    args.key_t = described.operand(along.tangents.key);
+    args.value_t = described.operand(along.tangents.value);
+    args.mask_t = described.mask(along.tangents.attn_mask);
+    args.grad_out_t = described.operand(along.grad_output_t);
+    args.grad_lse_t = described.dense(along.grad_lse_t);
+    args.out_t = described.operand(along.output_t);
+    args.lse_t = described.dense(along.lse_t);
+  }
+  const GradientTensors gradients(in, wanted, args);
+  // Weights sum to one, so that a bias of all keys of a query changes lse alone.
+  const bool one_bias = args.grad_mask != nullptr && in.attn_mask->size(3) == 1 && args.keys != 1;
+  if (one_bias) args.grad_mask = nullptr;
+  choose_parts(in, args);
+  Packing packing(args);
+  packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/true, args.packed_key);
+  packing.add(args.value, args.value_dim, /*transposed=*/true, /*rows=*/false, args.packed_value);
+  packing.add(args.key_t, args.head_dim, /*transposed=*/true, /*rows=*/true, args.packed_key_t);
+  packing.add(args.value_t, args.value_dim, /*transposed=*/true, /*rows=*/false, args.packed_value_t);
+  args.plan = packing.run();
+  const int64_t rows = args.batch * args.heads * args.queries;
+  Workspace space;
+  if (args.grad_query != nullptr) {
+    const int64_t bytes = args.parts * rows * round_up(args.head_dim, kColumnStep) * compute_size(args.dtype);
+    args.query_sums = space.at(space.reserve(bytes));
+    std::memset(args.query_sums, 0, bytes);
+  }
+  const int64_t groups = args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
+  const int64_t cost = tile_cost(args) * (tangent ? 6 : 3);
+  run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts, cost);
+  if (args.grad_query != nullptr) {
+    run_parallel(attention_query_gradient_kernel, args, rows, args.head_dim * (args.parts + 1) / 8 + 1);
+  }
+  Gradients result = gradients.finish(in);
+  if (one_bias) {
+    const OptionalTensor& grad_lse = tangent ? along.grad_lse_t : along.grad_lse;
+    Tensor& grad = std::get<3>(result);
+    if (autograd::defined(grad_lse)) {
+      const Tensor seen = at::where(lse == -INFINITY, at::zeros_like(*grad_lse), *grad_lse);
+      grad = at::sum_to(seen.unsqueeze(-1), in.attn_mask->sizes()).to(grad.scalar_type());
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+Gradients backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, const Inputs& in,
+                   const Tensor& output, const Tensor& lse, GradientMask mask) {
+  const OptionalTensor none;
+  return run_backward(in, output, lse, {grad_output, grad_lse, none, none, {none, none, none, none}, output, lse}, mask,
+                      /*tangent=*/false);
+}
+
+Gradients backward_tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Directions& along,
+                           GradientMask mask) {
+  return run_backward(in, output, lse, along, mask, /*tangent=*/true);
 }
 
 }  // namespace on_cpu

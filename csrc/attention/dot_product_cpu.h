@@ -71,7 +71,31 @@ struct AttentionForwardCpu : AttentionForward {
   PackedOperand packed_key, packed_value;
 };
 
-LECT11EXT_CPU_KERNEL(attention_pack_kernel, AttentionPack)            // items: panels of all sequences and kv_heads
+struct AttentionTangentCpu : AttentionTangent {
+  AttentionPlan plan;
+  PackedOperand packed_key, packed_value, packed_key_t, packed_value_t;
+};
+
+// A backward's work item is a part of the keys of one head, or, where a gradient of a mask is wanted, of all heads and
+// sequences that the mask is broadcast over: nobody else adds to what it adds to. How many parts there are depends on
+// sizes alone, and so do the results.
+struct AttentionBackwardCpu : AttentionBackwardTangent {
+  AttentionPlan plan;
+  PackedOperand packed_key, packed_value, packed_key_t, packed_value_t;
+  int64_t parts;           // of the keys
+  int64_t sequence_group;  // sequences of an item
+  int64_t head_group;      // heads of the keys of an item
+  void* query_sums;        // C [parts][batch][heads][queries][columns rounded to kColumnStep], added to: zero at first
+};
+
+inline constexpr int64_t kBackwardKeys = 128;  // keys whose gradients wait in the cache while the queries go by
+
+LECT11EXT_CPU_KERNEL(attention_pack_kernel, AttentionPack)           // items: panels of all sequences and kv_heads
 LECT11EXT_CPU_KERNEL(attention_forward_kernel, AttentionForwardCpu)  // items: tiles of all sequences and heads
+LECT11EXT_CPU_KERNEL(attention_tangent_kernel, AttentionTangentCpu)  // the same
+LECT11EXT_CPU_KERNEL(attention_backward_kernel, AttentionBackwardCpu)
+// The same where there are tangents: writes the gradients' tangents.
+LECT11EXT_CPU_KERNEL(attention_backward_tangent_kernel, AttentionBackwardCpu)
+LECT11EXT_CPU_KERNEL(attention_query_gradient_kernel, AttentionBackwardCpu)  // items: rows of queries, after the others
 
 }  // namespace lect11ext

@@ -1,0 +1,217 @@
+// The tangent of dot-product attention's forward. lse is known by then, so that weights are final at once.
+#include "attention/cpu/dot_product_tile.h"
+#include "common/workspace.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+namespace {
+
+template <class S, class P>
+class TangentPass {
+  using C = Compute<S>;
+
+ public:
+  explicit TangentPass(const AttentionTangentCpu& args)
+      : args_(args),
+        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr),
+        columns_(round_up(args.value_dim, kColumnStep)),
+        dropout_(args) {
+    constexpr int64_t kTile = kTileQueries * kBlockKeys;
+    const int64_t depth = round_up(args.head_dim, kDeepStep);
+    size_t parts[10];
+    int next = 0;
+    for (int i = 0; i < 4; ++i) parts[next++] = space_.reserve(kTile * sizeof(C));
+    for (int i = 0; i < 2; ++i) parts[next++] = space_.reserve(kTile * sizeof(P));
+    parts[next++] = space_.reserve(kTileQueries * columns_ * sizeof(C));
+    for (int i = 0; i < 2; ++i) parts[next++] = space_.reserve(kTileQueries * depth * sizeof(P));
+    parts[next++] = space_.reserve(kPanelKeys * columns_ * sizeof(P));
+    for (int64_t r = 0; r < kTileQueries; ++r) {
+      C** const tiles[] = {scores_, scores_t_, bias_, bias_t_};
+      for (int i = 0; i < 4; ++i) tiles[i][r] = static_cast<C*>(space_.at(parts[i])) + r * kBlockKeys;
+      weights_[r] = static_cast<P*>(space_.at(parts[4])) + r * kBlockKeys;
+      weights_t_[r] = static_cast<P*>(space_.at(parts[5])) + r * kBlockKeys;
+      sums_[r] = static_cast<C*>(space_.at(parts[6])) + r * columns_;
+    }
+    query_buffer_ = static_cast<P*>(space_.at(parts[7]));
+    query_t_buffer_ = static_cast<P*>(space_.at(parts[8]));
+    scrubbed_ = static_cast<P*>(space_.at(parts[9]));
+  }
+
+  void run(int64_t item) {
+    const TileItem where(args_, args_.plan.tiles, item);
+    const AttentionSequence s(args_, where.sequence);
+    const Band band(args_, s);
+    const int64_t most = tile_rows(s.queries), i = where.tile * most, rows = std::min(most, s.queries - i);
+    const int64_t panels = args_.plan.panels[where.sequence + 1] - args_.plan.panels[where.sequence];
+    const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
+    first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
+    const int64_t at = s.query_start + i;
+    operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, at, rows, query_buffer_, query_);
+    if (args_.query_t.data != nullptr) {
+      operand_rows<S, P>(args_.query_t, args_.head_dim, s.batch, where.head, at, rows, query_t_buffer_, query_t_);
+    }
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_[r], columns_, C(0));
+    std::fill(mean_, mean_ + rows, C(0));
+    const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
+    for (int64_t j = begin; j < end; j += kBlockKeys) {
+      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kPanelKeys)));
+    }
+    finish(s, where.head, i, rows);
+  }
+
+ private:
+  bool has_score_t() const { return args_.query_t.data != nullptr || args_.packed_key_t.transposed != nullptr; }
+  bool has_mask_t() const { return args_.mask_t.type != MaskType::None; }
+
+  void block(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
+             int64_t width) {
+    const int64_t n = std::min(width, s.keys - j);
+    for (int64_t r = 0; r < rows && biased_; ++r) {
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_[r]);
+      if (has_mask_t()) bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_[r]);
+    }
+    for (int64_t p = 0; p < width; p += kPanelKeys) {
+      const int64_t first = band.first_row(i, rows, j + p), last = band.end_row(i, rows, j + p, kPanelKeys);
+      if (first >= last) continue;
+      const auto against = [&](const P* const* a, const PackedOperand& b, C* const* out, bool add) {
+        C* to[kTileQueries];
+        for (int64_t r = first; r < last; ++r) to[r] = out[r] + p;
+        const P* panel = static_cast<const P*>(b.transposed) +
+                         (first_panel_ + (j + p) / kPanelKeys) * transposed_panel(args_.head_dim);
+        multiply<P>(a + first, last - first, round_up(args_.head_dim, PanelStep<P>::kDeep), panel,
+                    kPanelKeys * PanelStep<P>::kDeep, to + first, kPanelKeys, add);
+      };
+      against(query_, args_.packed_key, scores_, false);
+      const bool has_query_t = args_.query_t.data != nullptr;
+      if (has_query_t) against(query_t_, args_.packed_key, scores_t_, false);
+      if (args_.packed_key_t.transposed != nullptr) against(query_, args_.packed_key_t, scores_t_, has_query_t);
+    }
+    for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i, r, j, width);
+    add_values(weights_t_, args_.packed_value, rows, j, width);
+    add_values(weights_, args_.packed_value_t, rows, j, width);
+  }
+
+  // Of row r: weights times z, and their products with the scores' tangents.
+  void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
+             int64_t width) {
+    constexpr int kWidth = kLanes<C>;
+    const int64_t at = lse_row(args_, s.batch, head, s.query_start + i + r);
+    const C lse = static_cast<const C*>(args_.lse)[at];
+    const int64_t begin = std::max<int64_t>(band.first_key(i + r) - j, 0);
+    const int64_t end = lse == kMinusInfinity<C> ? 0 : std::min(band.end_key(i + r) - j, width);
+    P *const weights = weights_[r], *const weights_t = weights_t_[r];
+    if (begin >= end) {
+      std::fill(weights, weights + width, P(0));
+      return std::fill(weights_t, weights_t + width, P(0));
+    }
+    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
+    const Vec<C> base(kLogBase<C>), shift(-lse * kLogBase<C>), one(C(1));
+    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
+    Vec<C> mean = zero;
+    C z[kPanelKeys];
+    for (int64_t k = from; k < to; k += kPanelKeys) {
+      if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + k, kPanelKeys, z);
+      for (int64_t e = k; e < k + kPanelKeys; e += 2 * kWidth) {
+        Vec<C> pair[2], pair_t[2];
+        for (int u = 0; u < 2; ++u) {
+          const int64_t c = e + u * kWidth;
+          Vec<C> t = Vec<C>::loadu(scores_[r] + c) * scale, slope = one;
+          if (args_.softcap != 0) {
+            const Vec<C> ratio = tanh(t * steep);
+            t = ratio * cap;
+            slope = one - ratio * ratio;
+          }
+          if (biased_) {
+            const Vec<C> b = Vec<C>::loadu(bias_[r] + c);
+            t = select_equal(b, low, low, t + b);
+          }
+          Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_[r] + c) * scale * slope : zero;
+          if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_[r] + c);
+          C lane[kLanes<C>];
+          const Vec<C> weight = power(at::vec::fmadd(t, base, shift));
+          Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
+          if (c < begin || c + kWidth > end) {  // the edges
+            for (Vec<C>* v : {&product, &kept}) {
+              v->store(lane);
+              for (int l = 0; l < kWidth; ++l) lane[l] = c + l < begin || c + l >= end ? C(0) : lane[l];
+              *v = Vec<C>::loadu(lane);
+            }
+          }
+          mean = mean + product;
+          if (dropout_.acts()) {
+            const Vec<C> factor = Vec<C>::loadu(z + c - k);
+            product = product * factor;
+            kept = kept * factor;
+          }
+          pair[u] = kept;
+          pair_t[u] = product;
+        }
+        store_weights(pair[0], pair[1], weights + e);
+        store_weights(pair_t[0], pair_t[1], weights_t + e);
+      }
+    }
+    mean_[r] += sum_of_lanes(mean);
+    for (P* row : {weights, weights_t}) {
+      std::fill(row, row + from, P(0));
+      std::fill(row + to, row + width, P(0));
+    }
+  }
+
+  void add_values(P* const* weights, const PackedOperand& values, int64_t rows, int64_t j, int64_t width) {
+    if (values.rows == nullptr) return;
+    const int64_t panel = first_panel_ + j / kPanelKeys, size = rows_panel(args_.value_dim);
+    for (int64_t p = 0; p < width; p += kPanelKeys) {
+      const P* from = static_cast<const P*>(values.rows) + (panel + p / kPanelKeys) * size;
+      if (!values.finite[panel + p / kPanelKeys]) from = without_unused(from, rows, p);
+      const P* shifted[kTileQueries];
+      for (int64_t r = 0; r < rows; ++r) shifted[r] = weights[r] + p;
+      multiply<P>(shifted, rows, kPanelKeys, from, columns_ * PanelStep<P>::kDeep, sums_, columns_, true);
+    }
+  }
+
+  const P* without_unused(const P* panel, int64_t rows, int64_t p) {
+    constexpr int64_t kDeep = PanelStep<P>::kDeep;
+    std::copy_n(panel, kPanelKeys * columns_, scrubbed_);
+    for (int64_t k = 0; k < kPanelKeys; ++k) {
+      bool used = false;
+      for (int64_t r = 0; r < rows && !used; ++r) used = static_cast<float>(weights_[r][p + k]) != 0;
+      for (int64_t c = 0; c < columns_ && !used; ++c) scrubbed_[(k / kDeep * columns_ + c) * kDeep + k % kDeep] = P(0);
+    }
+    return scrubbed_;
+  }
+
+  void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t rows) {
+    C* lse_t = static_cast<C*>(args_.lse_t) + lse_row(args_, s.batch, head, s.query_start + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = s.query_start + i + r;
+      const S* out = row_of<S>(args_.out, s.batch, head, at);
+      lse_t[r] = mean_[r];
+      for (int64_t c = 0; c < args_.value_dim; ++c) sums_[r][c] -= mean_[r] * static_cast<C>(out[c]);
+      convert(sums_[r], row_of<S>(args_.out_t, args_.out_t_strides, s.batch, head, at), args_.value_dim);
+    }
+  }
+
+  const AttentionTangentCpu& args_;
+  const bool biased_;
+  const int64_t columns_;
+  const Dropout<C> dropout_;
+  Workspace space_;
+  C *scores_[kTileQueries], *scores_t_[kTileQueries], *bias_[kTileQueries], *bias_t_[kTileQueries];
+  C* sums_[kTileQueries];
+  P *weights_[kTileQueries], *weights_t_[kTileQueries];
+  const P *query_[kTileQueries], *query_t_[kTileQueries];
+  P *query_buffer_, *query_t_buffer_, *scrubbed_;
+  C mean_[kTileQueries];
+  int64_t first_panel_ = 0;
+};
+
+}  // namespace
+
+void attention_tangent_kernel(const AttentionTangentCpu& args, int64_t begin, int64_t end) {
+  with_operands(args.dtype, args.plan.widens, [&](auto* type, auto* operand) {
+    TangentPass<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(operand)>> pass(args);
+    for (int64_t item = begin; item < end; ++item) pass.run(item);
+  });
+}
+
+}  // namespace lect11ext::CPU_CAPABILITY
