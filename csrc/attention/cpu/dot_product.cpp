@@ -11,30 +11,30 @@ template <class S, class P>
 class Forward {
   using C = Compute<S>;
   static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights take the scores' place
+  static constexpr double kLeastScale = 1e-30;            // −∞ times a smaller factor could be NaN, or +∞
 
  public:
   explicit Forward(const AttentionForwardCpu& args)
       : args_(args),
         biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0 ||
-                args.scale < 0),
+                !(args.scale > kLeastScale)),
         factor_(biased_ ? kLogBase<C> : static_cast<C>(args.scale) * kLogBase<C>),
         columns_(round_up(args.value_dim, kColumnStep)),
         dropout_(args) {
-    const auto scores = space_.reserve(kTileQueries * kBlockKeys * sizeof(C));
-    const auto weights = space_.reserve(kInPlace ? 0 : kTileQueries * kBlockKeys * sizeof(P));
+    constexpr int64_t kTile = kTileQueries * kBlockKeys;
+    const int64_t depth = round_up(args.head_dim, kDeepStep);
+    const auto scores = space_.reserve(kTile * sizeof(C)), weights = space_.reserve(kInPlace ? 0 : kTile * sizeof(P));
+    const auto bias = space_.reserve(biased_ ? kTile * sizeof(C) : 0);
     const auto sums = space_.reserve(kTileQueries * columns_ * sizeof(C));
-    const auto bias = space_.reserve(biased_ ? kTileQueries * kBlockKeys * sizeof(C) : 0);
-    const auto query = space_.reserve(kTileQueries * round_up(args.head_dim, kDeepStep) * sizeof(P));
-    const auto scrubbed = space_.reserve(kPanelKeys * columns_ * sizeof(P));
-    for (int64_t r = 0; r < kTileQueries; ++r) {
-      scores_[r] = static_cast<C*>(space_.at(scores)) + r * kBlockKeys;
-      if constexpr (kInPlace) weights_[r] = scores_[r];
-      else weights_[r] = static_cast<P*>(space_.at(weights)) + r * kBlockKeys;
-      sums_[r] = static_cast<C*>(space_.at(sums)) + r * columns_;
-      bias_[r] = biased_ ? static_cast<C*>(space_.at(bias)) + r * kBlockKeys : nullptr;
-    }
+    const auto query = space_.reserve(kTileQueries * depth * sizeof(P));
+    const auto copy = space_.reserve(kBlockKeys * columns_ * sizeof(P));
+    scores_ = {static_cast<C*>(space_.at(scores)), kBlockKeys};
+    if constexpr (kInPlace) weights_ = scores_;
+    else weights_ = {static_cast<P*>(space_.at(weights)), kBlockKeys};
+    bias_ = {static_cast<C*>(space_.at(bias)), kBlockKeys};
+    sums_ = {static_cast<C*>(space_.at(sums)), columns_};
     query_buffer_ = static_cast<P*>(space_.at(query));
-    scrubbed_ = static_cast<P*>(space_.at(scrubbed));
+    copy_ = static_cast<P*>(space_.at(copy));
   }
 
   void run(int64_t item) {
@@ -45,9 +45,9 @@ class Forward {
     const int64_t panels = args_.plan.panels[where.sequence + 1] - args_.plan.panels[where.sequence];
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
     first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
-    operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_, query_);
+    query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
     std::fill(top_, top_ + rows, kMinusInfinity<C>);
-    std::fill(total_, total_ + rows, C(0));
+    std::fill(total_[0], total_[0] + rows * kLanes<C>, C(0));
     started_ = false;
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {
@@ -61,22 +61,14 @@ class Forward {
   void block(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
              int64_t width) {
     if (biased_ && !load_biases(s, band, head, i, rows, j, width)) return;
-    const int64_t depth = summed_columns<P>(args_.head_dim);
-    const int64_t panel_size = transposed_panel(args_.head_dim);
-    const P* keys = static_cast<const P*>(args_.packed_key.transposed);
-    bool whole = true;  // whether all rows see some key of every panel
-    for (int64_t p = 0; p < width; p += kPanelKeys) {
-      const int64_t first = band.first_row(i, rows, j + p), last = band.end_row(i, rows, j + p, kPanelKeys);
-      whole = whole && first == 0 && last == rows;
-      if (first >= last) continue;
-      C* to[kTileQueries];
-      for (int64_t r = first; r < last; ++r) to[r] = scores_[r] + p;
-      const P* panel = keys + (first_panel_ + (j + p) / kPanelKeys) * panel_size;
-      multiply<P>(query_ + first, last - first, depth, panel, kPanelKeys * PanelStep<P>::kDeep, to + first, kPanelKeys,
-                  /*add=*/false);
-    }
+    const bool whole =
+        multiply_panels<P>(band, query_, i, rows, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i + r, r, j, width);
-    add_values(band, i, rows, j, width, whole);
+    if (!started_) {
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_.row(r), columns_, C(0));
+      started_ = true;
+    }
+    add_panels<P>(band, weights_, i, rows, args_.packed_value, first_panel_, j, width, whole, sums_, copy_);
   }
 
   // False where the mask bars all of them.
@@ -85,8 +77,8 @@ class Forward {
     bool any = args_.mask.type == MaskType::None;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = std::min(width, s.keys - j);
-      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_[r]);
-      for (int64_t k = 0; k < n && !any; ++k) any = bias_[r][k] != kMinusInfinity<C>;
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
+      for (int64_t k = 0; k < n && !any; ++k) any = bias_.row(r)[k] != kMinusInfinity<C>;
     }
     return any;
   }
@@ -96,11 +88,11 @@ class Forward {
              int64_t width) {
     constexpr int kWidth = kLanes<C>, kSums = kPanelKeys / kWidth >= 4 ? 4 : kPanelKeys / kWidth;
     const int64_t begin = std::max<int64_t>(band.first_key(i) - j, 0), end = std::min(band.end_key(i) - j, width);
-    P* const weights = weights_[r];
+    P* const weights = weights_.row(r);
     if (begin >= end) return std::fill(weights, weights + width, P(0));
     const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
-    C* const scores = scores_[r];
-    if (biased_) apply_bias(scores, bias_[r], from, to);
+    C* const scores = scores_.row(r);
+    if (biased_) apply_bias(scores, bias_.row(r), from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
 
@@ -115,18 +107,17 @@ class Forward {
     const C shift = top == kMinusInfinity<C> ? C(0) : top * factor_;
     if (before != top) {
       top_[r] = top;
-      const C shrink = before == kMinusInfinity<C> ? C(0) : std::exp((before - top) * (factor_ / kLogBase<C>));
-      total_[r] *= shrink;
+      const Vec<C> shrink = before == kMinusInfinity<C> ? Vec<C>(C(0)) : power(Vec<C>((before - top) * factor_));
+      (Vec<C>::loadu(total_[r]) * shrink).store(total_[r]);
       if (started_) {
-        for (int64_t c = 0; c < columns_; c += kWidth) {
-          (Vec<C>::loadu(sums_[r] + c) * Vec<C>(shrink)).store(sums_[r] + c);
-        }
+        for (int64_t c = 0; c < columns_; c += kWidth) (Vec<C>::loadu(sums_.row(r) + c) * shrink).store(sums_.row(r) + c);
       }
     }
 
     const Vec<C> factor(factor_), minus_shift(-shift);
     Vec<C> totals[kSums];
     for (auto& v : totals) v = Vec<C>(C(0));
+    totals[0] = Vec<C>::loadu(total_[r]);
     C z[kPanelKeys];
     for (int64_t k = from; k < to; k += kPanelKeys) {
       if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i, j + k, kPanelKeys, z);
@@ -144,7 +135,7 @@ class Forward {
       }
     }
     for (int v = 1; v < kSums; ++v) totals[0] = totals[0] + totals[v];
-    total_[r] += sum_of_lanes(totals[0]);
+    totals[0].store(total_[r]);
     std::fill(weights, weights + from, P(0));
     std::fill(weights + to, weights + width, P(0));
   }
@@ -161,57 +152,22 @@ class Forward {
     }
   }
 
-  void add_values(const Band& band, int64_t i, int64_t rows, int64_t j, int64_t width, bool whole) {
-    const P* values = static_cast<const P*>(args_.packed_value.rows);
-    const int64_t panel_size = rows_panel(args_.value_dim), panel_row = columns_ * PanelStep<P>::kDeep;
-    const int64_t panel = first_panel_ + j / kPanelKeys;
-    const bool* finite = args_.packed_value.finite + panel;
-    const bool clean = std::all_of(finite, finite + width / kPanelKeys, [](bool f) { return f; });
-    if (!started_) {
-      for (int64_t r = 0; r < rows; ++r) std::fill(sums_[r], sums_[r] + columns_, C(0));
-      started_ = true;
-    }
-    if (whole && clean) return multiply<P>(weights_, rows, width, values + panel * panel_size, panel_row, sums_, columns_, true);
-    for (int64_t p = 0; p < width; p += kPanelKeys) {
-      const int64_t first = band.first_row(i, rows, j + p), last = band.end_row(i, rows, j + p, kPanelKeys);
-      if (first >= last) continue;
-      const P* from = values + (panel + p / kPanelKeys) * panel_size;
-      if (!finite[p / kPanelKeys]) from = without_unused(from, rows, p);
-      const P* weights[kTileQueries];
-      for (int64_t r = first; r < last; ++r) weights[r] = weights_[r] + p;
-      multiply<P>(weights + first, last - first, kPanelKeys, from, panel_row, sums_ + first, columns_, true);
-    }
-  }
-
-  // A copy of a panel of values in which those that no row has a weight for are zero.
-  const P* without_unused(const P* panel, int64_t rows, int64_t p) {
-    constexpr int64_t kDeep = PanelStep<P>::kDeep;
-    std::copy_n(panel, kPanelKeys * columns_, scrubbed_);
-    for (int64_t k = 0; k < kPanelKeys; ++k) {
-      bool used = false;
-      for (int64_t r = 0; r < rows && !used; ++r) used = static_cast<float>(weights_[r][p + k]) != 0;
-      for (int64_t c = 0; c < columns_ && !used; ++c) {
-        scrubbed_[(k / kDeep * columns_ + c) * kDeep + k % kDeep] = P(0);
-      }
-    }
-    return scrubbed_;
-  }
-
   void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t rows) {
     C* lse = static_cast<C*>(args_.lse) + lse_row(args_, s.batch, head, s.query_start + i);
     for (int64_t r = 0; r < rows; ++r) {
       S* out = row_of<S>(args_.out, args_.out_strides, s.batch, head, s.query_start + i + r);
-      if (!started_ || total_[r] == 0) {
+      const C total = sum_of_lanes(Vec<C>::loadu(total_[r]));
+      if (!started_ || total == 0) {
         lse[r] = kMinusInfinity<C>;
         std::fill(out, out + args_.value_dim, S(0));
         continue;
       }
-      lse[r] = top_[r] * (factor_ / kLogBase<C>) + std::log(total_[r]);
-      const Vec<C> inverse(C(1) / total_[r]);
+      lse[r] = top_[r] * (factor_ / kLogBase<C>) + std::log(total);
+      const Vec<C> inverse(C(1) / total);
       for (int64_t c = 0; c < columns_; c += kLanes<C>) {
-        (Vec<C>::loadu(sums_[r] + c) * inverse).store(sums_[r] + c);
+        (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
       }
-      convert(sums_[r], out, args_.value_dim);
+      convert(sums_.row(r), out, args_.value_dim);
     }
   }
 
@@ -221,11 +177,12 @@ class Forward {
   const int64_t columns_;
   const Dropout<C> dropout_;
   Workspace space_;
-  C *scores_[kTileQueries], *sums_[kTileQueries], *bias_[kTileQueries];
-  std::conditional_t<kInPlace, C, P>* weights_[kTileQueries];
-  const P* query_[kTileQueries];
-  P *query_buffer_, *scrubbed_;
-  C top_[kTileQueries], total_[kTileQueries];
+  Matrix<C> scores_, bias_, sums_;
+  Matrix<P> weights_;
+  Matrix<const P> query_;
+  P *query_buffer_, *copy_;
+  C top_[kTileQueries];               // greatest score so far
+  C total_[kTileQueries][kLanes<C>];  // sum of weights so far, in lanes
   int64_t first_panel_ = 0;
   bool started_ = false;  // whether sums_ hold anything
 };

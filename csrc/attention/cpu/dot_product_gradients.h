@@ -9,22 +9,12 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
-// Rows of a scratch matrix, as products take them.
-template <class T, int64_t kRows>
-struct ScratchRows {
-  T* row[kRows];
-
-  void place(T* data, int64_t stride) {
-    for (int64_t r = 0; r < kRows; ++r) row[r] = data + r * stride;
-  }
-};
-
 template <class S, class P, bool kTangent>
 class Gradients {
   using C = Compute<S>;
   static constexpr int64_t kRows = kTileQueries, kKeys = kBackwardKeys;
-  static constexpr int64_t kWeightRows = round_up(kRows, kDeepStep);  // of transposed weights, zeros at the end
-  using Tile = ScratchRows<C, kRows>;
+  static constexpr int64_t kDeep = PanelStep<P>::kDeep;
+  static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights and gradients are operands as they are
 
  public:
   explicit Gradients(const AttentionBackwardCpu& args)
@@ -42,12 +32,14 @@ class Gradients {
       if (biased_) tile(bias_), tile(mask_grads_);
       if (args.mask_t.type != MaskType::None) tile(bias_t_);
       for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
-        rows(weights_[d], kKeys, kWeightRows), rows(score_grads_[d], kKeys, kWeightRows);
-        rows(query_grads_[d], kRows, kKeys);
+        if (!kInPlace) {
+          rows(weights_[d], kRows / kDeep, kKeys * kDeep), rows(score_grads_[d], kRows / kDeep, kKeys * kDeep);
+          rows(query_grads_[d], kRows, kKeys);
+        }
         memory(query_buffer_[d], kRows * round_up(args.head_dim, kDeepStep));
         memory(grad_buffer_[d], kRows * round_up(args.value_dim, kDeepStep));
-        memory(query_panel_[d], kWeightRows * columns_), memory(grad_panel_[d], kWeightRows * value_columns_);
-        memory(scrubbed_[d], kKeys * columns_);
+        memory(query_panel_[d], kRows * columns_), memory(grad_panel_[d], kRows * value_columns_);
+        memory(copy_[d], kKeys * columns_);
       }
       rows(key_sums_, kKeys, columns_), rows(value_sums_, kKeys, value_columns_);
       const int64_t group = args.heads / args.kv_heads;
@@ -73,13 +65,13 @@ class Gradients {
     if (!place_) parts_[next_++] = space_.reserve(count * sizeof(T));
     else pointer = static_cast<T*>(space_.at(parts_[next_++]));
   }
-  template <class T, int64_t kCount>
-  void rows(ScratchRows<T, kCount>& to, int64_t count, int64_t stride) {
+  template <class T>
+  void rows(Matrix<T>& to, int64_t count, int64_t stride) {
     T* data = nullptr;
     memory(data, count * stride);
-    if (place_) to.place(data, stride);
+    to = {data, stride};
   }
-  void tile(Tile& to) { rows(to, kRows, kKeys); }
+  void tile(Matrix<C>& to) { rows(to, kRows, kKeys); }
 
   // --- a part of the keys of one head
 
@@ -95,8 +87,8 @@ class Gradients {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kPanelKeys));
       for (int64_t k = 0; k < kKeys; ++k) {
-        std::fill_n(key_sums_.row[k], columns_, C(0));
-        std::fill_n(value_sums_.row[k], value_columns_, C(0));
+        std::fill_n(key_sums_.row(k), columns_, C(0));
+        std::fill_n(value_sums_.row(k), value_columns_, C(0));
       }
       const int64_t most = tile_rows(s.queries);
       for (int64_t g = 0; g < group; ++g) {
@@ -112,13 +104,12 @@ class Gradients {
     }
   }
 
-  template <int64_t kCount>
   void store(void* grad, const AttentionStrides& strides, int64_t columns, const AttentionSequence& s, int64_t head,
-             int64_t j, ScratchRows<C, kCount>& sums, double scale) const {
+             int64_t j, const Matrix<C>& sums, double scale) const {
     if (grad == nullptr) return;
     for (int64_t k = 0; k < std::min(kKeys, s.keys - j); ++k) {
-      for (int64_t c = 0; c < columns; ++c) sums.row[k][c] *= static_cast<C>(scale);
-      convert(sums.row[k], row_of<S>(grad, strides, s.batch, head, s.key_start + j + k), columns);
+      for (int64_t c = 0; c < columns; ++c) sums.row(k)[c] *= static_cast<C>(scale);
+      convert(sums.row(k), row_of<S>(grad, strides, s.batch, head, s.key_start + j + k), columns);
     }
   }
 
@@ -153,132 +144,132 @@ class Gradients {
             int64_t width, int64_t part) {
     if (biased_ && !load_biases(s, band, head, i, count, j)) return;
     const C* lse = static_cast<const C*>(args_.lse) + lse_row(args_, s.batch, head, s.query_start + i);
-    const int64_t at = s.query_start + i, padded = round_up(count, PanelStep<P>::kDeep);
-    operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, at, count, query_buffer_[0], query_[0]);
-    pack_rows(args_.query, args_.head_dim, s.batch, head, at, count, columns_, lse, query_panel_[0]);
-    const bool has_grad = args_.grad_out.data != nullptr;
-    if (has_grad) {
-      operand_rows<S, P>(args_.grad_out, args_.value_dim, s.batch, head, at, count, grad_buffer_[0], grad_[0]);
-      pack_rows(args_.grad_out, args_.value_dim, s.batch, head, at, count, value_columns_, lse, grad_panel_[0]);
+    const AttentionOperand *queries[] = {&args_.query, &args_.query_t}, *grads[] = {&args_.grad_out, &args_.grad_out_t};
+    for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
+      query_[d] = load(*queries[d], args_.head_dim, s, head, i, count, lse, query_buffer_[d], query_panel_[d]);
+      grad_[d] = load(*grads[d], args_.value_dim, s, head, i, count, lse, grad_buffer_[d], grad_panel_[d]);
     }
-    const bool has_query_t = kTangent && args_.query_t.data != nullptr;
-    const bool has_grad_t = kTangent && args_.grad_out_t.data != nullptr;
-    if (has_query_t) {
-      operand_rows<S, P>(args_.query_t, args_.head_dim, s.batch, head, at, count, query_buffer_[1], query_[1]);
-      pack_rows(args_.query_t, args_.head_dim, s.batch, head, at, count, columns_, lse, query_panel_[1]);
-    }
-    if (has_grad_t) {
-      operand_rows<S, P>(args_.grad_out_t, args_.value_dim, s.batch, head, at, count, grad_buffer_[1], grad_[1]);
-      pack_rows(args_.grad_out_t, args_.value_dim, s.batch, head, at, count, value_columns_, lse, grad_panel_[1]);
-    }
-
-    const auto against = [&](const P* const* a, const PackedOperand& b, Tile& out, bool add) {
-      by_panels(band, a, b, i, count, j, width, out, add);
+    const auto against = [&](const Factor& a, const PackedOperand& b, const Matrix<C>& out, bool add) {
+      if (a.rows.data == nullptr || b.transposed == nullptr) return add;
+      multiply_panels<P>(band, a.rows, i, count, b, first_panel_, j, width, out, add);
+      return true;
     };
     against(query_[0], args_.packed_key, scores_, false);
-    if (has_grad) against(grad_[0], args_.packed_value, inner_, false);
+    has_inner_ = against(grad_[0], args_.packed_value, inner_, false);
     if constexpr (kTangent) {
-      if (has_query_t) against(query_[1], args_.packed_key, scores_t_, false);
-      if (args_.packed_key_t.transposed != nullptr) against(query_[0], args_.packed_key_t, scores_t_, has_query_t);
-      if (has_grad_t) against(grad_[1], args_.packed_value, inner_t_, false);
-      if (has_grad && args_.packed_value_t.transposed != nullptr) {
-        against(grad_[0], args_.packed_value_t, inner_t_, has_grad_t);
-      }
+      has_score_t_ = against(query_[1], args_.packed_key, scores_t_, false);
+      has_score_t_ = against(query_[0], args_.packed_key_t, scores_t_, has_score_t_);
+      has_inner_t_ = against(grad_[1], args_.packed_value, inner_t_, false);
+      has_inner_t_ = against(grad_[0], args_.packed_value_t, inner_t_, has_inner_t_);
     }
     for (int64_t r = 0; r < count; ++r) weigh(s, band, head, g, i, r, j, width, lse[r]);
-    for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
-      transpose(d == 0 ? scores_ : scores_t_, count, padded, width, weights_[d]);
-      transpose(d == 0 ? inner_ : inner_t_, count, padded, width, score_grads_[d]);
-      if constexpr (!std::is_same_v<C, P>) {
-        for (int64_t r = 0; r < count; ++r) convert((d == 0 ? inner_ : inner_t_).row[r], query_grads_[d].row[r], width);
+    if constexpr (!kInPlace) {
+      for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
+        interleave(d == 0 ? scores_ : scores_t_, count, width, weights_[d]);
+        interleave(d == 0 ? inner_ : inner_t_, count, width, score_grads_[d]);
+        for (int64_t r = 0; r < count; ++r) convert((d == 0 ? inner_ : inner_t_).row(r), query_grads_[d].row(r), width);
       }
     }
-    add_products(s, head, part, i, count, padded, j, width, has_grad, has_query_t, has_grad_t);
+    add_products(s, band, head, part, i, count, j, width);
+  }
+
+  // Rows of a tile's queries, or of gradients of its outputs, as both factors of a product.
+  struct Factor {
+    Matrix<const P> rows{nullptr, 0};
+    Matrix<const P> panel{nullptr, 0};  // [rows / kDeep][columns][kDeep]
+  };
+
+  Factor load(const AttentionOperand& t, int64_t columns, const AttentionSequence& s, int64_t head, int64_t i,
+              int64_t count, const C* lse, P* buffer, P* panel) const {
+    if (t.data == nullptr) return {};
+    const int64_t position = s.query_start + i, padded = round_up(columns, kColumnStep);
+    Factor factor;
+    factor.rows = operand_rows<S, P>(t, columns, s.batch, head, position, count, buffer);
+    const bool sees = std::none_of(lse, lse + count, [](C value) { return value == kMinusInfinity<C>; });
+    if (kDeep == 1 && columns == padded && sees) {
+      factor.panel = factor.rows;
+    } else {
+      pack_rows(factor.rows, columns, count, padded, lse, panel);
+      factor.panel = {panel, padded * kDeep};
+    }
+    return factor;
+  }
+
+  // Rows of queries that see nothing are zero, be they NaN, and so are those up to whole steps.
+  void pack_rows(const Matrix<const P>& from, int64_t columns, int64_t count, int64_t padded, const C* lse,
+                 P* panel) const {
+    for (int64_t r = 0; r < round_up(count, kDeep); ++r) {
+      const bool seen = r < count && lse[r] != kMinusInfinity<C>;
+      P* to = panel + r / kDeep * padded * kDeep + r % kDeep;
+      for (int64_t c = 0; c < (seen ? columns : 0); ++c) to[c * kDeep] = from.row(r)[c];
+      for (int64_t c = seen ? columns : 0; c < padded; ++c) to[c * kDeep] = P(0);
+    }
   }
 
   // What the tile adds to the gradients; scores_ are weights by now, and inner_ gradients of scores.
-  void add_products(const AttentionSequence& s, int64_t head, int64_t part, int64_t i, int64_t count, int64_t padded,
-                    int64_t j, int64_t width, bool has_grad, bool has_query_t, bool has_grad_t) {
-    constexpr int64_t kDeep = PanelStep<P>::kDeep;
+  void add_products(const AttentionSequence& s, const Band& band, int64_t head, int64_t part, int64_t i, int64_t count,
+                    int64_t j, int64_t width) {
     constexpr int kLast = kTangent ? 1 : 0;  // what the gradients themselves, or their tangents, are made of
-    const int64_t row = columns_ * kDeep, value_row = value_columns_ * kDeep;
+    const auto across = [&](const Matrix<const P>& weights, const Factor& factor, const Matrix<C>& sums,
+                            int64_t columns) {
+      if (factor.panel.data == nullptr) return;
+      multiply<Order::Across, P>(weights, width, round_up(count, kDeep), factor.panel, sums, columns, true);
+    };
     if (args_.grad_value != nullptr) {
-      if (has_grad) multiply<P>(weights_[kLast].row, width, padded, grad_panel_[0], value_row, value_sums_.row, value_columns_, true);
-      if (has_grad_t) multiply<P>(weights_[0].row, width, padded, grad_panel_[1], value_row, value_sums_.row, value_columns_, true);
+      across(weights(kLast), grad_[0], value_sums_, value_columns_);
+      if (kTangent) across(weights(0), grad_[1], value_sums_, value_columns_);
     }
     if (args_.grad_key != nullptr) {
-      multiply<P>(score_grads_[kLast].row, width, padded, query_panel_[0], row, key_sums_.row, columns_, true);
-      if (has_query_t) multiply<P>(score_grads_[0].row, width, padded, query_panel_[1], row, key_sums_.row, columns_, true);
+      across(score_grads(kLast), query_[0], key_sums_, columns_);
+      if (kTangent) across(score_grads(0), query_[1], key_sums_, columns_);
     }
     if (args_.grad_query == nullptr) return;
-    C* sums[kRows];
-    const int64_t first = (part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i));
-    for (int64_t r = 0; r < count; ++r) sums[r] = static_cast<C*>(args_.query_sums) + (first + r) * columns_;
-    const auto add = [&](int d, const PackedOperand& keys, P* scrubbed) {
-      if (keys.rows == nullptr) return;
-      const P* panel = static_cast<const P*>(keys.rows) + (first_panel_ + j / kPanelKeys) * rows_panel(args_.head_dim);
-      multiply<P>(grad_rows(d), count, width, without_unused(panel, keys, d, count, j, width, scrubbed), row, sums, columns_, true);
+    const int64_t row = part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i);
+    const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
+    const auto along = [&](const Matrix<P>& grads, const PackedOperand& keys, P* copy) {
+      add_panels<P>(band, grads, i, count, keys, first_panel_, j, width, /*whole=*/true, sums, copy);
     };
-    add(kLast, args_.packed_key, scrubbed_[0]);
-    if (kTangent) add(0, args_.packed_key_t, scrubbed_[kLast]);
+    along(query_grads(kLast), args_.packed_key, copy_[0]);
+    if (kTangent) along(query_grads(0), args_.packed_key_t, copy_[kLast]);
   }
 
-  const P* const* grad_rows(int d) const {
-    if constexpr (std::is_same_v<C, P>) return (d == 0 ? inner_ : inner_t_).row;
-    else return query_grads_[d].row;
+  // The tile's weights, and gradients of its scores, as operands across their rows and along them.
+  Matrix<const P> weights(int d) const {
+    if constexpr (kInPlace) return {(d == 0 ? scores_ : scores_t_).data, kKeys};
+    else return {weights_[d].data, kKeys * kDeep};
+  }
+  Matrix<const P> score_grads(int d) const {
+    if constexpr (kInPlace) return {(d == 0 ? inner_ : inner_t_).data, kKeys};
+    else return {score_grads_[d].data, kKeys * kDeep};
+  }
+  Matrix<P> query_grads(int d) const {
+    if constexpr (kInPlace) return d == 0 ? inner_ : inner_t_;
+    else return query_grads_[d];
   }
 
-  // A copy of the panels in which keys that no query of the tile sees are zero, where one of them is not finite.
-  const P* without_unused(const P* panel, const PackedOperand& keys, int d, int64_t count, int64_t j, int64_t width,
-                          P* scrubbed) const {
-    constexpr int64_t kDeep = PanelStep<P>::kDeep;
-    const bool* finite = keys.finite + first_panel_ + j / kPanelKeys;
-    if (std::all_of(finite, finite + width / kPanelKeys, [](bool f) { return f; })) return panel;
-    std::copy_n(panel, width * columns_, scrubbed);
-    for (int64_t k = 0; k < width; ++k) {
-      bool used = false;
-      for (int64_t r = 0; r < count && !used; ++r) used = static_cast<float>(grad_rows(d)[r][k]) != 0;
-      for (int64_t c = 0; c < columns_ && !used; ++c) scrubbed[(k / kDeep * columns_ + c) * kDeep + k % kDeep] = P(0);
-    }
-    return scrubbed;
-  }
-
-  // Rows of a tensor as a panel: [rows / kDeep][columns][kDeep]. Those of queries that see nothing are zero, and so are
-  // those up to whole steps.
-  void pack_rows(const AttentionOperand& t, int64_t columns, int64_t batch, int64_t head, int64_t position, int64_t count,
-                 int64_t padded, const C* lse, P* panel) const {
-    constexpr int64_t kDeep = PanelStep<P>::kDeep;
-    P line[kDeep == 1 ? 1 : kMostColumns];
-    for (int64_t r = 0; r < round_up(count, kDeep); ++r) {
-      const bool seen = r < count && lse[r] != kMinusInfinity<C>;
-      if constexpr (kDeep == 1) {
-        P* to = panel + r * padded;
-        if (seen) convert(row_of<S>(t, batch, head, position + r), to, columns);
-        std::fill(to + (seen ? columns : 0), to + padded, P(0));
-      } else {
-        P* to = panel + r / 2 * padded * 2 + r % 2;
-        for (int64_t c = 0; c < padded; c += kMostColumns) {
-          const int64_t n = std::min(kMostColumns, padded - c), given = seen ? std::clamp<int64_t>(columns - c, 0, n) : 0;
-          if (given > 0) convert(row_of<S>(t, batch, head, position + r) + c, line, given);
-          std::fill(line + given, line + n, P(0));
-          for (int64_t e = 0; e < n; ++e) to[2 * (c + e)] = line[e];
+  // [count][width] → [count / kDeep][width][kDeep], zeros beyond count.
+  void interleave(const Matrix<C>& from, int64_t count, int64_t width, const Matrix<P>& to) const {
+    if constexpr (!kInPlace) {
+      for (int64_t r = 0; r < count; r += 2) {
+        P* pairs = to.row(r / 2);
+        const C *even = from.row(r), *odd = r + 1 < count ? from.row(r + 1) : nullptr;
+#if defined(__AVX512BF16__)
+        for (int64_t k = 0; k < width; k += kLanes<C>) {
+          // Words of both rows: a pair is one word, the even row in its lower half.
+          const Vec<C> low = Vec<C>::loadu(even + k), high = odd != nullptr ? Vec<C>::loadu(odd + k) : Vec<C>(C(0));
+          const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+          const __m512i upper = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(words, 1));
+          const __m512i wide_low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+          const __m512i wide_high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(upper)), 16);
+          _mm512_storeu_si512(pairs + 2 * k, _mm512_or_si512(wide_low, wide_high));
         }
+#else
+        for (int64_t k = 0; k < width; ++k) {
+          pairs[2 * k] = static_cast<P>(even[k]);
+          pairs[2 * k + 1] = odd != nullptr ? static_cast<P>(odd[k]) : P(0);
+        }
+#endif
       }
-    }
-  }
-  static constexpr int64_t kMostColumns = 64;
-
-  // out[r][k] = Σ a[r]·b[k] of the rows that see any key of a panel.
-  void by_panels(const Band& band, const P* const* a, const PackedOperand& b, int64_t i, int64_t count, int64_t j,
-                 int64_t width, Tile& out, bool add) const {
-    const int64_t depth = round_up(b.columns, PanelStep<P>::kDeep), size = transposed_panel(b.columns);
-    for (int64_t p = 0; p < width; p += kPanelKeys) {
-      const int64_t first = band.first_row(i, count, j + p), last = band.end_row(i, count, j + p, kPanelKeys);
-      if (first >= last) continue;
-      C* to[kRows];
-      for (int64_t r = first; r < last; ++r) to[r] = out.row[r] + p;
-      const P* panel = static_cast<const P*>(b.transposed) + (first_panel_ + (j + p) / kPanelKeys) * size;
-      multiply<P>(a + first, last - first, depth, panel, kPanelKeys * PanelStep<P>::kDeep, to + first, kPanelKeys, add);
     }
   }
 
@@ -286,10 +277,10 @@ class Gradients {
     bool any = args_.mask.type == MaskType::None;
     const int64_t n = std::min(kKeys, s.keys - j);
     for (int64_t r = 0; r < count; ++r) {
-      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row[r]);
-      for (int64_t k = 0; k < n && !any; ++k) any = bias_.row[r][k] != kMinusInfinity<C>;
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
+      for (int64_t k = 0; k < n && !any; ++k) any = bias_.row(r)[k] != kMinusInfinity<C>;
       if (args_.mask_t.type != MaskType::None) {
-        bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row[r]);
+        bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
       }
     }
     return any;
@@ -299,8 +290,8 @@ class Gradients {
   void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t g, int64_t i, int64_t r, int64_t j,
              int64_t width, C lse) {
     constexpr int kWidth = kLanes<C>;
-    C *const p = scores_.row[r], *const inner = inner_.row[r];
-    C *const p_t = kTangent ? scores_t_.row[r] : nullptr, *const inner_t = kTangent ? inner_t_.row[r] : nullptr;
+    C *const p = scores_.row(r), *const inner = inner_.row(r);
+    C *const p_t = kTangent ? scores_t_.row(r) : nullptr, *const inner_t = kTangent ? inner_t_.row(r) : nullptr;
     const int64_t begin = std::max<int64_t>(band.first_key(i + r) - j, 0);
     const int64_t end = lse == kMinusInfinity<C> ? 0 : std::min(band.end_key(i + r) - j, width);
     const auto clear = [&](int64_t from, int64_t to) {
@@ -310,9 +301,6 @@ class Gradients {
     };
     if (begin >= end) return clear(0, width);
     const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
-    const bool has_inner = args_.grad_out.data != nullptr;
-    const bool has_score_t = kTangent && (args_.query_t.data != nullptr || args_.packed_key_t.transposed != nullptr);
-    const bool has_inner_t = kTangent && (args_.grad_out_t.data != nullptr || (has_inner && args_.packed_value_t.transposed != nullptr));
     const bool has_bias_t = kTangent && args_.mask_t.type != MaskType::None;
     const int64_t at = lse_row(args_, s.batch, head, s.query_start + i + r);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
@@ -336,35 +324,35 @@ class Gradients {
             slope = Vec<C>(C(1)) - ratio * ratio;
             if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
           }
-          const Vec<C> b = Vec<C>::loadu(bias_.row[r] + e);
+          const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
           t = select_equal(b, low, low, t + b);
           weight = power(at::vec::fmadd(t, base, shift));
         }
         const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - k) : Vec<C>(C(1));
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.
         const auto seen = [&](const Vec<C>& v) { return select_equal(weight, zero, zero, v); };
-        const Vec<C> first = has_inner ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
+        const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
         const Vec<C> full = seen(weight * first);
         (weight * kept).store(p + e);
         (full * slope).store(inner + e);
         if constexpr (kTangent) {
-          const Vec<C> raw = has_score_t ? Vec<C>::loadu(p_t + e) * scale : zero;
+          const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * scale : zero;
           Vec<C> score = raw * slope;
-          if (has_bias_t) score = score + Vec<C>::loadu(bias_t_.row[r] + e);
+          if (has_bias_t) score = score + Vec<C>::loadu(bias_t_.row(r) + e);
           const Vec<C> weight_t = seen(weight * (score - lse_t));
-          const Vec<C> second = has_inner_t ? Vec<C>::loadu(inner_t + e) * kept - delta_t : zero - delta_t;
+          const Vec<C> second = has_inner_t_ ? Vec<C>::loadu(inner_t + e) * kept - delta_t : zero - delta_t;
           const Vec<C> full_t = seen(weight_t * first + weight * second);
           (weight_t * kept).store(p_t + e);
           seen(full_t * slope + full * bend * raw).store(inner_t + e);
-          if (biased_) full_t.store(mask_grads_.row[r] + e);
+          if (biased_) full_t.store(mask_grads_.row(r) + e);
         } else {
-          if (biased_) full.store(mask_grads_.row[r] + e);
+          if (biased_) full.store(mask_grads_.row(r) + e);
         }
       }
     }
     clear(0, begin);
     clear(end, width);
-    if (args_.grad_mask != nullptr) add_to_mask(s, head, i + r, j, begin, end, mask_grads_.row[r]);
+    if (args_.grad_mask != nullptr) add_to_mask(s, head, i + r, j, begin, end, mask_grads_.row(r));
   }
 
   void add_to_mask(const AttentionSequence& s, int64_t head, int64_t i, int64_t j, int64_t begin, int64_t end,
@@ -372,24 +360,6 @@ class Gradients {
     const int64_t* strides = args_.grad_mask_strides;
     C* to = static_cast<C*>(args_.grad_mask) + s.batch * strides[0] + head * strides[1] + i * strides[2] + j;
     for (int64_t k = begin; k < end; ++k) to[k] += gradient[k];
-  }
-
-  // [count][width] → [width][padded], zeros beyond count.
-  void transpose(const Tile& from, int64_t count, int64_t padded, int64_t width, ScratchRows<P, kKeys>& to) const {
-    constexpr int64_t kStep = 16;
-    if constexpr (std::is_same_v<P, float>) {
-      for (int64_t r = 0; r < count; r += kStep) {
-        const int64_t n = std::min(kStep, count - r);
-        for (int64_t k = 0; k < width; k += kStep) {
-          at::vec::transpose_mxn<float>(from.row[r] + k, kKeys, to.row[k] + r, kWeightRows, static_cast<int>(n), kStep);
-        }
-      }
-    } else {
-      for (int64_t k = 0; k < width; ++k) {
-        for (int64_t r = 0; r < count; ++r) to.row[k][r] = static_cast<P>(from.row[r][k]);
-        for (int64_t r = count; r < padded; ++r) to.row[k][r] = P(0);
-      }
-    }
   }
 
   const AttentionBackwardCpu& args_;
@@ -401,13 +371,13 @@ class Gradients {
   size_t parts_[48];
   int next_ = 0;
   bool place_ = false;
-  Tile scores_, inner_, scores_t_, inner_t_, bias_, bias_t_;
-  Tile mask_grads_;  // gradients of t
-  ScratchRows<P, kKeys> weights_[2], score_grads_[2];  // transposed
-  ScratchRows<P, kRows> query_grads_[2];               // gradients of scores as operands, where those are no C
-  ScratchRows<C, kKeys> key_sums_, value_sums_;
-  P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *scrubbed_[2];
-  const P *query_[2][kRows], *grad_[2][kRows];
+  Matrix<C> scores_, inner_, scores_t_, inner_t_, bias_, bias_t_;
+  Matrix<C> mask_grads_;  // gradients of t
+  Matrix<P> weights_[2], score_grads_[2], query_grads_[2];  // as operands, where they are none as they are
+  Matrix<C> key_sums_, value_sums_;
+  P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];
+  Factor query_[2], grad_[2];
+  bool has_inner_ = false, has_score_t_ = false, has_inner_t_ = false;
   C *delta_ = nullptr, *delta_t_ = nullptr;
   int64_t first_panel_ = 0;
 };

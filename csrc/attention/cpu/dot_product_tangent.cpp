@@ -23,17 +23,15 @@ class TangentPass {
     for (int i = 0; i < 2; ++i) parts[next++] = space_.reserve(kTile * sizeof(P));
     parts[next++] = space_.reserve(kTileQueries * columns_ * sizeof(C));
     for (int i = 0; i < 2; ++i) parts[next++] = space_.reserve(kTileQueries * depth * sizeof(P));
-    parts[next++] = space_.reserve(kPanelKeys * columns_ * sizeof(P));
-    for (int64_t r = 0; r < kTileQueries; ++r) {
-      C** const tiles[] = {scores_, scores_t_, bias_, bias_t_};
-      for (int i = 0; i < 4; ++i) tiles[i][r] = static_cast<C*>(space_.at(parts[i])) + r * kBlockKeys;
-      weights_[r] = static_cast<P*>(space_.at(parts[4])) + r * kBlockKeys;
-      weights_t_[r] = static_cast<P*>(space_.at(parts[5])) + r * kBlockKeys;
-      sums_[r] = static_cast<C*>(space_.at(parts[6])) + r * columns_;
-    }
+    parts[next++] = space_.reserve(kBlockKeys * columns_ * sizeof(P));
+    Matrix<C>* const tiles[] = {&scores_, &scores_t_, &bias_, &bias_t_};
+    for (int i = 0; i < 4; ++i) *tiles[i] = {static_cast<C*>(space_.at(parts[i])), kBlockKeys};
+    weights_ = {static_cast<P*>(space_.at(parts[4])), kBlockKeys};
+    weights_t_ = {static_cast<P*>(space_.at(parts[5])), kBlockKeys};
+    sums_ = {static_cast<C*>(space_.at(parts[6])), columns_};
     query_buffer_ = static_cast<P*>(space_.at(parts[7]));
     query_t_buffer_ = static_cast<P*>(space_.at(parts[8]));
-    scrubbed_ = static_cast<P*>(space_.at(parts[9]));
+    copy_ = static_cast<P*>(space_.at(parts[9]));
   }
 
   void run(int64_t item) {
@@ -45,11 +43,11 @@ class TangentPass {
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
     first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
     const int64_t at = s.query_start + i;
-    operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, at, rows, query_buffer_, query_);
+    query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, at, rows, query_buffer_);
     if (args_.query_t.data != nullptr) {
-      operand_rows<S, P>(args_.query_t, args_.head_dim, s.batch, where.head, at, rows, query_t_buffer_, query_t_);
+      query_t_ = operand_rows<S, P>(args_.query_t, args_.head_dim, s.batch, where.head, at, rows, query_t_buffer_);
     }
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_[r], columns_, C(0));
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_.row(r), columns_, C(0));
     std::fill(mean_, mean_ + rows, C(0));
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {
@@ -66,28 +64,21 @@ class TangentPass {
              int64_t width) {
     const int64_t n = std::min(width, s.keys - j);
     for (int64_t r = 0; r < rows && biased_; ++r) {
-      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_[r]);
-      if (has_mask_t()) bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_[r]);
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
+      if (has_mask_t()) bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
     }
-    for (int64_t p = 0; p < width; p += kPanelKeys) {
-      const int64_t first = band.first_row(i, rows, j + p), last = band.end_row(i, rows, j + p, kPanelKeys);
-      if (first >= last) continue;
-      const auto against = [&](const P* const* a, const PackedOperand& b, C* const* out, bool add) {
-        C* to[kTileQueries];
-        for (int64_t r = first; r < last; ++r) to[r] = out[r] + p;
-        const P* panel = static_cast<const P*>(b.transposed) +
-                         (first_panel_ + (j + p) / kPanelKeys) * transposed_panel(args_.head_dim);
-        multiply<P>(a + first, last - first, round_up(args_.head_dim, PanelStep<P>::kDeep), panel,
-                    kPanelKeys * PanelStep<P>::kDeep, to + first, kPanelKeys, add);
-      };
-      against(query_, args_.packed_key, scores_, false);
-      const bool has_query_t = args_.query_t.data != nullptr;
-      if (has_query_t) against(query_t_, args_.packed_key, scores_t_, false);
-      if (args_.packed_key_t.transposed != nullptr) against(query_, args_.packed_key_t, scores_t_, has_query_t);
-    }
+    const auto against = [&](const Matrix<const P>& a, const PackedOperand& keys, const Matrix<C>& out, bool add) {
+      return multiply_panels<P>(band, a, i, rows, keys, first_panel_, j, width, out, add);
+    };
+    const bool whole = against(query_, args_.packed_key, scores_, false), has_query_t = args_.query_t.data != nullptr;
+    if (has_query_t) against(query_t_, args_.packed_key, scores_t_, false);
+    if (args_.packed_key_t.transposed != nullptr) against(query_, args_.packed_key_t, scores_t_, has_query_t);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i, r, j, width);
-    add_values(weights_t_, args_.packed_value, rows, j, width);
-    add_values(weights_, args_.packed_value_t, rows, j, width);
+    const auto add = [&](const Matrix<P>& weights, const PackedOperand& values) {
+      add_panels<P>(band, weights, i, rows, values, first_panel_, j, width, whole, sums_, copy_);
+    };
+    add(weights_t_, args_.packed_value);
+    add(weights_, args_.packed_value_t);
   }
 
   // Of row r: weights times z, and their products with the scores' tangents.
@@ -98,7 +89,7 @@ class TangentPass {
     const C lse = static_cast<const C*>(args_.lse)[at];
     const int64_t begin = std::max<int64_t>(band.first_key(i + r) - j, 0);
     const int64_t end = lse == kMinusInfinity<C> ? 0 : std::min(band.end_key(i + r) - j, width);
-    P *const weights = weights_[r], *const weights_t = weights_t_[r];
+    P *const weights = weights_.row(r), *const weights_t = weights_t_.row(r);
     if (begin >= end) {
       std::fill(weights, weights + width, P(0));
       return std::fill(weights_t, weights_t + width, P(0));
@@ -115,18 +106,18 @@ class TangentPass {
         Vec<C> pair[2], pair_t[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t c = e + u * kWidth;
-          Vec<C> t = Vec<C>::loadu(scores_[r] + c) * scale, slope = one;
+          Vec<C> t = Vec<C>::loadu(scores_.row(r) + c) * scale, slope = one;
           if (args_.softcap != 0) {
             const Vec<C> ratio = tanh(t * steep);
             t = ratio * cap;
             slope = one - ratio * ratio;
           }
           if (biased_) {
-            const Vec<C> b = Vec<C>::loadu(bias_[r] + c);
+            const Vec<C> b = Vec<C>::loadu(bias_.row(r) + c);
             t = select_equal(b, low, low, t + b);
           }
-          Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_[r] + c) * scale * slope : zero;
-          if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_[r] + c);
+          Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
+          if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
           C lane[kLanes<C>];
           const Vec<C> weight = power(at::vec::fmadd(t, base, shift));
           Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
@@ -157,37 +148,14 @@ class TangentPass {
     }
   }
 
-  void add_values(P* const* weights, const PackedOperand& values, int64_t rows, int64_t j, int64_t width) {
-    if (values.rows == nullptr) return;
-    const int64_t panel = first_panel_ + j / kPanelKeys, size = rows_panel(args_.value_dim);
-    for (int64_t p = 0; p < width; p += kPanelKeys) {
-      const P* from = static_cast<const P*>(values.rows) + (panel + p / kPanelKeys) * size;
-      if (!values.finite[panel + p / kPanelKeys]) from = without_unused(from, rows, p);
-      const P* shifted[kTileQueries];
-      for (int64_t r = 0; r < rows; ++r) shifted[r] = weights[r] + p;
-      multiply<P>(shifted, rows, kPanelKeys, from, columns_ * PanelStep<P>::kDeep, sums_, columns_, true);
-    }
-  }
-
-  const P* without_unused(const P* panel, int64_t rows, int64_t p) {
-    constexpr int64_t kDeep = PanelStep<P>::kDeep;
-    std::copy_n(panel, kPanelKeys * columns_, scrubbed_);
-    for (int64_t k = 0; k < kPanelKeys; ++k) {
-      bool used = false;
-      for (int64_t r = 0; r < rows && !used; ++r) used = static_cast<float>(weights_[r][p + k]) != 0;
-      for (int64_t c = 0; c < columns_ && !used; ++c) scrubbed_[(k / kDeep * columns_ + c) * kDeep + k % kDeep] = P(0);
-    }
-    return scrubbed_;
-  }
-
   void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t rows) {
     C* lse_t = static_cast<C*>(args_.lse_t) + lse_row(args_, s.batch, head, s.query_start + i);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = s.query_start + i + r;
       const S* out = row_of<S>(args_.out, s.batch, head, at);
       lse_t[r] = mean_[r];
-      for (int64_t c = 0; c < args_.value_dim; ++c) sums_[r][c] -= mean_[r] * static_cast<C>(out[c]);
-      convert(sums_[r], row_of<S>(args_.out_t, args_.out_t_strides, s.batch, head, at), args_.value_dim);
+      for (int64_t c = 0; c < args_.value_dim; ++c) sums_.row(r)[c] -= mean_[r] * static_cast<C>(out[c]);
+      convert(sums_.row(r), row_of<S>(args_.out_t, args_.out_t_strides, s.batch, head, at), args_.value_dim);
     }
   }
 
@@ -196,11 +164,10 @@ class TangentPass {
   const int64_t columns_;
   const Dropout<C> dropout_;
   Workspace space_;
-  C *scores_[kTileQueries], *scores_t_[kTileQueries], *bias_[kTileQueries], *bias_t_[kTileQueries];
-  C* sums_[kTileQueries];
-  P *weights_[kTileQueries], *weights_t_[kTileQueries];
-  const P *query_[kTileQueries], *query_t_[kTileQueries];
-  P *query_buffer_, *query_t_buffer_, *scrubbed_;
+  Matrix<C> scores_, scores_t_, bias_, bias_t_, sums_;
+  Matrix<P> weights_, weights_t_;
+  Matrix<const P> query_, query_t_;
+  P *query_buffer_, *query_t_buffer_, *copy_;
   C mean_[kTileQueries];
   int64_t first_panel_ = 0;
 };

@@ -7,10 +7,10 @@
 #include <cstring>
 #include <limits>
 
+#include "attention/cpu/dot_product_matrix.h"
 #include "attention/dot_product_cpu.h"
 #include "common/cpu/math.h"
 #include "common/cpu/normal.h"
-#include "common/cpu/panel.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 
@@ -46,6 +46,9 @@ inline C sum_of_lanes(const Vec<C>& v) {
 
 template <class C>
 inline C greatest_lane(const Vec<C>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<C, float>) return _mm512_reduce_max_ps(v);
+#endif
   C lanes[kLanes<C>];
   v.store(lanes);
   return *std::max_element(lanes, lanes + kLanes<C>);
@@ -63,29 +66,6 @@ inline void store_weights(const Vec<C>& low, const Vec<C>& high, P* to) {
 #else
     at::vec::convert_from_float<P>(low, high).store(to);
 #endif
-  }
-}
-
-// out[r][0 … columns) = Σ_k a[r][k] · panel[k][…] for columns in steps of 16.
-template <class P>
-inline void multiply(const P* const* a, int64_t rows, int64_t size, const P* panel, int64_t panel_row,
-                     Compute<P>* const* out, int64_t columns, bool add) {
-  constexpr int64_t kWidest = 64;
-  if (rows == 0 || size == 0) return;
-  Compute<P>* shifted[kTileQueries > kBlockKeys ? kTileQueries : kBlockKeys];
-  for (int64_t c = 0; c < columns; c += kWidest) {
-    Compute<P>* const* to = out;
-    if (c > 0) {
-      for (int64_t r = 0; r < rows; ++r) shifted[r] = out[r] + c;
-      to = shifted;
-    }
-    const P* from = panel + c * PanelStep<P>::kDeep;
-    switch (std::min(kWidest, columns - c)) {
-      case 16: panel_product<16>(a, rows, size, from, panel_row, to, add); break;
-      case 32: panel_product<32>(a, rows, size, from, panel_row, to, add); break;
-      case 48: panel_product<48>(a, rows, size, from, panel_row, to, add); break;
-      default: panel_product<64>(a, rows, size, from, panel_row, to, add); break;
-    }
   }
 }
 
@@ -138,28 +118,18 @@ inline void with_operands(DType dtype, bool widens, F f) {
 
 // `rows` rows of a tensor as operands of a product: in place, or rounded up in columns and converted into `buffer`.
 template <class S, class P>
-inline void operand_rows(const AttentionOperand& t, int64_t columns, int64_t batch, int64_t head, int64_t position,
-                         int64_t rows, P* buffer, const P** pointers) {
+inline Matrix<const P> operand_rows(const AttentionOperand& t, int64_t columns, int64_t batch, int64_t head,
+                                    int64_t position, int64_t rows, P* buffer) {
+  if constexpr (std::is_same_v<S, P>) {
+    if (columns % PanelStep<P>::kDeep == 0) return {row_of<S>(t, batch, head, position), t.strides.position};
+  }
   const int64_t padded = round_up(columns, kDeepStep);
   for (int64_t r = 0; r < rows; ++r) {
-    const S* from = row_of<S>(t, batch, head, position + r);
-    if constexpr (std::is_same_v<S, P>) {
-      if (columns % PanelStep<P>::kDeep == 0) {
-        pointers[r] = from;
-        continue;
-      }
-    }
     P* to = buffer + r * padded;
-    convert(from, to, columns);
+    convert(row_of<S>(t, batch, head, position + r), to, columns);
     std::fill(to + columns, to + padded, P(0));
-    pointers[r] = to;
   }
-}
-
-// Of columns that a product sums over: all that there are, in whole steps.
-template <class P>
-inline int64_t summed_columns(int64_t columns) {
-  return round_up(columns, PanelStep<P>::kDeep);
+  return {buffer, padded};
 }
 
 template <class T>
@@ -247,6 +217,62 @@ class Dropout {
   uint32_t threshold_ = 0;
   C kept_ = 0;
 };
+
+// Rows i … i + rows − 1 of queries, or of gradients of outputs, times packed keys j … j + width − 1, in whole panels: of
+// each panel those rows that see any key of it. Returns whether all rows see some key of every panel.
+template <class P>
+inline bool multiply_panels(const Band& band, const Matrix<const P>& a, int64_t i, int64_t rows, const PackedOperand& b,
+                            int64_t first_panel, int64_t j, int64_t width, const Matrix<Compute<P>>& out, bool add) {
+  const int64_t depth = round_up(b.columns, PanelStep<P>::kDeep), size = transposed_panel(b.columns);
+  bool whole = true;
+  for (int64_t p = 0; p < width; p += kPanelKeys) {
+    const int64_t first = band.first_row(i, rows, j + p), last = band.end_row(i, rows, j + p, kPanelKeys);
+    whole = whole && first == 0 && last == rows;
+    if (first >= last) continue;
+    const P* panel = static_cast<const P*>(b.transposed) + (first_panel + (j + p) / kPanelKeys) * size;
+    multiply<Order::Along, P>({a.row(first), a.stride}, last - first, depth, {panel, kPanelKeys * PanelStep<P>::kDeep},
+                              {out.row(first) + p, out.stride}, kPanelKeys, add);
+  }
+  return whole;
+}
+
+// Panels of rows in which keys without any weight are zero, in a copy where one of them is not finite: else such a key
+// would make NaN of a weight of zero. `width` keys from j on; weights are [rows][width].
+template <class P>
+inline const P* without_unused(const PackedOperand& from, int64_t panel, int64_t width, const Matrix<const P>& weights,
+                               int64_t rows, P* copy) {
+  constexpr int64_t kDeep = PanelStep<P>::kDeep;
+  const int64_t columns = round_up(from.columns, kColumnStep);
+  const P* given = static_cast<const P*>(from.rows) + panel * rows_panel(from.columns);
+  const bool* finite = from.finite + panel;
+  if (std::all_of(finite, finite + width / kPanelKeys, [](bool f) { return f; })) return given;
+  std::copy_n(given, width * columns, copy);
+  for (int64_t k = 0; k < width; ++k) {
+    bool used = false;
+    for (int64_t r = 0; r < rows && !used; ++r) used = static_cast<float>(weights.row(r)[k]) != 0;
+    for (int64_t c = 0; c < columns && !used; ++c) copy[(k / kDeep * columns + c) * kDeep + k % kDeep] = P(0);
+  }
+  return copy;
+}
+
+// out += weights · rows of packed keys or values, as above.
+template <class P>
+inline void add_panels(const Band& band, const Matrix<P>& weights, int64_t i, int64_t rows, const PackedOperand& b,
+                       int64_t first_panel, int64_t j, int64_t width, bool whole, const Matrix<Compute<P>>& out,
+                       P* copy) {
+  if (b.rows == nullptr) return;
+  const int64_t columns = round_up(b.columns, kColumnStep);
+  const int64_t step = whole ? width : kPanelKeys;
+  for (int64_t p = 0; p < width; p += step) {
+    const int64_t first = whole ? 0 : band.first_row(i, rows, j + p);
+    const int64_t last = whole ? rows : band.end_row(i, rows, j + p, kPanelKeys);
+    if (first >= last) continue;
+    const Matrix<const P> part{weights.row(first) + p, weights.stride};
+    const P* panel = without_unused<P>(b, first_panel + (j + p) / kPanelKeys, step, part, last - first, copy);
+    multiply<Order::Along, P>(part, last - first, step, {panel, columns * PanelStep<P>::kDeep},
+                              {out.row(first), out.stride}, columns, true);
+  }
+}
 
 // Which sequence, head and tile a work item is. Tiles alternate from both ends, so that those of a causal attention,
 // which see more and more keys, are shared evenly.

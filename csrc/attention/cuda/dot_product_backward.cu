@@ -1,17 +1,21 @@
-#include "attention/dot_product.h"
-
-#include <stdexcept>
+#include "attention/cuda/dot_product_launch.cuh"
 
 namespace lect11ext::cuda {
+namespace {
 
-int64_t attention_scratch(const AttentionBackward&) { return 0; }
-int64_t attention_scratch(const AttentionTangent&) { return 0; }
-int64_t attention_scratch(const AttentionBackwardTangent&) { return 0; }
+// Without tangents.
+DerivativeArgs widen(const AttentionBackward& args) {
+  DerivativeArgs wide{};
+  static_cast<AttentionBackward&>(wide) = args;
+  return wide;
+}
 
-void attention_backward(const AttentionBackward&, void*, void*) { throw std::runtime_error("not yet there"); }
-void attention_tangent(const AttentionTangent&, void*, void*) { throw std::runtime_error("not yet there"); }
-void attention_backward_tangent(const AttentionBackwardTangent&, void*, void*) {
-  throw std::runtime_error("not yet there");
+}  // namespace
+
+int64_t attention_scratch(const AttentionBackward& args) { return BackwardRun<false>::scratch(widen(args)); }
+
+void attention_backward(const AttentionBackward& args, void* scratch, void* stream) {
+  BackwardRun<false>::run(widen(args), scratch, stream);
 }
 
 }  // namespace lect11ext::cuda

@@ -77,11 +77,12 @@ ForwardPlan make_plan(const AttentionForward& args) {
   plan.value_aligned = is_aligned<S>(args.value);
   plan.pairs_aligned = pairs_are_aligned<S>(args.out, args.out_strides);
 
-  // Blocks that fill the device: the more, the fewer warps they have. A split has a few tiles at least, and the keys are
-  // cut only where that gives twice the blocks.
+  // Blocks that the device holds at a time, by registers and by shared memory. A split has a few tiles at least, and the
+  // keys are cut only where that gives twice the blocks.
   constexpr int64_t kResidentWarps = 8, kLeastTiles = 2, kMostSplits = 128;
   const int64_t blocks = std::max<int64_t>(1, plan.tiles.count() * (args.heads / plan.packed) * plan.chunks);
-  const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * kResidentWarps / plan.warps / blocks;
+  const int64_t resident = std::min<int64_t>(kResidentWarps / plan.warps, static_cast<int64_t>(most / plan.shared_bytes));
+  const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * resident / blocks;
   const int64_t tiles = std::min(ceil_divide(mean(args.keys), Shape::kKeys),
                                  args.window_left == kOpen ? kOpen : ceil_divide(args.window_left, Shape::kKeys) + 1);
   plan.splits = std::clamp<int64_t>(std::min(wanted, tiles / kLeastTiles), 1, kMostSplits);
@@ -100,8 +101,9 @@ void run(const AttentionForward& args, const ForwardPlan& plan, void* stream) {
 // Calls f with the storage type, the width of the value's columns that a block sums, and whether the kernel is plain.
 template <class F>
 void with_kernel(const AttentionForward& args, F f) {
+  constexpr double kLeastScale = 1e-30;  // one that a float holds
   const bool plain = args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 &&
-                     args.dropout_p <= 0 && args.scale > 0;
+                     args.dropout_p <= 0 && args.scale > kLeastScale;
   with_type(args.dtype, [&](auto* type) {
     const auto with_plain = [&](auto width) {
       if constexpr (sizeof(*type) < 8) {

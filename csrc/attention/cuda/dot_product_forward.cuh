@@ -26,7 +26,7 @@ struct ForwardPlan {
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
   static constexpr int kRowTiles = kIsHalf<S> && kWidth <= 128 ? 2 : 1;
-  static constexpr int kKeys = kIsHalf<S> && kWidth <= 128 && kPlain ? (kWidth == 64 ? 64 : 48) : sizeof(S) == 8 ? 16 : 32;
+  static constexpr int kKeys = kIsHalf<S> && kWidth <= 128 && kPlain ? (kWidth == 64 ? 64 : 48) : sizeof(S) < 8 ? 32 : kWidth == 64 ? 16 : 8;
   static constexpr int kRows = 16 * kRowTiles;
 };
 
@@ -186,7 +186,7 @@ class Forward {
         const Row& row = own[m][i % 4 / 2];
         if constexpr (!kPlain) {
           if (whole || (bits[m] >> i & 1) != 0) {
-            t = scores.score(t, row.head, row.query, key_of(i / 4, i % 4)).t * C(kLog2E);
+            t = scores.template score<false>(t, row.head, row.query, key_of(i / 4, i % 4)).t * C(kLog2E);
           }
         }
         if (!whole && (bits[m] >> i & 1) == 0) t = -infinity<C>();

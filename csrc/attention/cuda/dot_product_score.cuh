@@ -57,8 +57,11 @@ struct Scores {
     C capped;  // u / softcap; zero without a softcap
   };
 
+  // Plain: it is a multiple of the product.
+  template <bool kPlain>
   __device__ Score score(C product, int head, int query, int key) const {
     Score score{product * C(args.scale), 0};
+    if constexpr (kPlain) return score;
     if (args.softcap != 0) {
       score.capped = std::tanh(score.t / C(args.softcap));
       score.t = C(args.softcap) * score.capped;

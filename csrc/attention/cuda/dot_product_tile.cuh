@@ -161,18 +161,18 @@ __device__ inline void load_rows(S* to, const TileShape& shape, int count, bool 
     for (int column = (thread & (lanes - 1)) * kElements; column < shape.padded(); column += lanes * kElements) {
       const int valid = from == nullptr ? 0 : std::max(0, std::min(kElements, shape.columns - column));
       S* const piece = to + i * shape.stride + column;
-      if (valid == 0) {
-        Pack<S, kElements>::zero().store(piece);
-      } else if (aligned) {
+      if (aligned && valid > 0) {
         copy_async<kVectorBytes>(piece, from + column, valid * static_cast<int>(sizeof(S)));
-      } else {
-        Pack<S, kElements> pack = Pack<S, kElements>::zero();
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) {
-          if (e < valid) pack.data[e] = from[column + e];
-        }
-        pack.store(piece);
+        continue;
       }
+      Pack<S, kElements> pack = Pack<S, kElements>::zero();
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        if (e < valid) pack.data[e] = from[column + e];
+      }
+      uint4 words;  // Pack::store is for global memory alone
+      memcpy(&words, &pack, sizeof(words));
+      *reinterpret_cast<uint4*>(piece) = words;
     }
   }
 }

@@ -1,0 +1,407 @@
+// The kernels of derivatives: a block owns a tile of queries or of keys, and what they meet comes by in tiles. Nothing
+// is added up by two blocks, so that every sum has one order.
+#pragma once
+
+#include "attention/cuda/dot_product_pairs.cuh"
+
+namespace lect11ext::cuda {
+
+// kWidth: columns of each sum that a block owns.
+template <class S, Part kPart, int kWidth>
+class Derivative {
+ protected:
+  using P = Pairs<S, kPart>;
+  using C = Compute<S>;
+  using Known = typename P::Known;
+  static constexpr int kCols = P::kCols, kTiles = P::kTiles, kColumns = kWidth / 8;
+  static constexpr bool kKeysAreRows = P::kKeysAreRows;
+  static constexpr int kFirstColumns = P::kFirst ? kColumns : 1, kSecondColumns = P::kSecond ? kColumns : 1;
+
+  // Tiles of sixteen rows for a warp: two where registers hold the sums, so that what is read of the columns counts twice.
+  static constexpr int kRowTiles =
+      kIsHalf<S> && (kPart == Part::Query || (kPart == Part::Key && kWidth == 64)) ? 2 : 1;
+
+  struct State {
+    C first[kRowTiles][kFirstColumns][4] = {}, second[kRowTiles][kSecondColumns][4] = {};
+    C lse_t[kRowTiles][2] = {};
+  };
+
+  // Of each pair at first its products, at last its weights: for columns of kind 0, 1, 2, 3.
+  struct Sums {
+    C of[kKinds][kRowTiles][kTiles][4];
+  };
+
+  struct KnownRows {
+    Known of[kRowTiles][2];
+  };
+
+  // Where a warp is: its rows, and the head of the queries' side and of the keys'.
+  struct Spot {
+    int first_row, head, kv_head;
+    __device__ int row(int m, int half, const Lane& lane) const { return first_row + 16 * m + 8 * half + lane.g; }
+  };
+
+ public:
+  __device__ Derivative(const DerivativeArgs& args, const DerivativePlan& plan, unsigned char* shared)
+      : args_(args),
+        plan_(plan),
+        numbers_(reinterpret_cast<C*>(shared)),
+        rows_(reinterpret_cast<S*>(shared + (kKeysAreRows ? plan.stages * kNumbersBytes : 0))),
+        group_(static_cast<int>(args.heads / args.kv_heads)) {}
+
+  static constexpr int kRows = 16 * kRowTiles;  // of a warp
+  // Of what is known of the queries that come by, a stage.
+  static constexpr int kNumbersBytes = kKinds * kCols * static_cast<int>(sizeof(C));
+
+  __device__ void run() const {
+    const int64_t count = plan_.tiles.count();
+    const int unit = static_cast<int>(divide(blockIdx.x, count));
+    const RowTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
+    const Sequence sequence(args_, tile.sequence);
+    const int rows = kKeysAreRows ? sequence.keys : sequence.queries, size = static_cast<int>(plan_.tiles.size);
+    const int tiles = static_cast<int>(ceil_divide(rows, size));
+    if (tile.number >= tiles) return;
+    // What has the most to do in a causal attention comes first: the first keys, the last queries.
+    const int first_row = (kKeysAreRows ? tile.number : tiles - 1 - tile.number) * size;
+    const int last_row = std::min(first_row + size, rows) - 1;
+    const Range range =
+        kKeysAreRows ? queries_seen(sequence, first_row, last_row) : keys_seen(sequence, first_row, last_row);
+    const int first_tile = range.first / kCols;
+    const int columns = range.empty() ? 0 : static_cast<int>(ceil_divide(range.last, kCols)) - first_tile;
+    const int heads = kKeysAreRows ? group_ : 1;
+
+    const Lane lane;
+    const Dropout dropout(args_, sequence);
+    Spot spot{first_row + kRows * lane.warp, 0, 0};
+    spot.kv_head = kKeysAreRows ? unit : unit / group_;
+    const auto head_of = [&](int i) { return kKeysAreRows ? unit * group_ + i / columns : unit; };
+    load_rows_of(sequence, first_row, kKeysAreRows ? spot.kv_head : unit);
+    KnownRows own{};
+    if constexpr (!kKeysAreRows) know_rows(own, sequence, unit, spot, lane);
+
+    State state;
+    const auto load = [&](int i, int stage) {
+      load_columns(sequence, kKeysAreRows ? head_of(i) : spot.kv_head, (first_tile + i % columns) * kCols, stage);
+      copy_commit();
+    };
+    const int all = columns * heads;
+    if (all > 0) load(0, 0);
+    for (int i = 0; i < all; ++i) {
+      const int stage = plan_.stages == 2 ? i & 1 : 0;
+      if (plan_.stages == 2 && i + 1 < all) {
+        load(i + 1, 1 - stage);
+        copy_wait<1>();
+      } else {
+        copy_wait<0>();
+      }
+      __syncthreads();
+      spot.head = head_of(i);
+      if (spot.first_row < rows) {
+        Sums sums;
+        uint32_t seen;
+        if (weigh_tile(sums, seen, state, sequence, dropout, own, spot, (first_tile + i % columns) * kCols, stage,
+                       lane)) {
+          add_columns(state, sums, seen, stage, lane);
+        }
+      }
+      __syncthreads();
+      if (plan_.stages == 1 && i + 1 < all) load(i + 1, 0);
+    }
+    copy_wait<0>();
+    if (spot.first_row < rows) finish(state, sequence, spot, unit, rows, lane);
+  }
+
+ protected:
+  // --- tiles in shared memory
+
+  __device__ S* stage_at(int stage) const { return rows_ + plan_.rows_size + stage * plan_.stage_size; }
+
+  __device__ void load_rows_of(const Sequence& sequence, int first_row, int head) const {
+    if (!plan_.rows_shared) return;
+    const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
+    const int end = kKeysAreRows ? sequence.keys : sequence.queries;
+#pragma unroll
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (!P::uses_row(kind) || plan_.rows.of[kind] < 0) continue;
+      load_rows(rows_ + plan_.rows.of[kind], plan_.shape[kind % 2], plan_.warps * kRows,
+                (kKeysAreRows ? plan_.key_side_aligned : plan_.query_side_aligned)[kind], [&](int i) -> const S* {
+                  const int row = first_row + i;
+                  return row < end ? row_of<S>(P::row(args_, kind), sequence.batch, head, first + row) : nullptr;
+                });
+    }
+  }
+
+  // Columns from `first_column` on, of a head of the queries' side or of the keys'.
+  __device__ void load_columns(const Sequence& sequence, int head, int first_column, int stage) const {
+    const int64_t first = (kKeysAreRows ? sequence.first_query : sequence.first_key) + first_column;
+    const int end = (kKeysAreRows ? sequence.queries : sequence.keys) - first_column;
+#pragma unroll
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (!P::uses_column(kind) || plan_.columns.of[kind] < 0) continue;
+      load_rows(stage_at(stage) + plan_.columns.of[kind], plan_.shape[kind % 2], kCols,
+                (kKeysAreRows ? plan_.query_side_aligned : plan_.key_side_aligned)[kind], [&](int i) -> const S* {
+                  return i < end ? row_of<S>(P::column(args_, kind), sequence.batch, head, first + i) : nullptr;
+                });
+    }
+    if constexpr (kKeysAreRows) {
+      const void* const all[kKinds] = {args_.lse, plan_.correction, P::kTangents ? args_.lse_t : nullptr,
+                                       P::kTangents ? plan_.correction_t : nullptr};
+      const int64_t number = (sequence.batch * args_.heads + head) * args_.queries + first;
+#pragma unroll
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const int i = static_cast<int>(threadIdx.x);
+        if (all[kind] == nullptr || i >= kCols) continue;
+        C* const to = numbers_ + (stage * kKinds + kind) * kCols + i;
+        if (i < end) copy_async<sizeof(C)>(to, static_cast<const C*>(all[kind]) + number + i, sizeof(C));
+        else *to = 0;
+      }
+    }
+  }
+
+  __device__ void know_rows(KnownRows& own, const Sequence& sequence, int head, const Spot& spot,
+                            const Lane& lane) const {
+    const int64_t first = (sequence.batch * args_.heads + head) * args_.queries + sequence.first_query;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = spot.row(m, half, lane);
+        own.of[m][half] = Known{infinity<C>(), 0, 0, 0};
+        if (query < sequence.queries) own.of[m][half] = P::known(args_, plan_, first + query);
+      }
+    }
+  }
+
+  // Of the query that a column is.
+  __device__ Known known_of_column(int column, int stage) const {
+    const C* const from = numbers_ + stage * kKinds * kCols + column;
+    Known known{P::usable(from[0]), from[kCols], 0, 0};
+    if constexpr (P::kTangents) known.lse_t = from[2 * kCols], known.correction_t = from[3 * kCols];
+    return known;
+  }
+
+  // --- pairs
+
+  struct Source {
+    const S* shared;
+    const S *low, *high;
+    int stride, columns;
+
+    __device__ Left<S> load(int column, const Lane& lane) const {
+      if (shared != nullptr) return left_of_shared(shared, stride, column, lane);
+      return left_of_global(low, high, column, columns, lane);
+    }
+  };
+
+  __device__ Source source(const Sequence& sequence, int kind, int m, const Spot& spot, const Lane& lane) const {
+    const TileShape& shape = plan_.shape[kind % 2];
+    if (plan_.rows_shared) {
+      return {rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride, nullptr, nullptr,
+              shape.stride, shape.columns};
+    }
+    const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
+    const int end = kKeysAreRows ? sequence.keys : sequence.queries;
+    const auto row = [&](int i) -> const S* {
+      if (i >= end) return nullptr;
+      return row_of<S>(P::row(args_, kind), sequence.batch, kKeysAreRows ? spot.kv_head : spot.head, first + i);
+    };
+    return {nullptr, row(spot.row(m, 0, lane)), row(spot.row(m, 1, lane)), shape.stride, shape.columns};
+  }
+
+  __device__ void add_product(C (&sums)[kRowTiles][kTiles][4], const Sequence& sequence, int row_kind,
+                              int column_kind, const Spot& spot, int stage, const Lane& lane) const {
+    if (plan_.rows.of[row_kind] < 0 || plan_.columns.of[column_kind] < 0) return;
+    Source sources[kRowTiles];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) sources[m] = source(sequence, row_kind, m, spot, lane);
+    multiply_rows(sums, sources, stage_at(stage) + plan_.columns.of[column_kind], plan_.shape[column_kind % 2], lane);
+  }
+
+  // The query and the key of element i of a lane.
+  __device__ static void pair_of(int m, int i, const Spot& spot, int first_column, const Lane& lane, int& query,
+                                 int& key) {
+    const int row = spot.row(m, i % 4 / 2, lane), column = first_column + i / 4 * 8 + 2 * lane.q + i % 2;
+    query = kKeysAreRows ? column : row;
+    key = kKeysAreRows ? row : column;
+  }
+
+  // Weights of the pairs of a warp's rows and the columns from `first_column` on; false where no pair counts.
+  __device__ bool weigh_tile(Sums& sums, uint32_t& seen, State& state, const Sequence& sequence,
+                             const Dropout& dropout, const KnownRows& own, const Spot& spot, int first_column,
+                             int stage, const Lane& lane) const {
+    const Scores<S> scores{args_, sequence};
+    const int first_query = kKeysAreRows ? first_column : spot.first_row, queries = kKeysAreRows ? kCols : kRows;
+    const int first_key = kKeysAreRows ? spot.first_row : first_column, keys = kKeysAreRows ? kRows : kCols;
+    uint32_t bits[kRowTiles];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) bits[m] = kAllBits<kTiles>;
+    seen = ~0u;
+    if (args_.mask.type != MaskType::None || first_key + keys > sequence.keys ||
+        first_query + queries > sequence.queries ||
+        first_key + keys - 1 > first_query + sequence.diagonal + sequence.right ||
+        first_key < first_query + queries - 1 + sequence.diagonal - sequence.left) {
+      uint32_t any = 0;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        bits[m] = 0;
+#pragma unroll
+        for (int i = 0; i < 4 * kTiles; ++i) {
+          int query, key;
+          pair_of(m, i, spot, first_column, lane, query, key);
+          if (scores.sees(spot.head, query, key)) bits[m] |= 1u << i;
+        }
+        any |= bits[m];
+      }
+      if (!__any_sync(~0u, any != 0)) return false;
+      seen = columns_seen<kTiles>(any);
+    }
+
+    sums = {};
+    add_product(sums.of[0], sequence, 0, 0, spot, stage, lane);
+    if constexpr (P::kGradients) add_product(sums.of[1], sequence, 1, 1, spot, stage, lane);
+    if constexpr (P::kTangents) {
+      add_product(sums.of[2], sequence, 2, 0, spot, stage, lane);
+      add_product(sums.of[2], sequence, 0, 2, spot, stage, lane);
+      if constexpr (P::kGradients) {
+        add_product(sums.of[3], sequence, 3, 1, spot, stage, lane);
+        add_product(sums.of[3], sequence, 1, 3, spot, stage, lane);
+      }
+    }
+
+    if (plan_.plain) weigh_pairs<true>(sums, bits, state, scores, dropout, own, spot, first_column, stage, lane);
+    else weigh_pairs<false>(sums, bits, state, scores, dropout, own, spot, first_column, stage, lane);
+    return true;
+  }
+
+  template <bool kPlain>
+  __device__ void weigh_pairs(Sums& sums, const uint32_t (&bits)[kRowTiles], State& state, const Scores<S>& scores,
+                              const Dropout& dropout, const KnownRows& own, const Spot& spot, int first_column,
+                              int stage, const Lane& lane) const {
+    const C kept = kPlain ? C(1) : C(kept_weight(args_));
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        uint32_t keep = 15;
+        if (!kPlain && args_.dropout_p > 0) {
+          const int column = first_column + 8 * n;
+          if constexpr (kKeysAreRows) {
+            keep = dropout.keep_of_keys(spot.head, column, spot.first_row + 16 * m, lane);
+          } else {
+            const int low = spot.row(m, 0, lane);
+            keep = dropout.keep_of_queries(spot.head, low, spot.head, low + 8, column, lane);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const auto sum = [&](int kind) -> C& { return sums.of[kind][m][n][e]; };
+          if ((bits[m] >> (4 * n + e) & 1) != 0) {
+            int query, key;
+            pair_of(m, 4 * n + e, spot, first_column, lane, query, key);
+            const Known known = kKeysAreRows ? known_of_column(8 * n + 2 * lane.q + e % 2, stage) : own.of[m][e / 2];
+            P::template weigh<kPlain>(scores, args_, known, spot.head, query, key, keep >> e & 1 ? kept : C(0),
+                                      sum(0), sum(1), sum(2), sum(3), state.lse_t[m][e / 2]);
+          } else {
+            sum(0) = sum(1) = sum(2) = sum(3) = 0;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void add_columns(State& state, const Sums& sums, uint32_t seen, int stage, const Lane& lane) const {
+    const int first_column = static_cast<int>(blockIdx.y) * kWidth;
+    const auto add = [&](auto& out, int kind) {
+      if (plan_.columns.of[kind] < 0) return;
+      const TileShape& shape = plan_.shape[kind % 2];
+      multiply_columns<S>(out, sums.of[kind], stage_at(stage) + plan_.columns.of[kind], shape, first_column,
+                          shape.columns - first_column, seen, lane);
+    };
+    if constexpr (P::kFirst) {
+      add(state.first, 0);
+      if constexpr (P::kTangents) add(state.first, 2);
+    }
+    if constexpr (P::kSecond) {
+      add(state.second, 1);
+      if constexpr (P::kTangents) add(state.second, 3);
+    }
+  }
+
+  // --- results
+
+  // `value` gives a sum's final value.
+  template <int kCount, class Value>
+  __device__ void write_rows(void* to, const AttentionStrides& strides, bool aligned,
+                             const C (&sums)[kRowTiles][kCount][4], int columns, const Sequence& sequence, int head,
+                             const Spot& spot, int end, const Lane& lane, Value value) const {
+    if (to == nullptr) return;
+    const int first_column = static_cast<int>(blockIdx.y) * kWidth;
+    const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const int m = i / 2, half = i % 2, row = spot.row(m, half, lane);
+      if (row >= end) continue;
+      S* const out = static_cast<S*>(to) + sequence.batch * strides.batch + head * strides.head +
+                     (first + row) * strides.position;
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        const int column = first_column + 8 * n + 2 * lane.q;
+        C pair[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          pair[e] = column + e < columns ? value(sums[m][n][2 * half + e], m, half, column + e) : C(0);
+        }
+        store_pair(out + column, pair, columns - column, aligned);
+      }
+    }
+  }
+
+  __device__ void finish(const State& state, const Sequence& sequence, const Spot& spot, int unit, int rows,
+                         const Lane& lane) const {
+    const int head_dim = static_cast<int>(args_.head_dim), value_dim = static_cast<int>(args_.value_dim);
+    if constexpr (kKeysAreRows) {
+      const auto plain = [](C sum, int, int, int) { return sum; };
+      write_rows(args_.grad_key, args_.grad_key_strides, plan_.pairs_aligned[0], state.first, head_dim, sequence, unit,
+                 spot, rows, lane, plain);
+      write_rows(args_.grad_value, args_.grad_value_strides, plan_.pairs_aligned[1], state.second, value_dim, sequence,
+                 unit, spot, rows, lane, plain);
+    } else {
+      // A row that sees nothing is zero, whatever was multiplied by its zeros.
+      KnownRows own;
+      know_rows(own, sequence, unit, spot, lane);
+      const auto counts = [&](int m, int half) { return own.of[m][half].lse != infinity<C>(); };
+      if constexpr (P::kFirst) {
+        write_rows(args_.grad_query, args_.grad_query_strides, plan_.pairs_aligned[0], state.first, head_dim, sequence,
+                   unit, spot, rows, lane, [&](C sum, int m, int half, int) { return counts(m, half) ? sum : C(0); });
+      } else {
+        C lse_t[2];
+        const S* out[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          lse_t[half] = state.lse_t[0][half];
+          lse_t[half] += __shfl_xor_sync(~0u, lse_t[half], 1);
+          lse_t[half] += __shfl_xor_sync(~0u, lse_t[half], 2);
+          const int row = spot.row(0, half, lane);
+          const int64_t query = sequence.first_query + row;
+          out[half] = row_of<S>(args_.out, sequence.batch, unit, query);
+          if (row < rows && lane.q == 0 && blockIdx.y == 0) {
+            static_cast<C*>(plan_.lse_t)[(sequence.batch * args_.heads + unit) * args_.queries + query] =
+                counts(0, half) ? lse_t[half] : C(0);
+          }
+        }
+        write_rows(plan_.out_t, plan_.out_t_strides, plan_.pairs_aligned[0], state.second, value_dim, sequence, unit,
+                   spot, rows, lane, [&](C sum, int m, int half, int column) {
+                     return counts(m, half) ? sum - lse_t[half] * from_storage<C>(out[half][column]) : C(0);
+                   });
+      }
+    }
+  }
+
+  const DerivativeArgs& args_;
+  const DerivativePlan& plan_;
+  C* numbers_;  // [stages, kinds, kCols], where keys are rows
+  S* rows_;
+  int group_;
+};
+
+}  // namespace lect11ext::cuda

@@ -1,0 +1,228 @@
+// How derivatives are started: plans, what is found of every query before, scratch.
+#pragma once
+
+#include "attention/cuda/dot_product_mask.cuh"
+
+namespace lect11ext::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+namespace {
+
+// D = Σ grad_out · out − grad_lse of every query, and its tangent: a warp a query.
+template <class S, bool kTangent>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    correction_kernel(const __grid_constant__ DerivativeArgs args, Compute<S>* correction, Compute<S>* correction_t) {
+  using C = Compute<S>;
+  const Lane lane;
+  const int64_t rows = args.batch * args.heads * args.queries;
+  const int64_t step = int64_t{gridDim.x} * kMostWarps;
+  for (int64_t row = int64_t{blockIdx.x} * kMostWarps + lane.warp; row < rows; row += step) {
+    const int64_t head_of_all = divide(row, args.queries), batch = divide(head_of_all, args.heads);
+    const int64_t head = head_of_all - batch * args.heads, query = row - head_of_all * args.queries;
+    const auto dot = [&](const AttentionOperand& a, const AttentionOperand& b) {
+      C sum = 0;
+      if (a.data == nullptr || b.data == nullptr) return sum;
+      const S *x = row_of<S>(a, batch, head, query), *y = row_of<S>(b, batch, head, query);
+      for (int64_t i = lane.lane; i < args.value_dim; i += 32) sum += from_storage<C>(x[i]) * from_storage<C>(y[i]);
+      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+      return sum;
+    };
+    const auto number = [&](const void* data) { return data == nullptr ? C(0) : static_cast<const C*>(data)[row]; };
+    const C sum = dot(args.grad_out, args.out);
+    C sum_t = 0;
+    if constexpr (kTangent) sum_t = dot(args.grad_out_t, args.out) + dot(args.grad_out, args.out_t);
+    if (lane.lane != 0) continue;
+    correction[row] = sum - number(args.grad_lse);
+    if constexpr (kTangent) correction_t[row] = sum_t - number(args.grad_lse_t);
+  }
+}
+
+template <class S, Part kPart, int kWidth>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    derivative_kernel(const __grid_constant__ DerivativeArgs args, const __grid_constant__ DerivativePlan plan) {
+  Derivative<S, kPart, kWidth>(args, plan, dynamic_shared).run();
+}
+
+template <class S, Part kPart>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    mask_kernel(const __grid_constant__ DerivativeArgs args, const __grid_constant__ DerivativePlan plan) {
+  MaskGradient<S, kPart>(args, plan, dynamic_shared).run();
+}
+
+template <class C>
+__global__ void __launch_bounds__(kMostThreads)
+    sum_parts_kernel(const C* parts, C* out, int64_t numel, int64_t splits) {
+  for (int64_t i = int64_t{blockIdx.x} * kMostThreads + threadIdx.x; i < numel; i += int64_t{gridDim.x} * kMostThreads) {
+    C sum = 0;
+    for (int64_t s = 0; s < splits; ++s) sum += parts[s * numel + i];
+    out[i] = sum;
+  }
+}
+
+// All but the outputs of Part::Tangent and of the mask.
+template <class S, Part kPart, int kWidth>
+DerivativePlan make_plan(const DerivativeArgs& args) {
+  using P = Pairs<S, kPart>;
+  using Kernel = Derivative<S, kPart, kWidth>;
+  const int64_t rows = P::kKeysAreRows ? args.keys : args.queries;
+  const int64_t mean =
+      args.query_starts == nullptr ? rows : ceil_divide(rows, std::max<int64_t>(args.sequences, 1));
+  DerivativePlan plan{};
+  plan.shape[0] = TileShape::of<S>(args.head_dim);
+  plan.shape[1] = TileShape::of<S>(args.value_dim);
+  plan.stages = P::kOfMask ? 1 : 2;
+  plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(mean, Kernel::kRows), 1, kMostWarps));
+  plan.rows_shared = true;
+  plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None &&
+               args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0;
+  for (int kind = 0; kind < kKinds; ++kind) {
+    plan.query_side_aligned[kind] = is_aligned<S>(P::query_side(args, kind));
+    plan.key_side_aligned[kind] = is_aligned<S>(P::key_side(args, kind));
+  }
+  const auto bytes = [&] {
+    const auto place = [&](KindOffsets& offsets, bool used, const AttentionOperand& operand, int kind, int count,
+                           int& size) {
+      const bool there = used && operand.data != nullptr;
+      offsets.of[kind] = there ? size : -1;
+      if (there) size += count * plan.shape[kind % 2].stride;
+    };
+    plan.rows_size = plan.stage_size = 0;
+    for (int kind = 0; kind < kKinds; ++kind) {
+      place(plan.rows, P::uses_row(kind), P::row(args, kind), kind, Kernel::kRows * plan.warps, plan.rows_size);
+      place(plan.columns, P::uses_column(kind), P::column(args, kind), kind, P::kCols, plan.stage_size);
+    }
+    if (!plan.rows_shared) plan.rows_size = 0;
+    const int numbers = P::kKeysAreRows ? Kernel::kNumbersBytes : 0;
+    const int tiles = static_cast<int>(sizeof(S)) * (plan.rows_size + plan.stages * plan.stage_size);
+    constexpr int kOfWarps = kMostWarps * P::kCols * static_cast<int>(sizeof(Compute<S>));
+    return static_cast<size_t>(plan.stages * numbers + std::max(tiles, kOfWarps));
+  };
+  const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  while ((plan.shared_bytes = bytes()) > most) {
+    if (plan.stages > 1) plan.stages = 1;
+    else if (plan.warps > 1) plan.warps /= 2;
+    else if (plan.rows_shared) plan.rows_shared = false;
+    else throw std::runtime_error("attention needs more shared memory than this GPU has.");
+  }
+  plan.tiles = {P::kKeysAreRows ? args.key_starts : args.query_starts, args.sequences, rows, Kernel::kRows * plan.warps, 1};
+  return plan;
+}
+
+// Where the mask's gradient is asked for: which blocks, and how many splits.
+template <class S, Part kPart>
+DerivativePlan make_mask_plan(const DerivativeArgs& args) {
+  DerivativePlan plan = make_plan<S, kPart, 64>(args);
+  const int64_t sizes[4] = {args.batch, args.heads, args.queries, args.keys};
+  for (int d = 0; d < 4; ++d) plan.mask_sizes[d] = args.grad_mask_strides[d] == 0 ? 1 : sizes[d];
+  const MaskWalk walk(args, plan, Pairs<S, kPart>::kCols);
+  constexpr int64_t kResidentBlocks = 4, kMostSplits = 64;
+  const int64_t wanted =
+      device_attribute(cudaDevAttrMultiProcessorCount) * kResidentBlocks / std::max<int64_t>(walk.blocks(), 1);
+  plan.splits = std::clamp<int64_t>(std::min(wanted, walk.steps()), 1, kMostSplits);
+  return plan;
+}
+
+inline int64_t mask_numel(const DerivativePlan& plan) {
+  return plan.mask_sizes[0] * plan.mask_sizes[1] * plan.mask_sizes[2] * plan.mask_sizes[3];
+}
+
+template <class S, Part kPart, int kWidth, class Fill>
+void launch_derivative(const DerivativeArgs& args, int64_t columns, void* stream, Fill fill) {
+  DerivativePlan plan = make_plan<S, kPart, kWidth>(args);
+  fill(plan);
+  plan.chunks = std::max<int64_t>(1, ceil_divide(columns, kWidth));
+  const int64_t units = Pairs<S, kPart>::kKeysAreRows ? args.kv_heads : args.heads;
+  const int64_t blocks = plan.tiles.count() * units;
+  if (blocks == 0) return;
+  reserve_shared(derivative_kernel<S, kPart, kWidth>, plan.shared_bytes);
+  launch(derivative_kernel<S, kPart, kWidth>, dim3(grid_size(blocks), static_cast<unsigned>(plan.chunks)),
+         dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+}
+
+// `columns` of each of its sums: as many at a time as registers hold. `fill` completes the plan.
+template <class S, Part kPart, class Fill>
+void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, Fill fill) {
+  if constexpr (sizeof(S) < 8 && kPart != Part::KeyTangent) {
+    if (columns > 64) return launch_derivative<S, kPart, 128>(args, columns, stream, fill);
+  }
+  launch_derivative<S, kPart, 64>(args, columns, stream, fill);
+}
+
+template <class S, Part kPart>
+void run_mask(const DerivativeArgs& args, const DerivativePlan& plan, void* stream) {
+  using C = Compute<S>;
+  const int64_t numel = mask_numel(plan), blocks = MaskWalk(args, plan, Pairs<S, kPart>::kCols).blocks();
+  if (numel == 0) return;
+  reserve_shared(mask_kernel<S, kPart>, plan.shared_bytes);
+  launch(mask_kernel<S, kPart>, dim3(grid_size(blocks), static_cast<unsigned>(plan.splits)), dim3(32 * plan.warps),
+         plan.shared_bytes, stream, args, plan);
+  if (plan.splits == 1) return;
+  launch(sum_parts_kernel<C>, grid_stride_blocks(numel, kMostThreads), kMostThreads, 0, stream,
+         static_cast<const C*>(plan.mask_parts), static_cast<C*>(args.grad_mask), numel, plan.splits);
+}
+
+// The backward, or its tangent: D and its tangent in scratch, then the mask's parts.
+template <bool kTangent>
+struct BackwardRun {
+  static constexpr Part kQuery = kTangent ? Part::QueryTangent : Part::Query;
+  static constexpr Part kKey = kTangent ? Part::KeyTangent : Part::Key;
+  static constexpr Part kMask = kTangent ? Part::MaskTangent : Part::Mask;
+
+  static int64_t rows(const DerivativeArgs& args) { return args.batch * args.heads * args.queries; }
+
+  static int64_t scratch(const DerivativeArgs& args) {
+    int64_t bytes = 0;
+    with_type(args.dtype, [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      int64_t numbers = rows(args) * (kTangent ? 2 : 1);
+      if (args.grad_mask != nullptr) {
+        const DerivativePlan plan = make_mask_plan<S, kMask>(args);
+        if (plan.splits > 1) numbers += plan.splits * mask_numel(plan);
+      }
+      bytes = numbers * static_cast<int64_t>(sizeof(Compute<S>));
+    });
+    return bytes;
+  }
+
+  static void run(const DerivativeArgs& args, void* scratch, void* stream) {
+    check_positions(args);
+    with_type(args.dtype, [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      using C = Compute<S>;
+      C* const correction = static_cast<C*>(scratch);
+      C* const correction_t = kTangent ? correction + rows(args) : nullptr;
+      C* const parts = correction + rows(args) * (kTangent ? 2 : 1);
+      if (rows(args) > 0) {
+        launch(correction_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0,
+               stream, args, correction, correction_t);
+      }
+      const auto fill = [&](DerivativePlan& plan) {
+        plan.correction = correction;
+        plan.correction_t = correction_t;
+        plan.mask_parts = parts;
+      };
+      if (args.grad_query != nullptr) {
+        run_derivative<S, kQuery>(args, args.head_dim, stream, [&](DerivativePlan& plan) {
+          fill(plan);
+          plan.pairs_aligned[0] = pairs_are_aligned<S>(args.grad_query, args.grad_query_strides);
+        });
+      }
+      if (args.grad_key != nullptr || args.grad_value != nullptr) {
+        run_derivative<S, kKey>(args, std::max(args.head_dim, args.value_dim), stream, [&](DerivativePlan& plan) {
+          fill(plan);
+          plan.pairs_aligned[0] = pairs_are_aligned<S>(args.grad_key, args.grad_key_strides);
+          plan.pairs_aligned[1] = pairs_are_aligned<S>(args.grad_value, args.grad_value_strides);
+        });
+      }
+      if (args.grad_mask != nullptr) {
+        DerivativePlan plan = make_mask_plan<S, kMask>(args);
+        fill(plan);
+        run_mask<S, kMask>(args, plan, stream);
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace lect11ext::cuda
