@@ -137,6 +137,46 @@ def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> 
     return rule
 
 
+def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
+    """A rule for attention or one of its derivatives: the new dimension becomes part of the batch."""
+    names = [a.name for a in arguments]
+    # Drawn elements are numbered by the batch, packed sequences lie in one: samples go one by one there.
+    single = [names.index(n) for n in ("dropout_key", "cu_seqlens_q")]
+    masks = {"attn_mask", "attn_mask_t"}
+    tensors = {i for i, a in enumerate(arguments) if "Tensor" in str(a.type)}
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        if size == 0 or any(args[i] is not None for i in single):
+            return _run_each(op, size, in_dims, args)
+        rows = _sample(args, in_dims, 0)[names.index("query")].size(0)
+        wants_mask = "output_mask" in names and args[names.index("output_mask")][3]
+        folded = list(args)
+        for i, name in enumerate(names):
+            x = args[i]
+            if i not in tensors or x is None:
+                continue
+            if name in masks:
+                # One mask for all stays one, unless each sample's gradient of it is wanted.
+                if not _is_batched(in_dims[i]) and x.size(0) == 1 and not wants_mask:
+                    continue
+                x = x.movedim(in_dims[i], 0) if _is_batched(in_dims[i]) else x.expand(size, *x.shape)
+                folded[i] = x.expand(size, rows, *x.shape[2:]).flatten(0, 1)
+            elif name == "alibi_slopes":
+                x = x.movedim(in_dims[i], 0) if _is_batched(in_dims[i]) else x.expand(size, *x.shape)
+                x = x if x.dim() == 3 else x.unsqueeze(1)
+                folded[i] = x.expand(size, rows, x.size(2)).flatten(0, 1)
+            else:
+                folded[i] = _fold(x, in_dims[i], size)
+        outputs = [None if out is None else out.unflatten(0, (size, rows)) for out in op(*folded)]
+        if wants_mask and outputs[3] is not None:
+            if _sample(args, in_dims, 0)[names.index("attn_mask")].size(0) == 1 and rows != 1:
+                outputs[3] = outputs[3].sum(1, keepdim=True)
+        return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
+
+    return rule
+
+
 def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any = None) -> tuple[Any, Any]:
     """One key for all samples with randomness="same"; with "different" offsets ceil(numel / 4) apart."""
     op = torch.ops.lect11ext.philox_key
@@ -173,6 +213,9 @@ def register() -> None:
         ops.gru_cell_backward.default,
         _cell_backward(ops.gru_cell_backward, (0, 1, 2, 9), (3, 4, 5, 6), weight_outputs=4),
     )
+    for op in (ops.attention, ops.attention_backward, ops.attention_tangent, ops.attention_backward_tangent):
+        torch.library.register_vmap(op.default, _attention(op, op.default._schema.arguments))
+    torch.library.register_vmap(ops.attention_dropout_mask.default, _each(ops.attention_dropout_mask))
     for op, backward in (
         (ops.lstm_layer, False),
         (ops.lstm_layer_backward, True),

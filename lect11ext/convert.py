@@ -26,6 +26,7 @@ _OURS: Classes = {
     torch.nn.GRU: nn.GRU,
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.GRUCell: nn.GRUCell,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
 }
 _TORCHS: Classes = {ours: torchs for torchs, ours in _OURS.items()}
 
@@ -57,10 +58,11 @@ class Report:
 def convert(model: Model) -> tuple[Model, Report]:
     """Exchanges every torch.nn module of a model that lect11ext has too for lect11ext's, in place.
 
-    These are LSTM, GRU, LSTMCell and GRUCell. Each stays the object that it is and changes its class alone: parameters
-    (and with them optimizers), buffers, hooks, parametrizations, the training flag, the ``state_dict`` and every place
-    that refers to the module are as before; ``isinstance(module, torch.nn.LSTM)`` no longer holds. What a model
-    computes differs by rounding, and by dropout's random numbers.
+    These are LSTM, GRU, LSTMCell, GRUCell and MultiheadAttention, wherever they are: in a TransformerEncoderLayer too.
+    Each stays the object that it is and changes its class alone: parameters (and with them optimizers), buffers, hooks,
+    parametrizations, the training flag, the ``state_dict`` and every place that refers to the module are as before;
+    ``isinstance(module, torch.nn.LSTM)`` no longer holds. What a model computes differs by rounding, and by dropout's
+    random numbers.
 
     Left as they are, with the reason in the report: subclasses, quantized and scripted modules, modules on which a
     method was replaced, types and devices for which lect11ext has no kernels, several types in one module. It knows
@@ -156,8 +158,9 @@ def _check(model: Module) -> None:
 
 def _become(module: Module, source: type[Module], target: type[Module]) -> None:
     """What torch's lazy modules and torch.nn.utils.parametrize do too: the object stays, and its class is another."""
-    # What only the source's class knows: its options, and state that shadows the class's own defaults.
-    for name in [n for n in vars(module) if n in _options(source) or (hasattr(source, n) and not hasattr(target, n))]:
+    # What only the source's class knows: its options, and state that shadows the class's own defaults. (A property
+    # shadows the state, which stays.)
+    for name in [n for n in vars(module) if n in _options(source) or _is_default(n, source, target)]:
         delattr(module, name)
     vars(module).update(_options(target))
     if is_parametrized(module):
@@ -165,6 +168,11 @@ def _become(module: Module, source: type[Module], target: type[Module]) -> None:
         # for each parametrized tensor.
         target = type(f"Parametrized{target.__name__}", (target,), dict(vars(type(module))))
     module.__class__ = target
+
+
+def _is_default(name: str, source: type[Module], target: type[Module]) -> bool:
+    own = getattr(source, name, target)
+    return own is not target and not isinstance(own, property) and not hasattr(target, name)
 
 
 def _options(cls: type[Module]) -> dict[str, Any]:

@@ -97,8 +97,38 @@ int64_t tile_cost(const Attention& args) {
 }  // namespace
 
 namespace on_cpu {
+namespace {
+
+Outputs decode(const Inputs& in) {
+  AttentionDecodeCpu args{};
+  const Describer described(in, args);
+  Outputs result{empty_output(in), empty_lse(in)};
+  args.out = std::get<0>(result).mutable_data_ptr();
+  args.out_strides = strides_of(std::get<0>(result));
+  args.lse = std::get<1>(result).mutable_data_ptr();
+  // As many parts as give work to many threads, of 512 keys at least.
+  constexpr int64_t kItems = 32, kLeastKeys = 512;
+  const int64_t heads = args.batch * args.kv_heads, rows = args.batch * args.heads * args.queries;
+  args.parts = std::clamp<int64_t>(args.keys / kLeastKeys, 1, (kItems + heads - 1) / heads);
+  Workspace space;
+  if (args.parts > 1) {
+    args.partial = space.at(space.reserve(args.parts * rows * decode_partial(args.value_dim) * compute_size(args.dtype)));
+  }
+  const int64_t cost = args.keys * (args.head_dim + args.value_dim) / 8 / args.parts;
+  run_parallel(attention_decode_kernel, args, heads * args.parts, cost);
+  if (args.parts > 1) run_parallel(attention_merge_kernel, args, rows, args.parts * args.value_dim / 4);
+  return result;
+}
+
+bool decodes(const Inputs& in) {
+  if (in.has_starts() || in.key.size(1) == 0 || in.query.numel() == 0 || in.value.numel() == 0) return false;
+  return in.query.size(1) / in.key.size(1) * in.query.size(2) <= kDecodeRows;
+}
+
+}  // namespace
 
 Outputs forward(const Inputs& in) {
+  if (decodes(in)) return decode(in);
   AttentionForwardCpu args{};
   const Describer described(in, args);
   Outputs result{empty_output(in), empty_lse(in)};

@@ -71,6 +71,17 @@ struct AttentionForwardCpu : AttentionForward {
   PackedOperand packed_key, packed_value;
 };
 
+// Where few queries share a head of the keys nothing is packed. Sequences of one length only.
+inline constexpr int64_t kDecodeRows = 16;  // queries times heads that share, at most
+
+struct AttentionDecodeCpu : AttentionForward {
+  int64_t parts;  // of the keys, by sizes alone
+  void* partial;  // C [parts][batch][heads][queries][decode_partial]; null where there is one part
+};
+
+// The sums of a row in a part, its greatest score and its total of weights.
+constexpr int64_t decode_partial(int64_t value_dim) { return round_up(value_dim, kColumnStep) + 2; }
+
 struct AttentionTangentCpu : AttentionTangent {
   AttentionPlan plan;
   PackedOperand packed_key, packed_value, packed_key_t, packed_value_t;
@@ -92,6 +103,8 @@ inline constexpr int64_t kBackwardKeys = 128;  // keys whose gradients wait in t
 
 LECT11EXT_CPU_KERNEL(attention_pack_kernel, AttentionPack)           // items: panels of all sequences and kv_heads
 LECT11EXT_CPU_KERNEL(attention_forward_kernel, AttentionForwardCpu)  // items: tiles of all sequences and heads
+LECT11EXT_CPU_KERNEL(attention_decode_kernel, AttentionDecodeCpu)    // items: parts of all heads of the keys
+LECT11EXT_CPU_KERNEL(attention_merge_kernel, AttentionDecodeCpu)     // items: rows of queries, after the parts
 LECT11EXT_CPU_KERNEL(attention_tangent_kernel, AttentionTangentCpu)  // the same
 LECT11EXT_CPU_KERNEL(attention_backward_kernel, AttentionBackwardCpu)
 // The same where there are tangents: writes the gradients' tangents.

@@ -1,6 +1,7 @@
 """Modules, as torch.nn holds torch's: same arguments, parameter names, initialisation and ``state_dict``."""
 
+from .attention import MultiheadAttention
 from .autoencoder import GaussianLatent
 from .recurrent import GRU, LSTM, GRUCell, LSTMCell
 
-__all__ = ["GRU", "LSTM", "GRUCell", "GaussianLatent", "LSTMCell"]
+__all__ = ["GRU", "LSTM", "GRUCell", "GaussianLatent", "LSTMCell", "MultiheadAttention"]

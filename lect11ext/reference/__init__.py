@@ -5,7 +5,26 @@ Arguments are not checked. Noise comes from NumPy, or is handed over (`noise=`),
 `torch.vmap` nor `torch.compile`.
 """
 
+from .attention import (
+    attention_weights,
+    kernel_attention,
+    merge_attention,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from .autoencoder import gaussian_rsample_kl, philox_normal
 from .recurrent import gru_cell, gru_layer, lstm_cell, lstm_layer
 
-__all__ = ["gaussian_rsample_kl", "gru_cell", "gru_layer", "lstm_cell", "lstm_layer", "philox_normal"]
+__all__ = [
+    "attention_weights",
+    "gaussian_rsample_kl",
+    "gru_cell",
+    "gru_layer",
+    "kernel_attention",
+    "lstm_cell",
+    "lstm_layer",
+    "merge_attention",
+    "philox_normal",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

@@ -154,7 +154,9 @@ class Gradients {
       multiply_panels<P>(band, a.rows, i, count, b, first_panel_, j, width, out, add);
       return true;
     };
-    against(query_[0], args_.packed_key, scores_, false);
+    if (!against(query_[0], args_.packed_key, scores_, false)) {  // no columns
+      for (int64_t r = 0; r < count; ++r) std::fill_n(scores_.row(r), width, C(0));
+    }
     has_inner_ = against(grad_[0], args_.packed_value, inner_, false);
     if constexpr (kTangent) {
       has_score_t_ = against(query_[1], args_.packed_key, scores_t_, false);
@@ -304,6 +306,7 @@ class Gradients {
     const bool has_bias_t = kTangent && args_.mask_t.type != MaskType::None;
     const int64_t at = lse_row(args_, s.batch, head, s.query_start + i + r);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
+    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> factor(factor_), base(kLogBase<C>), shift(-lse * kLogBase<C>);
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     const Vec<C> delta(delta_[g * args_.queries + i + r]), delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
@@ -325,7 +328,7 @@ class Gradients {
             if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
           }
           const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-          t = select_equal(b, low, low, t + b);
+          t = select_equal(b, low, low, greater(t + b, lowest));
           weight = power(at::vec::fmadd(t, base, shift));
         }
         const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - k) : Vec<C>(C(1));

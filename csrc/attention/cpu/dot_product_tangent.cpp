@@ -96,6 +96,7 @@ class TangentPass {
     }
     const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
+    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> base(kLogBase<C>), shift(-lse * kLogBase<C>), one(C(1));
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     Vec<C> mean = zero;
@@ -114,7 +115,7 @@ class TangentPass {
           }
           if (biased_) {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + c);
-            t = select_equal(b, low, low, t + b);
+            t = select_equal(b, low, low, greater(t + b, lowest));
           }
           Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
           if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);

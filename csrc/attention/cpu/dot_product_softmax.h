@@ -1,0 +1,166 @@
+// The running softmax of the forward: block after block of scores, each row keeps the greatest score so far, the sum of
+// weights and the weighted sum of values, rescaled where the greatest score grows (Milakov & Gimelshein 2018; Dao et al.
+// 2022).
+#pragma once
+
+#include "attention/cpu/dot_product_tile.h"
+#include "common/workspace.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+
+// Rows are queries of one head, and others where a derived class has them so.
+template <class S, class P>
+class RunningSoftmax {
+ protected:
+  using C = Compute<S>;
+  static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights take the scores' place
+  static constexpr double kLeastScale = 1e-30;            // −∞ times a smaller factor could be NaN, or +∞
+
+  explicit RunningSoftmax(const AttentionForward& args)
+      : args_(args),
+        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0 ||
+                !(args.scale > kLeastScale)),
+        factor_(biased_ ? kLogBase<C> : static_cast<C>(args.scale) * kLogBase<C>),
+        columns_(round_up(args.value_dim, kColumnStep)),
+        dropout_(args) {}
+
+  // Before anything is placed in `space`; place() then hands out what was reserved.
+  void reserve(Workspace& space) {
+    constexpr int64_t kTile = kTileQueries * kBlockKeys;
+    at_[0] = space.reserve(kTile * sizeof(C));
+    at_[1] = space.reserve(kInPlace ? 0 : kTile * sizeof(P));
+    at_[2] = space.reserve(biased_ ? kTile * sizeof(C) : 0);
+    at_[3] = space.reserve(kTileQueries * columns_ * sizeof(C));
+  }
+  void place(Workspace& space) {
+    scores_ = {static_cast<C*>(space.at(at_[0])), kBlockKeys};
+    if constexpr (kInPlace) weights_ = scores_;
+    else weights_ = {static_cast<P*>(space.at(at_[1])), kBlockKeys};
+    bias_ = {static_cast<C*>(space.at(at_[2])), kBlockKeys};
+    sums_ = {static_cast<C*>(space.at(at_[3])), columns_};
+  }
+
+  void start(int64_t rows) {
+    std::fill(top_, top_ + rows, kMinusInfinity<C>);
+    std::fill(total_[0], total_[0] + rows * kLanes<C>, C(0));
+    started_ = false;
+  }
+
+  // Before the first values are added.
+  void start_sums(int64_t rows) {
+    if (started_) return;
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_.row(r), columns_, C(0));
+    started_ = true;
+  }
+
+  // Loads row r's biases of keys j …; false where the mask bars all of them.
+  bool load_bias(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
+                 int64_t width) {
+    const int64_t n = std::min(width, s.keys - j);
+    C* const bias = bias_.row(r);
+    bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i, band.diagonal, j, n, bias);
+    return args_.mask.type == MaskType::None || std::any_of(bias, bias + n, [](C b) { return b != kMinusInfinity<C>; });
+  }
+
+  // Scores of row r become weights.
+  void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
+             int64_t width) {
+    constexpr int kWidth = kLanes<C>, kSums = kPanelKeys / kWidth >= 4 ? 4 : kPanelKeys / kWidth;
+    const int64_t begin = std::max<int64_t>(band.first_key(i) - j, 0), end = std::min(band.end_key(i) - j, width);
+    P* const weights = weights_.row(r);
+    if (begin >= end) return std::fill(weights, weights + width, P(0));
+    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    C* const scores = scores_.row(r);
+    if (biased_) apply_bias(scores, bias_.row(r), from, to);
+    std::fill(scores + from, scores + begin, kMinusInfinity<C>);
+    std::fill(scores + end, scores + to, kMinusInfinity<C>);
+
+    Vec<C> best[kSums];
+    for (auto& v : best) v = Vec<C>(kMinusInfinity<C>);
+    for (int64_t k = from; k < to; k += kSums * kWidth) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kSums; ++v) best[v] = greater(Vec<C>::loadu(scores + k + v * kWidth), best[v]);
+    }
+    for (int v = 1; v < kSums; ++v) best[0] = greater(best[v], best[0]);
+    const C before = top_[r], top = std::max(before, greatest_lane(best[0]));
+    const C shift = top == kMinusInfinity<C> ? C(0) : top * factor_;
+    if (before != top) {
+      top_[r] = top;
+      const Vec<C> shrink = before == kMinusInfinity<C> ? Vec<C>(C(0)) : power(Vec<C>((before - top) * factor_));
+      (Vec<C>::loadu(total_[r]) * shrink).store(total_[r]);
+      if (started_) {
+        for (int64_t c = 0; c < columns_; c += kWidth) (Vec<C>::loadu(sums_.row(r) + c) * shrink).store(sums_.row(r) + c);
+      }
+    }
+
+    const Vec<C> factor(factor_), minus_shift(-shift);
+    Vec<C> totals[kSums];
+    for (auto& v : totals) v = Vec<C>(C(0));
+    totals[0] = Vec<C>::loadu(total_[r]);
+    C z[kPanelKeys];
+    for (int64_t k = from; k < to; k += kPanelKeys) {
+      if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i, j + k, kPanelKeys, z);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanelKeys / kWidth; v += 2) {
+        Vec<C> pair[2];
+#pragma GCC unroll 2
+        for (int u = 0; u < 2; ++u) {
+          const Vec<C> score = Vec<C>::loadu(scores + k + (v + u) * kWidth);
+          pair[u] = power(at::vec::fmadd(score, factor, minus_shift));
+          totals[(v + u) % kSums] = totals[(v + u) % kSums] + pair[u];
+          if (dropout_.acts()) pair[u] = pair[u] * Vec<C>::loadu(z + (v + u) * kWidth);
+        }
+        store_weights(pair[0], pair[1], weights + k + v * kWidth);
+      }
+    }
+    for (int v = 1; v < kSums; ++v) totals[0] = totals[0] + totals[v];
+    totals[0].store(total_[r]);
+    std::fill(weights, weights + from, P(0));
+    std::fill(weights + to, weights + width, P(0));
+  }
+
+  // t = u + bias of raw scores, and −∞ where a key is barred, whatever its score.
+  void apply_bias(C* scores, const C* bias, int64_t from, int64_t to) const {
+    const Vec<C> scale(static_cast<C>(args_.scale)), low(kMinusInfinity<C>);
+    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // masks of the lowest number stay finite in base 2
+    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
+    for (int64_t k = from; k < to; k += kLanes<C>) {
+      Vec<C> t = Vec<C>::loadu(scores + k) * scale;
+      if (args_.softcap != 0) t = tanh(t * steep) * cap;
+      const Vec<C> b = Vec<C>::loadu(bias + k);
+      select_equal(b, low, low, greater(t + b, lowest)).store(scores + k);
+    }
+  }
+
+  // Output and lse of query i, row r.
+  void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t r) {
+    C& lse = static_cast<C*>(args_.lse)[lse_row(args_, s.batch, head, s.query_start + i)];
+    S* out = row_of<S>(args_.out, args_.out_strides, s.batch, head, s.query_start + i);
+    const C total = sum_of_lanes(Vec<C>::loadu(total_[r]));
+    if (!started_ || total == 0) {
+      lse = kMinusInfinity<C>;
+      std::fill(out, out + args_.value_dim, S(0));
+      return;
+    }
+    lse = top_[r] * (factor_ / kLogBase<C>) + std::log(total);
+    const Vec<C> inverse(C(1) / total);
+    for (int64_t c = 0; c < columns_; c += kLanes<C>) (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
+    convert(sums_.row(r), out, args_.value_dim);
+  }
+
+  const AttentionForward& args_;
+  const bool biased_;  // whether scores are changed before they are weighed; factor_ is the scale else
+  const C factor_;     // from a score to an exponent of the base
+  const int64_t columns_;
+  const Dropout<C> dropout_;
+  Matrix<C> scores_, bias_, sums_;
+  Matrix<P> weights_;
+  C top_[kTileQueries];               // greatest score so far
+  C total_[kTileQueries][kLanes<C>];  // sum of weights so far, in lanes
+  bool started_ = false;              // whether sums_ hold anything
+
+ private:
+  size_t at_[4];
+};
+
+}  // namespace lect11ext::CPU_CAPABILITY

@@ -1,0 +1,86 @@
+"""What torch.nn.MultiheadAttention's arguments are to the op: masks, rotated and padded tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .._errors import TENSOR, check_type
+
+Window = tuple[int | None, int | None]
+
+
+def merged_masks(
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    band: Window | None,
+    query: Tensor,
+    keys: int,
+    appended: int,
+    batched: bool,
+) -> Tensor | None:
+    """The masks as one of the op's: True lets through. None where nothing is barred.
+
+    ``query`` is ``[N, H, L, D]``. The ``appended`` keys, after the ``keys``, are seen by all.
+    """
+    batch, heads, queries, _ = query.shape
+    masks = []
+    if key_padding_mask is not None:
+        shape = (batch, keys) if batched else (keys,)
+        _check_mask("key_padding_mask", key_padding_mask, shape)
+        masks.append(key_padding_mask.reshape(batch, 1, 1, keys))
+    if attn_mask is not None:
+        whole = (batch * heads, queries, keys)
+        _check_mask("attn_mask", attn_mask, (queries, keys), whole)
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
+    if band is not None:
+        left, right = band
+        offsets = torch.arange(keys, device=query.device) - torch.arange(queries, device=query.device)[:, None]
+        barred = torch.zeros_like(offsets, dtype=torch.bool)
+        barred = barred if left is None else barred | (offsets < -left)
+        masks.append((barred if right is None else barred | (offsets > right))[None, None])
+    if appended:
+        masks = [pad(mask, (0, appended)) for mask in masks]
+    bars = added = None
+    for mask in masks:
+        if mask.dtype == torch.bool:
+            bars = mask if bars is None else bars | mask
+        else:
+            # Of the query's type, or float32: what the op takes.
+            mask = mask if mask.dtype == torch.float32 and query.dtype != torch.float64 else mask.to(query.dtype)
+            added = mask if added is None else added + mask
+    if added is None:
+        return None if bars is None else ~bars
+    return added if bars is None else torch.where(bars, -math.inf, added)
+
+
+def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+    check_type(name, mask, TENSOR)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating-point, but got {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        words = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {words}, but got {list(mask.shape)}")
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary embedding of ``[…, L, D]``: columns m and m + D / 2 are a pair, turned by position · base^(−2m / D)."""
+    half = x.size(-1) // 2
+    steps = torch.arange(half, device=x.device, dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    angles = positions.to(wide)[:, None] * (base ** (steps.to(wide) / -half))
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def padded(x: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """``[tokens, …] → [sequences, longest, …]``, and which of it are tokens; the rest is zero."""
+    lengths = starts.diff()
+    places = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=x.device)
+    within = places < lengths[:, None]
+    out = x.new_zeros(*within.shape, *x.shape[1:])
+    return out.index_put((within,), x), within

@@ -1,0 +1,92 @@
+"""Attention's functions under vmap, jvp and vjp, torch.compile, subclasses, function modes and autocast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lect11ext import functional
+from tests.attention.test_functional import operands
+from tests.helpers import ONE_STEP, Tagged, Watch, assert_within_rule
+
+sdpa = functional.scaled_dot_product_attention
+
+
+def test_transforms() -> None:
+    query, key, value = operands((3, 2, 4, 5, 8), (3, 2, 4, 7, 8), (3, 2, 4, 7, 3), grad=False)
+    expected = sdpa(query, key, value)
+    torch.testing.assert_close(torch.vmap(sdpa)(query, key, value), expected)
+    torch.testing.assert_close(torch.vmap(sdpa, (0, None, None))(query, key[0], value[0])[0], expected[0])
+    for randomness in ("same", "different"):
+        dropped = torch.vmap(lambda q: sdpa(q, key[0], value[0], dropout_p=0.5), randomness=randomness)(
+            query[:1].expand(3, -1, -1, -1, -1)
+        )
+        assert torch.equal(dropped[0], dropped[1]) == (randomness == "same")
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        torch.vmap(lambda q: sdpa(q, key[0], value[0], dropout_p=0.5))(query)
+
+    def slopes_to_out(slopes: Tensor) -> Tensor:
+        return sdpa(query[0].double(), key[0].double(), value[0].double(), alibi_slopes=slopes)
+
+    slopes = torch.rand(4)
+    for function in (slopes_to_out, lambda q: sdpa(q, key[0], value[0])):
+        x = slopes if function is slopes_to_out else query[0]
+        tangent = torch.randn(x.shape)
+        out, out_t = torch.func.jvp(function, (x,), (tangent,))
+        cotangent = torch.randn(out.shape).to(out)
+        grad = torch.func.vjp(function, x)[1](cotangent)[0]
+        torch.testing.assert_close((out_t * cotangent).sum(), (grad * tangent).sum().to(out), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled_whole(backend: str) -> None:
+    def everything(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, slopes: Tensor) -> Any:
+        out, lse = sdpa(query, key, value, mask, enable_gqa=True, window=(3, None), return_lse=True)
+        weights = functional.attention_weights(query, key, lse, mask, enable_gqa=True, window=(3, None))
+        other = sdpa(query[0], key[0], value[0], alibi_slopes=slopes, is_causal=True, enable_gqa=True)
+        merged = functional.merge_attention(out, lse, out, lse)
+        return out, weights, other, *merged, functional.kernel_attention(query, key, value, 2.0, enable_gqa=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
+    for keys in (7, 9):
+        args = operands((2, 4, 5, 8), (2, 2, keys, 8), (2, 2, keys, 3))
+        args += [torch.rand(2, 1, 5, keys) < 0.7, torch.rand(4, requires_grad=True)]
+        for x, dim in ((args[1], 2), (args[2], 2), (args[3], 3)):
+            torch._dynamo.mark_dynamic(x, dim)
+        got, expected = compiled(*args), everything(*args)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        leaves = [*args[:3], args[4]]
+        sums = [sum(x.square().sum() for x in outs if x.isfinite().all()) for outs in (got, expected)]
+        for a, b in zip(*(torch.autograd.grad(s, leaves) for s in sums), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()
+    dropped = torch.compile(lambda q: (sdpa(q, q, q, dropout_p=0.5), sdpa(q, q, q, dropout_p=0.5)), fullgraph=True,
+                            backend=backend)(torch.randn(1, 2, 5, 8))  # fmt: skip
+    assert not torch.equal(*dropped)
+
+
+def test_subclasses_and_function_modes_see_the_call() -> None:
+    x = torch.randn(1, 2, 3, 4)
+    assert type(sdpa(x.as_subclass(Tagged), x, x)) is Tagged
+    with Watch() as watch:
+        sdpa(x, x, x)
+        sdpa(x, x, x, x[..., :3])
+    assert watch.seen.count("lect11ext.attention") == 2
+
+
+def test_autocast() -> None:
+    query, key, value = operands((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = sdpa(query, key, value, return_lse=True)
+        weights = functional.attention_weights(query, key, lse)
+    low = [x.bfloat16() for x in (query, key, value)]
+    assert out.dtype == torch.bfloat16 and torch.equal(out, sdpa(*low))
+    exact = torch.softmax(query.double() @ key.double().mT / math.sqrt(8), -1).mean(1)
+    plain = torch.softmax((low[0] @ low[1].mT).float() / math.sqrt(8), -1).mean(1)
+    assert_within_rule(weights, plain, exact, slack=ONE_STEP)
