@@ -1,5 +1,5 @@
 // The weights of dot-product attention: a tile of queries against a block of keys, one head after the other.
-#include "attention/cpu/dot_product_tile.h"
+#include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
 #include "common/workspace.h"
 
@@ -89,13 +89,14 @@ class Weights {
     if (biased_) apply_bias(scores, bias, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
-    const Vec<C> factor(factor_), shift(-lse * kLogBase<C>);
+    const Vec<C> factor(factor_);
+    const Shift<C> shift(lse);
     C z[kPanelKeys];
     for (int64_t k = from; k < to; k += kPanelKeys) {
       if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + k, kPanelKeys, z);
 #pragma GCC unroll 4
       for (int64_t e = k; e < k + kPanelKeys; e += kWidth) {
-        Vec<C> weight = power(at::vec::fmadd(Vec<C>::loadu(scores + e), factor, shift));
+        Vec<C> weight = shift.weight(Vec<C>::loadu(scores + e), factor);
         if (dropout_.acts()) weight = weight * Vec<C>::loadu(z + e - k);
         (Vec<C>::loadu(sums + e) + weight).store(sums + e);
       }

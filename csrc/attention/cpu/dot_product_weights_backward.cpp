@@ -1,7 +1,7 @@
 // The backward of dot-product attention's weights: 128 keys at a time meet all queries that see them, a tile after the
 // other, as in dot_product_gradients.h; what multiplies the weights is given here, not a product. Operands are of the
 // type of the sums whatever the storage.
-#include "attention/cpu/dot_product_tile.h"
+#include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
 #include "common/workspace.h"
 
@@ -124,7 +124,8 @@ class WeightsGradients {
     const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
-    const Vec<C> base(kLogBase<C>), shift(-lse * kLogBase<C>);
+    const Vec<C> base(kLogBase<C>);
+    const Shift<C> shift(lse);
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     C z[kPanelKeys];
     for (int64_t k = from; k < to; k += kPanelKeys) {
@@ -140,7 +141,7 @@ class WeightsGradients {
           const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
           t = select_equal(b, low, low, greater(t + b, lowest));
         }
-        const Vec<C> weight = power(at::vec::fmadd(t, base, shift));
+        const Vec<C> weight = shift.weight(t, base);
         Vec<C> gradient = weight * Vec<C>::loadu(given + e);
         if (dropout_.acts()) gradient = gradient * Vec<C>::loadu(z + e - k);
         // A barred key's gradient is none, be it NaN.
