@@ -147,12 +147,8 @@ Outputs forward(const Inputs& in) {
 Outputs tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Tangents& t) {
   AttentionTangentCpu args{};
   Describer described(in, args);
-  args.out = described.operand(output);
-  args.lse = described.dense(lse);
-  args.query_t = described.operand(t.query);
-  args.key_t = described.operand(t.key);
-  args.value_t = described.operand(t.value);
-  args.mask_t = described.mask(t.attn_mask);
+  described.saved(output, lse, args);
+  described.tangents(t, args);
   Outputs result{empty_output(in), empty_lse(in)};
   args.out_t = std::get<0>(result).mutable_data_ptr();
   args.out_t_strides = strides_of(std::get<0>(result));
@@ -186,20 +182,9 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
                        GradientMask wanted, bool tangent) {
   AttentionBackwardCpu args{};
   Describer described(in, args);
-  args.out = described.operand(output);
-  args.lse = described.dense(lse);
-  args.grad_out = described.operand(along.grad_output);
-  args.grad_lse = described.dense(along.grad_lse);
-  if (tangent) {
-    args.query_t = described.operand(along.tangents.query);
-    args.key_t = described.operand(along.tangents.key);
-    args.value_t = described.operand(along.tangents.value);
-    args.mask_t = described.mask(along.tangents.attn_mask);
-    args.grad_out_t = described.operand(along.grad_output_t);
-    args.grad_lse_t = described.dense(along.grad_lse_t);
-    args.out_t = described.operand(along.output_t);
-    args.lse_t = described.dense(along.lse_t);
-  }
+  described.saved(output, lse, args);
+  described.gradients(along.grad_output, along.grad_lse, args);
+  if (tangent) described.directions(along, args);
   const GradientTensors gradients(in, wanted, args);
   // Weights sum to one, so that a bias of all keys of a query changes lse alone.
   const bool one_bias = args.grad_mask != nullptr && in.attn_mask->size(3) == 1 && args.keys != 1;
