@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_structs import AttentionBackward, AttentionBackwardTangent, AttentionForward, AttentionTangent
 from torch import Tensor
 
 MAX_DIMS = 8
@@ -219,6 +220,10 @@ ENTRIES = {
     "gru_gates_backward": GruGatesBackward,
     "layer_forward": LayerCuda,
     "layer_backward": LayerCudaBackward,
+    "attention_forward": AttentionForward,
+    "attention_backward": AttentionBackward,
+    "attention_tangent": AttentionTangent,
+    "attention_backward_tangent": AttentionBackwardTangent,
 }
 
 
