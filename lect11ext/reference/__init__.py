@@ -5,7 +5,16 @@ Arguments are not checked. Noise comes from NumPy, or is handed over (`noise=`),
 `torch.vmap` nor `torch.compile`.
 """
 
+from .additive import additive_attention
 from .autoencoder import gaussian_rsample_kl, philox_normal
 from .recurrent import gru_cell, gru_layer, lstm_cell, lstm_layer
 
-__all__ = ["gaussian_rsample_kl", "gru_cell", "gru_layer", "lstm_cell", "lstm_layer", "philox_normal"]
+__all__ = [
+    "additive_attention",
+    "gaussian_rsample_kl",
+    "gru_cell",
+    "gru_layer",
+    "lstm_cell",
+    "lstm_layer",
+    "philox_normal",
+]
