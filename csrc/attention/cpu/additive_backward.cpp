@@ -22,23 +22,48 @@ constexpr int kTileKeys = 4;
 
 // --- gradients of the scores --------------------------------------------------------------------------------------
 
-// products[j] = ⟨grad, v_j⟩ for the keys of a block; `products` has room for whole fours.
-template <class T>
-void value_products(const T* grad, int64_t columns, const T* panel, int64_t n, T* products) {
+// products[r][j] = ⟨grad_r, v_j⟩ of R rows with the keys of a block; a row of products has room for whole fours.
+template <int R, class T>
+inline void product_tile(const T* grads, int64_t width, int64_t columns, const T* panel, int64_t n, T* products,
+                         int64_t stride) {
   constexpr int V = kLanes<T>;
   for (int64_t j = 0; j < n; j += kTileKeys) {
     int64_t key[kTileKeys];
-    for (int c = 0; c < kTileKeys; ++c) key[c] = std::min(j + c, n - 1);
-    Vec<T> sums[kTileKeys];
-    for (auto& sum : sums) sum = Vec<T>(T(0));
+    for (int c = 0; c < kTileKeys; ++c) key[c] = std::min(j + c, n - 1) * V;
+    Vec<T> sums[R][kTileKeys];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileKeys; ++c) sums[r][c] = Vec<T>(T(0));
+    }
     const T* from = panel;
     for (int64_t d = 0; d < columns; d += V, from += kPanelRow * V) {
-      const Vec<T> g = Vec<T>::loadu(grad + d);
+      Vec<T> value[kTileKeys];
 #pragma GCC unroll 4
-      for (int c = 0; c < kTileKeys; ++c) sums[c] = at::vec::fmadd(g, Vec<T>::loadu(from + key[c] * V), sums[c]);
+      for (int c = 0; c < kTileKeys; ++c) value[c] = Vec<T>::loadu(from + key[c]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> grad = Vec<T>::loadu(grads + r * width + d);
+#pragma GCC unroll 4
+        for (int c = 0; c < kTileKeys; ++c) sums[r][c] = at::vec::fmadd(grad, value[c], sums[r][c]);
+      }
     }
-    sum_lanes4(sums, products + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum_lanes4(sums[r], products + r * stride + j);
   }
+}
+
+template <class T>
+void value_products(const T* grads, int64_t rows, int64_t width, int64_t columns, const T* panel, int64_t n,
+                    T* products, int64_t stride) {
+  int64_t i = 0;
+  const auto run = [&]<int R>() {
+    for (; i + R <= rows; i += R) {
+      product_tile<R>(grads + i * width, width, columns, panel, n, products + i * stride, stride);
+    }
+  };
+  run.template operator()<kTileRows>();
+  run.template operator()<1>();
 }
 
 // de = α·(dα − Σ α·dα), in place of dα. A pair of weight zero has no part in it, whatever its value.
@@ -138,15 +163,27 @@ template <class T>
 void add_value_gradients(const T* weights, int64_t stride, int64_t rows, const T* grads, int64_t columns, int64_t width,
                          const int32_t* keys, int64_t count, T* value_sums) {
   constexpr int V = kLanes<T>;
-  for (int64_t d = 0; d < columns; d += V, value_sums += kPanelRow * V) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t j = keys[i];
-      Vec<T> sum(T(0));
-      for (int64_t r = 0; r < rows; ++r) {
-        sum = at::vec::fmadd(Vec<T>(weights[r * stride + j]), Vec<T>::loadu(grads + r * width + d), sum);
+  const auto run = [&]<int K>(int64_t first, int64_t d) {
+    Vec<T> sums[K];
+#pragma GCC unroll 8
+    for (int c = 0; c < K; ++c) sums[c] = Vec<T>(T(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<T> grad = Vec<T>::loadu(grads + r * width + d);
+#pragma GCC unroll 8
+      for (int c = 0; c < K; ++c) {
+        sums[c] = at::vec::fmadd(Vec<T>(weights[r * stride + keys[first + c]]), grad, sums[c]);
       }
-      (sum + Vec<T>::loadu(value_sums + j * V)).store(value_sums + j * V);
     }
+#pragma GCC unroll 8
+    for (int c = 0; c < K; ++c) {
+      T* to = value_sums + keys[first + c] * V;
+      (sums[c] + Vec<T>::loadu(to)).store(to);
+    }
+  };
+  for (int64_t d = 0; d < columns; d += V, value_sums += kPanelRow * V) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) run.template operator()<8>(i, d);
+    for (; i < count; ++i) run.template operator()<1>(i, d);
   }
 }
 
@@ -210,10 +247,8 @@ void backward(const AdditiveBackward& args, int64_t begin, int64_t end) {
       }
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t n = std::min(kKeyBlock, args.keys - block * kKeyBlock);
-        for (int64_t i = 0; i < rows; ++i) {
-          value_products(grads + i * grad_width, args.columns, values + block * panel_size(args.columns), n,
-                         scores + i * stride + block * kKeyBlock);
-        }
+        value_products(grads, rows, grad_width, args.columns, values + block * panel_size(args.columns), n,
+                       scores + block * kKeyBlock, stride);
       }
       for (int64_t i = 0; i < rows; ++i) {
         score_gradients(weights + i * args.keys, args.keys, scores + i * stride);
