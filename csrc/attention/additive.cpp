@@ -138,30 +138,51 @@ int64_t pairs_cost(const Additive& args, int64_t queries, int64_t keys) {
   return queries * keys * (args.hidden / 8 + args.columns / 32 + 2);
 }
 
-// Panels of as many elements of the batch at a time as the caches and the memory that is kept allow.
-int64_t elements_at_a_time(const Additive& args, int64_t bytes) {
-  constexpr int64_t kBytes = int64_t{32} << 20;
-  return std::clamp<int64_t>(kBytes / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(args.batches.numel, 1));
+// What a call on the CPU needs for each element of the batch, in bytes.
+struct Needs {
+  int64_t key_panels, value_rows, key_sums, value_sums;
+
+  // Of as many elements at a time as the memory that is kept from call to call allows.
+  int64_t elements(int64_t batch) const {
+    constexpr int64_t kBytes = int64_t{32} << 20;
+    const int64_t bytes = key_panels + value_rows + key_sums + value_sums;
+    return std::clamp<int64_t>(bytes > 0 ? kBytes / bytes : batch, 1, std::max<int64_t>(batch, 1));
+  }
+};
+
+int64_t compute_bytes(const Additive& args) { return args.dtype == DType::Double ? 8 : 4; }
+
+// Whether rows of whole vectors, of the arithmetic, are dense rows of the type.
+bool are_whole(int64_t columns, DType dtype) {
+  return (dtype == DType::Float || dtype == DType::Double) && columns == padded_columns(columns);
 }
 
-// Calls body(args) for chunk after chunk of the batch, with panels of keys and values that are prepared.
-template <class Args, class Body>
-void for_each_chunk(Args& args, int64_t parts, Body body) {
-  const int64_t blocks = key_blocks(args.keys), item = args.dtype == DType::Double ? 8 : 4;
-  const int64_t key_bytes = item * blocks * panel_size(args.hidden), value_bytes = item * blocks * panel_size(args.columns);
-  const int64_t most = elements_at_a_time(args, (parts + 1) * (key_bytes + value_bytes));
+// `shared`: whether several work items, or rounds of one, look at the same keys.
+Needs needs_of(const Additive& args, bool shared) {
+  const int64_t item = compute_bytes(args);
+  return {shared ? item * key_blocks(args.keys) * panel_size(args.hidden) : 0,
+          are_whole(args.columns, args.dtype) ? 0 : item * args.keys * padded_columns(args.columns), 0, 0};
+}
+
+// Calls body(memory for key_sums, for value_sums) for chunk after chunk of the batch.
+template <class Body>
+void for_each_chunk(AdditivePanels& args, const Needs& needs, Body body) {
+  const int64_t blocks = key_blocks(args.keys), most = needs.elements(args.batches.numel);
   Workspace space;
-  const auto keys = space.reserve(most * key_bytes), values = space.reserve(most * value_bytes);
-  const auto key_sums = space.reserve(most * parts * key_bytes), value_sums = space.reserve(most * parts * value_bytes);
-  const auto forms = space.reserve(most * blocks);
-  args.key_panels = space.at(keys);
-  args.value_panels = space.at(values);
-  args.forms = static_cast<int8_t*>(space.at(forms));
+  const auto panels = space.reserve(most * needs.key_panels), forms = space.reserve(most * blocks),
+             rows = space.reserve(most * needs.value_rows), key_sums = space.reserve(most * needs.key_sums),
+             value_sums = space.reserve(most * needs.value_sums);
+  const auto at = [&](size_t part, int64_t bytes) { return bytes > 0 ? space.at(part) : nullptr; };
+  args.key_panels = at(panels, needs.key_panels);
+  args.forms = static_cast<int8_t*>(at(forms, needs.key_panels));
+  args.value_rows = at(rows, needs.value_rows);
   for (args.first = 0; args.first < args.batches.numel; args.first += args.count) {
     args.count = std::min(most, args.batches.numel - args.first);
-    run_parallel<AdditivePanels>(additive_prepare_kernel, args, args.count * blocks,
-                                 kKeyBlock * (args.hidden * 2 + args.columns / 2));
-    body(space.at(key_sums), space.at(value_sums));
+    if (args.key_panels != nullptr || args.value_rows != nullptr) {
+      run_parallel<AdditivePanels>(additive_prepare_kernel, args, args.count * blocks,
+                                   kKeyBlock * (args.hidden + args.columns / 2));
+    }
+    body(at(key_sums, needs.key_sums), at(value_sums, needs.value_sums));
   }
 }
 
@@ -189,19 +210,26 @@ Tensor reduce_cpu(const Tensor& dense, at::IntArrayRef size) {
 
 void launch_cpu(AdditiveForward& args) {
   const int64_t groups = (args.queries + kForwardRows - 1) / kForwardRows;
-  for_each_chunk(args, /*parts=*/0, [&](void*, void*) {
+  for_each_chunk(args, needs_of(args, groups > 1), [&](void*, void*) {
     run_parallel(additive_forward_kernel, args, args.count * groups,
                  pairs_cost(args, std::min(args.queries, kForwardRows), args.keys));
   });
 }
 
 void launch_cpu(AdditiveBackward& args) {
-  for_each_chunk(args, args.parts, [&](void* key_sums, void* value_sums) {
+  Needs needs = needs_of(args, args.queries > kBackwardRows);
+  const auto sums = [&](const void* grad, int64_t columns, DType dtype) -> int64_t {
+    if (grad == nullptr || (args.parts == 1 && are_whole(columns, dtype))) return 0;
+    return args.parts * args.keys * padded_columns(columns) * compute_bytes(args);
+  };
+  needs.key_sums = sums(args.grad_key, args.hidden, args.grad_key_dtype);
+  needs.value_sums = sums(args.grad_value, args.columns, args.grad_value_dtype);
+  for_each_chunk(args, needs, [&](void* key_sums, void* value_sums) {
     args.key_sums = key_sums;
     args.value_sums = value_sums;
     run_parallel(additive_backward_kernel, args, args.count * args.parts,
                  2 * pairs_cost(args, std::min(args.queries, args.part_rows), args.keys));
-    if (args.grad_key == nullptr && args.grad_value == nullptr) return;
+    if (key_sums == nullptr && value_sums == nullptr) return;
     run_parallel(additive_finish_kernel, args, args.count * key_blocks(args.keys),
                  args.parts * kKeyBlock * (args.hidden + args.columns) / 4);
   });

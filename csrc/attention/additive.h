@@ -45,20 +45,23 @@ struct Additive {
   PairMask mask;
 };
 
-// What the CPU kernels share: they take some elements of the batch at a time, so that the panels stay small.
-struct AdditivePanels : Additive {
-  int64_t first, count;     // elements of the batch: first … first + count − 1
-  void *key_panels;         // [count, blocks, panel_size(hidden)], of the arithmetic
-  void *value_panels;       // [count, blocks, panel_size(columns)], of the arithmetic
-  int8_t* forms;            // [count, blocks]: what a key panel holds, a KeyForm
-};
-
 // Keys are taken in blocks. A panel holds one block of rows, in groups of as many columns as a vector has lanes; the
 // extra row keeps the groups from falling onto the same lines of a cache.
 inline constexpr int64_t kKeyBlock = 64, kPanelRow = kKeyBlock + 1, kWidestVector = 16;
 inline int64_t key_blocks(int64_t keys) { return (keys + kKeyBlock - 1) / kKeyBlock; }
 inline int64_t padded_columns(int64_t columns) { return (columns + kWidestVector - 1) / kWidestVector * kWidestVector; }
 inline int64_t panel_size(int64_t columns) { return kPanelRow * padded_columns(columns); }
+
+// What the CPU kernels share: they take some elements of the batch at a time, so that their memory stays small.
+struct AdditivePanels : Additive {
+  int64_t first, count;  // elements of the batch: first … first + count − 1
+  // Prepared keys: [count, blocks, panel_size(hidden)], of the arithmetic, and what a panel holds, a KeyForm, [count,
+  // blocks]. Null where one work item alone has a use for them, which then prepares them itself.
+  void* key_panels;
+  int8_t* forms;
+  // Rows of values: [count, S, padded_columns(columns)], of the arithmetic. Null where `value` itself is such.
+  void* value_rows;
+};
 
 // Queries that a work item of the forward takes; of the backward, at a time.
 inline constexpr int64_t kForwardRows = 8, kBackwardRows = 16;
@@ -79,7 +82,9 @@ struct AdditiveBackward : AdditivePanels {
   DType grad_query_dtype, grad_key_dtype, grad_value_dtype;
   void* grad_scores;        // [B, L, S], of the arithmetic: the mask's gradient. On CUDA never null
   void* grad_score_weight;  // sums of tanh·de, of the arithmetic: [B·parts, H]. On CUDA [weight_rows, H]
-  void *key_sums, *value_sums;  // CPU only: [count, parts, blocks, panel_size], of the arithmetic, written
+  // CPU only: the parts' sums, [count, parts, S, padded_columns], of the arithmetic, written. Null where there is one
+  // part and the gradient can be written at once.
+  void *key_sums, *value_sums;
 };
 
 // out[n] = Σ_m a[m][n], m in order and in double: a gradient's sum over dimensions that were broadcast.

@@ -121,7 +121,7 @@ class Additive(Structure):
         ("mask", PairMask),
         ("first", c_int64),
         ("count", c_int64),
-        *_pointers("key_panels", "value_panels", "forms"),
+        *_pointers("key_panels", "forms", "value_rows"),
     ]
 
 

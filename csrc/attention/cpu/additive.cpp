@@ -1,5 +1,5 @@
-// The forward of additive attention. Keys are prepared once for the whole batch; then every eight queries go over the
-// blocks of keys twice: for the scores, and, when these are weights, for the values.
+// The forward of additive attention. Keys are prepared once, if more than eight queries share them; then every eight go
+// over the blocks of keys twice: for the scores, and, when these are weights, for the values.
 #include "attention/additive.h"
 
 #include <cmath>
@@ -23,31 +23,21 @@ constexpr int kTileKeys = 4;
 
 template <class T>
 void prepare(const AdditivePanels& args, int64_t begin, int64_t end) {
-  const int64_t blocks = key_blocks(args.keys), size = panel_size(args.hidden), value_size = panel_size(args.columns);
+  const int64_t blocks = key_blocks(args.keys), width = padded_columns(args.columns);
   Workspace space;
-  const auto part = space.reserve(sizeof(T) * padded_columns(std::max(args.hidden, args.columns)));
-  T* row = static_cast<T*>(space.at(part));
+  const auto part = space.reserve(sizeof(T) * padded_columns(args.hidden));
+  T* const row = static_cast<T*>(space.at(part));
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t element = item / blocks, first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, args.keys - first);
-    const int64_t index = args.first + element;
-    T* panel = static_cast<T*>(args.key_panels) + item * size;
-    const T most = fill_panel(matrix_of(args, args.key, index, first), args.dtype, args.key.row, n, args.hidden, row,
-                              panel);
-    const KeyForm form = most <= T(kLargestSmall)      ? KeyForm::Expm1
-                         : most <= T(kLargestFactored) ? KeyForm::Exp
-                                                       : KeyForm::Plain;
-    args.forms[item] = static_cast<int8_t>(form);
-    if (form != KeyForm::Plain) {
-      for (int64_t group = 0; group * kLanes<T> < args.hidden; ++group) {
-        T* from = panel + group * kPanelRow * kLanes<T>;
-        for (int64_t i = 0; i < n * kLanes<T>; i += kLanes<T>) {
-          const Vec<T> k = Vec<T>::loadu(from + i), twice = k + k;
-          (form == KeyForm::Exp ? exp(twice) : expm1(twice)).store(from + i);
-        }
-      }
+    const int64_t element = item / blocks, block = item % blocks, index = args.first + element;
+    if (args.key_panels != nullptr) {
+      T* const panel = static_cast<T*>(args.key_panels) + item * panel_size(args.hidden);
+      args.forms[item] = static_cast<int8_t>(prepare_keys(args, index, block, /*plainly=*/false, row, panel));
     }
-    fill_panel(matrix_of(args, args.value, index, first), args.dtype, args.value.row, n, args.columns, row,
-               static_cast<T*>(args.value_panels) + item * value_size);
+    if (args.value_rows == nullptr) continue;
+    const int64_t first = block * kKeyBlock, n = std::min(kKeyBlock, args.keys - first);
+    const void* const from = matrix_of(args, args.value, index, first);
+    T* const to = static_cast<T*>(args.value_rows) + (element * args.keys + first) * width;
+    for (int64_t j = 0; j < n; ++j) load_row(from, args.dtype, j * args.value.row, args.columns, to + j * width);
   }
 }
 
@@ -178,18 +168,18 @@ void softmax(T* row, int64_t n) {
 
 // out[i] += Σ_j weights[i][j] · v_j over a block. With kSkip pairs of weight zero are left out, whatever their values.
 template <bool kSkip, class T>
-void add_values(const T* weights, int64_t stride, int64_t rows, const T* panel, int64_t columns, int64_t n, T* out,
-                int64_t width) {
+void add_values(const T* weights, int64_t stride, int64_t rows, const T* values, int64_t value_stride, int64_t columns,
+                int64_t n, T* out, int64_t width) {
   constexpr int V = kLanes<T>;
   const auto run = [&]<int R>(int64_t first) {
-    const T *from = panel, *row = weights + first * stride;
+    const T* row = weights + first * stride;
     T* to = out + first * width;
-    for (int64_t c = 0; c < columns; c += V, from += kPanelRow * V) {
+    for (int64_t c = 0; c < columns; c += V) {
       Vec<T> sums[R];
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) sums[i] = Vec<T>(T(0));
       for (int64_t j = 0; j < n; ++j) {
-        const Vec<T> v = Vec<T>::loadu(from + j * V);
+        const Vec<T> v = Vec<T>::loadu(values + j * value_stride + c);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
           const T weight = row[i * stride + j];
@@ -258,12 +248,13 @@ void forward(const AdditiveForward& args, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < rows; ++i) softmax(scores + i * args.keys, args.keys);
 
+    int64_t value_stride;
+    const T* const values = rows_of_values<T>(args, element, &value_stride);
     const auto add_all = [&](auto add) {
       std::fill(out, out + rows * out_width, T(0));
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t key = block * kKeyBlock, n = std::min(kKeyBlock, args.keys - key);
-        const T* panel = static_cast<const T*>(args.value_panels) + (element * blocks + block) * panel_size(args.columns);
-        add(scores + key, args.keys, rows, panel, args.columns, n, out, out_width);
+        add(scores + key, args.keys, rows, values + key * value_stride, value_stride, args.columns, n, out, out_width);
       }
     };
     add_all(add_values<false, T>);

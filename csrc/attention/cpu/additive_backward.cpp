@@ -1,6 +1,6 @@
 // The backward of additive attention. A work item goes over its queries, sixteen at a time, and over the blocks of
-// keys: first for the scores' gradients, then for everything that needs tanh. What it adds up for keys and values lies
-// in panels of its own, which a last kernel adds in order.
+// keys: first for the scores' gradients, then for everything that needs tanh. Where there are several parts, what each
+// adds up for keys and values lies in memory of its own, which a last kernel adds in order.
 #include "attention/additive.h"
 
 #include <cmath>
@@ -24,23 +24,22 @@ constexpr int kTileKeys = 4;
 
 // products[r][j] = ⟨grad_r, v_j⟩ of R rows with the keys of a block; a row of products has room for whole fours.
 template <int R, class T>
-inline void product_tile(const T* grads, int64_t width, int64_t columns, const T* panel, int64_t n, T* products,
-                         int64_t stride) {
+inline void product_tile(const T* grads, int64_t width, int64_t columns, const T* values, int64_t value_stride, int64_t n,
+                         T* products, int64_t stride) {
   constexpr int V = kLanes<T>;
   for (int64_t j = 0; j < n; j += kTileKeys) {
-    int64_t key[kTileKeys];
-    for (int c = 0; c < kTileKeys; ++c) key[c] = std::min(j + c, n - 1) * V;
+    const T* from[kTileKeys];
+    for (int c = 0; c < kTileKeys; ++c) from[c] = values + std::min(j + c, n - 1) * value_stride;
     Vec<T> sums[R][kTileKeys];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int c = 0; c < kTileKeys; ++c) sums[r][c] = Vec<T>(T(0));
     }
-    const T* from = panel;
-    for (int64_t d = 0; d < columns; d += V, from += kPanelRow * V) {
+    for (int64_t d = 0; d < columns; d += V) {
       Vec<T> value[kTileKeys];
 #pragma GCC unroll 4
-      for (int c = 0; c < kTileKeys; ++c) value[c] = Vec<T>::loadu(from + key[c]);
+      for (int c = 0; c < kTileKeys; ++c) value[c] = Vec<T>::loadu(from[c] + d);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Vec<T> grad = Vec<T>::loadu(grads + r * width + d);
@@ -54,12 +53,12 @@ inline void product_tile(const T* grads, int64_t width, int64_t columns, const T
 }
 
 template <class T>
-void value_products(const T* grads, int64_t rows, int64_t width, int64_t columns, const T* panel, int64_t n,
-                    T* products, int64_t stride) {
+void value_products(const T* grads, int64_t rows, int64_t width, int64_t columns, const T* values, int64_t value_stride,
+                    int64_t n, T* products, int64_t stride) {
   int64_t i = 0;
   const auto run = [&]<int R>() {
     for (; i + R <= rows; i += R) {
-      product_tile<R>(grads + i * width, width, columns, panel, n, products + i * stride, stride);
+      product_tile<R>(grads + i * width, width, columns, values, value_stride, n, products + i * stride, stride);
     }
   };
   run.template operator()<kTileRows>();
@@ -123,15 +122,29 @@ inline void gradient_tile(const T* const* scales, const T* const* shifts, const 
   weight.store(weight_sums);
 }
 
+// Where sums for the rows of a block of keys go: rows of whole vectors, `stride` apart. A `fresh` block is written, all
+// `n` rows of it; another is added to.
+template <class T>
+struct BlockSums {
+  T* data;  // null where nobody wants them
+  int64_t stride, n;
+  bool fresh;
+
+  void put(int64_t j, int64_t column, const Vec<T>& sum) const {
+    T* to = data + j * stride + column;
+    (fresh ? sum : sum + Vec<T>::loadu(to)).store(to);
+  }
+};
+
 // The same for all rows and hidden units. Sums over the rows are formed apart and then added: a long chain of
 // additions would lose digits.
 template <bool kPlain, class T>
-void gradient_block(const Queries<T>& queries, KeyForm form, int64_t rows, int64_t hidden, const T* panel,
-                    const int32_t* keys, int64_t count, const T* grads, int64_t stride, T* query_sums, T* key_sums,
-                    T* weight_sums) {
+void gradient_block(const Queries<T>& queries, KeyForm form, int64_t rows, const T* weight, int64_t hidden,
+                    const T* panel, const int32_t* keys, int64_t count, const T* grads, int64_t stride, T* query_sums,
+                    const BlockSums<T>& key_sums, T* weight_sums) {
   constexpr int V = kLanes<T>;
   alignas(64) T tile[kKeyBlock * V];
-  for (int64_t h = 0; h < hidden; h += V, panel += kPanelRow * V, key_sums += kPanelRow * V) {
+  for (int64_t h = 0; h < hidden; h += V, panel += kPanelRow * V) {
     std::fill(tile, tile + kKeyBlock * V, T(0));
     for (int64_t i = 0, n; i < rows; i += n) {
       n = std::min<int64_t>(kTileRows, rows - i);
@@ -151,39 +164,34 @@ void gradient_block(const Queries<T>& queries, KeyForm form, int64_t rows, int64
         default: run.template operator()<kTileRows>(); break;
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      T* to = key_sums + keys[i] * V;
-      (Vec<T>::loadu(to) + Vec<T>::loadu(tile + keys[i] * V)).store(to);
+    const Vec<T> w = Vec<T>::loadu(weight + h);
+    for (int64_t j = 0; key_sums.data != nullptr && j < key_sums.n; ++j) {
+      key_sums.put(j, h, Vec<T>::loadu(tile + j * V) * w);
     }
   }
 }
 
-// value_sums[j] += Σ_i α_ij dout_i for the keys of a block.
+// sums[j] += Σ_i α_ij dout_i for the keys of a block.
 template <class T>
 void add_value_gradients(const T* weights, int64_t stride, int64_t rows, const T* grads, int64_t columns, int64_t width,
-                         const int32_t* keys, int64_t count, T* value_sums) {
+                         const BlockSums<T>& value_sums) {
   constexpr int V = kLanes<T>;
-  const auto run = [&]<int K>(int64_t first, int64_t d) {
+  const auto run = [&]<int K>(int64_t j, int64_t d) {
     Vec<T> sums[K];
 #pragma GCC unroll 8
     for (int c = 0; c < K; ++c) sums[c] = Vec<T>(T(0));
     for (int64_t r = 0; r < rows; ++r) {
       const Vec<T> grad = Vec<T>::loadu(grads + r * width + d);
 #pragma GCC unroll 8
-      for (int c = 0; c < K; ++c) {
-        sums[c] = at::vec::fmadd(Vec<T>(weights[r * stride + keys[first + c]]), grad, sums[c]);
-      }
+      for (int c = 0; c < K; ++c) sums[c] = at::vec::fmadd(Vec<T>(weights[r * stride + j + c]), grad, sums[c]);
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < K; ++c) {
-      T* to = value_sums + keys[first + c] * V;
-      (sums[c] + Vec<T>::loadu(to)).store(to);
-    }
+    for (int c = 0; c < K; ++c) value_sums.put(j + c, d, sums[c]);
   };
-  for (int64_t d = 0; d < columns; d += V, value_sums += kPanelRow * V) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) run.template operator()<8>(i, d);
-    for (; i < count; ++i) run.template operator()<1>(i, d);
+  for (int64_t d = 0; d < columns; d += V) {
+    int64_t j = 0;
+    for (; j + 8 <= value_sums.n; j += 8) run.template operator()<8>(j, d);
+    for (; j < value_sums.n; ++j) run.template operator()<1>(j, d);
   }
 }
 
@@ -198,57 +206,62 @@ int64_t list_keys(const T* weights, int64_t stride, int64_t rows, int64_t n, int
   return count;
 }
 
-// row · weight, stored as number `number` of dense rows.
+// Stored as number `number` of dense rows.
 template <class T>
-void store_row(T* row, const T* weight, int64_t columns, void* out, DType dtype, int64_t number) {
-  if (weight != nullptr) {
-    for (int64_t i = 0; i < columns; ++i) row[i] *= weight[i];
-  }
+void store_row(const T* row, int64_t columns, void* out, DType dtype, int64_t number) {
   with_type(dtype, [&](auto* type) { convert(row, static_cast<decltype(type)>(out) + number * columns, columns); });
 }
 
 // --- kernels ------------------------------------------------------------------------------------------------------
 
+// Where a part's sums lie, or the gradient itself where there is but one part; null where it is not asked for.
+template <class T>
+T* sums_of(const AdditiveBackward& args, void* grad, void* sums, int64_t item, int64_t columns) {
+  if (grad == nullptr) return nullptr;
+  const int64_t size = args.keys * padded_columns(columns);
+  return sums != nullptr ? static_cast<T*>(sums) + item * size : static_cast<T*>(grad) + (args.first + item) * size;
+}
+
 template <class T>
 void backward(const AdditiveBackward& args, int64_t begin, int64_t end) {
   const int64_t blocks = key_blocks(args.keys), width = padded_columns(args.hidden);
   const int64_t grad_width = padded_columns(args.columns), stride = blocks * kKeyBlock;
-  const int64_t key_panels = blocks * panel_size(args.hidden), value_panels = blocks * panel_size(args.columns);
   const bool through_tanh = args.grad_query != nullptr || args.grad_key != nullptr || args.grad_score_weight != nullptr;
   Workspace space;
   const auto part = [&](int64_t elements) { return space.reserve(elements * static_cast<int64_t>(sizeof(T))); };
   const auto queries_part = part(Queries<T>::size(kBackwardRows, args.hidden)), weight_part = part(width),
-             row_part = part(width), grad_part = part(kBackwardRows * grad_width), scores_part = part(kBackwardRows * stride),
-             query_sums_part = part(kBackwardRows * width), weight_sums_part = part(width),
-             spare_part = part(panel_size(args.hidden)), key_sums_part = part(args.grad_key == nullptr ? key_panels : 0);
-  Queries<T> queries(kBackwardRows, args.hidden, static_cast<T*>(space.at(queries_part)));
+             row_part = part(width), grad_part = part(kBackwardRows * grad_width),
+             scores_part = part(kBackwardRows * stride), query_sums_part = part(kBackwardRows * width),
+             weight_sums_part = part(width), spare_part = part(panel_size(args.hidden));
   const auto at = [&](size_t reserved) { return static_cast<T*>(space.at(reserved)); };
+  Queries<T> queries(kBackwardRows, args.hidden, at(queries_part));
   T *const weight = at(weight_part), *const row = at(row_part), *const grads = at(grad_part);
   T *const scores = at(scores_part), *const query_sums = at(query_sums_part), *const weight_sums = at(weight_sums_part);
   load_row(args.score_weight, args.dtype, 0, args.hidden, weight);
   int32_t keys[kKeyBlock];
 
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t element = item / args.parts, index = args.first + element, part_first = item % args.parts * args.part_rows;
+    const int64_t element = item / args.parts, index = args.first + element;
+    const int64_t part_first = item % args.parts * args.part_rows;
     const int64_t part_end = std::min(args.queries, part_first + args.part_rows);
-    T* const key_sums = args.grad_key == nullptr ? at(key_sums_part) : static_cast<T*>(args.key_sums) + item * key_panels;
-    T* const value_sums = static_cast<T*>(args.value_sums) + item * value_panels;
-    const T* const values = static_cast<const T*>(args.value_panels) + element * value_panels;
-    if (through_tanh) std::fill(key_sums, key_sums + key_panels, T(0));
-    if (args.grad_value != nullptr) std::fill(value_sums, value_sums + value_panels, T(0));
+    T* const key_sums = sums_of<T>(args, args.grad_key, args.key_sums, item, args.hidden);
+    T* const value_sums = sums_of<T>(args, args.grad_value, args.value_sums, item, args.columns);
+    int64_t value_stride;
+    const T* const values = rows_of_values<T>(args, element, &value_stride);
     std::fill(weight_sums, weight_sums + width, T(0));
 
     for (int64_t first = part_first; first < part_end; first += kBackwardRows) {
       const int64_t rows = std::min(kBackwardRows, part_end - first), output_row = index * args.queries + first;
+      const bool fresh = first == part_first;
       const T* const weights = static_cast<const T*>(args.weights) + output_row * args.keys;
       const void* const from = matrix_of(args, args.grad_output, index, first);
       for (int64_t i = 0; i < rows; ++i) {
         load_row(from, args.dtype, i * args.grad_output.row, args.columns, grads + i * grad_width);
       }
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t n = std::min(kKeyBlock, args.keys - block * kKeyBlock);
-        value_products(grads, rows, grad_width, args.columns, values + block * panel_size(args.columns), n,
-                       scores + block * kKeyBlock, stride);
+        const int64_t key = block * kKeyBlock;
+        value_products(grads, rows, grad_width, args.columns, values + key * value_stride, value_stride,
+                       std::min(kKeyBlock, args.keys - key), scores + key, stride);
       }
       for (int64_t i = 0; i < rows; ++i) {
         score_gradients(weights + i * args.keys, args.keys, scores + i * stride);
@@ -262,65 +275,56 @@ void backward(const AdditiveBackward& args, int64_t begin, int64_t end) {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t key = block * kKeyBlock, n = std::min(kKeyBlock, args.keys - key);
         const int64_t count = list_keys(weights + key, args.keys, rows, n, keys);
-        if (count == 0) continue;
-        if (args.grad_value != nullptr) {
-          add_value_gradients(weights + key, args.keys, rows, grads, args.columns, grad_width, keys, count,
-                              value_sums + block * panel_size(args.columns));
+        if (count == 0 && !fresh) continue;
+        if (value_sums != nullptr) {
+          add_value_gradients<T>(weights + key, args.keys, rows, grads, args.columns, grad_width,
+                                 {value_sums + key * grad_width, grad_width, n, fresh});
         }
         if (!through_tanh) continue;
-        KeyForm form;
-        const T* panel = fitting_panel(args, queries, element, block, row, at(spare_part), &form);
+        const BlockSums<T> sums{key_sums == nullptr ? nullptr : key_sums + key * width, width, n, fresh};
+        KeyForm form = KeyForm::Exp;
+        const T* const panel = count == 0 ? at(spare_part) : fitting_panel(args, queries, element, block, row, at(spare_part), &form);
         const auto run = form == KeyForm::Plain ? gradient_block<true, T> : gradient_block<false, T>;
-        run(queries, form, rows, args.hidden, panel, keys, count, scores + key, stride, query_sums,
-            key_sums + block * panel_size(args.hidden), weight_sums);
+        run(queries, form, rows, weight, args.hidden, panel, keys, count, scores + key, stride, query_sums, sums,
+            weight_sums);
       }
       for (int64_t i = 0; args.grad_query != nullptr && i < rows; ++i) {
-        store_row(query_sums + i * width, weight, args.hidden, args.grad_query, args.grad_query_dtype, output_row + i);
+        T* const sum = query_sums + i * width;
+        for (int64_t h = 0; h < args.hidden; ++h) sum[h] *= weight[h];
+        store_row(sum, args.hidden, args.grad_query, args.grad_query_dtype, output_row + i);
       }
     }
     if (args.grad_score_weight == nullptr) continue;
-    T* const to = static_cast<T*>(args.grad_score_weight) + (args.first * args.parts + item) * args.hidden;
-    std::copy_n(weight_sums, args.hidden, to);
+    store_row(weight_sums, args.hidden, args.grad_score_weight, kDType<T>, args.first * args.parts + item);
   }
 }
 
-// Adds the parts' panels of a block and writes them as rows.
+// Adds the parts' sums of a block of keys and writes them as rows of the gradient.
 template <class T>
-void finish_rows(const T* sums, int64_t parts, int64_t blocks, int64_t rows, int64_t columns, const T* weight, T* row,
-                 void* out, DType dtype, int64_t first) {
-  constexpr int V = kLanes<T>;
-  for (int64_t j = 0; j < rows; ++j) {
-    for (int64_t c = 0; c * V < columns; ++c) {
+void finish_rows(const AdditiveBackward& args, const void* sums, int64_t item, int64_t columns, T* row, void* grad,
+                 DType dtype) {
+  if (grad == nullptr || sums == nullptr) return;
+  const int64_t blocks = key_blocks(args.keys), element = item / blocks, first = item % blocks * kKeyBlock;
+  const int64_t width = padded_columns(columns), size = args.keys * width;
+  const T* const parts = static_cast<const T*>(sums) + element * args.parts * size;
+  for (int64_t j = first; j < std::min(args.keys, first + kKeyBlock); ++j) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
       Vec<T> sum(T(0));
-      for (int64_t p = 0; p < parts; ++p) {
-        sum = sum + Vec<T>::loadu(sums + p * blocks * panel_size(columns) + (c * kPanelRow + j) * V);
-      }
-      sum.store(row + c * V);
+      for (int64_t p = 0; p < args.parts; ++p) sum = sum + Vec<T>::loadu(parts + p * size + j * width + c);
+      sum.store(row + c);
     }
-    store_row(row, weight, columns, out, dtype, first + j);
+    store_row(row, columns, grad, dtype, (args.first + element) * args.keys + j);
   }
 }
 
 template <class T>
 void finish(const AdditiveBackward& args, int64_t begin, int64_t end) {
-  const int64_t blocks = key_blocks(args.keys), key_size = panel_size(args.hidden), value_size = panel_size(args.columns);
   Workspace space;
-  const auto weight_part = space.reserve(sizeof(T) * padded_columns(args.hidden)),
-             row_part = space.reserve(sizeof(T) * padded_columns(std::max(args.hidden, args.columns)));
-  T *const weight = static_cast<T*>(space.at(weight_part)), *const row = static_cast<T*>(space.at(row_part));
-  load_row(args.score_weight, args.dtype, 0, args.hidden, weight);
+  const auto part = space.reserve(sizeof(T) * padded_columns(std::max(args.hidden, args.columns)));
+  T* const row = static_cast<T*>(space.at(part));
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t element = item / blocks, block = item % blocks, key = block * kKeyBlock;
-    const int64_t rows = std::min(kKeyBlock, args.keys - key), first = (args.first + element) * args.keys + key;
-    const int64_t number = element * args.parts * blocks + block;  // of the first part's panel
-    if (args.grad_key != nullptr) {
-      finish_rows(static_cast<const T*>(args.key_sums) + number * key_size, args.parts, blocks, rows, args.hidden,
-                  weight, row, args.grad_key, args.grad_key_dtype, first);
-    }
-    if (args.grad_value != nullptr) {
-      finish_rows<T>(static_cast<const T*>(args.value_sums) + number * value_size, args.parts, blocks, rows,
-                     args.columns, nullptr, row, args.grad_value, args.grad_value_dtype, first);
-    }
+    finish_rows(args, args.key_sums, item, args.hidden, row, args.grad_key, args.grad_key_dtype);
+    finish_rows(args, args.value_sums, item, args.columns, row, args.grad_value, args.grad_value_dtype);
   }
 }
 

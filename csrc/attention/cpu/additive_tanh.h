@@ -145,19 +145,46 @@ struct Queries {
   const T* shifts(KeyForm form, int64_t i) const { return form == KeyForm::Expm1 ? less_1 + i * width : minus_one; }
 };
 
-// The panel of a block of keys in a form that these queries can take: its own, or k itself, written to `spare`.
+// A block of keys as a panel, in the form that suits it; as k where `plainly`.
+template <class T>
+inline KeyForm prepare_keys(const Additive& args, int64_t index, int64_t block, bool plainly, T* row, T* panel) {
+  const int64_t first = block * kKeyBlock, n = std::min(kKeyBlock, args.keys - first);
+  const T most = fill_panel(matrix_of(args, args.key, index, first), args.dtype, args.key.row, n, args.hidden, row, panel);
+  if (plainly || !(most <= T(kLargestFactored))) return KeyForm::Plain;
+  const KeyForm form = most <= T(kLargestSmall) ? KeyForm::Expm1 : KeyForm::Exp;
+  for (int64_t group = 0; group * kLanes<T> < args.hidden; ++group) {
+    T* from = panel + group * kPanelRow * kLanes<T>;
+    for (int64_t i = 0; i < n * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> k = Vec<T>::loadu(from + i), twice = k + k;
+      (form == KeyForm::Exp ? exp(twice) : expm1(twice)).store(from + i);
+    }
+  }
+  return form;
+}
+
+// The panel of a block in a form that these queries can take: the one that was prepared, or one written to `spare`.
 template <class T>
 inline const T* fitting_panel(const AdditivePanels& args, const Queries<T>& queries, int64_t element, int64_t block,
                               T* row, T* spare, KeyForm* form) {
   const int64_t number = element * key_blocks(args.keys) + block;
-  const T* panel = static_cast<const T*>(args.key_panels) + number * panel_size(args.hidden);
-  *form = static_cast<KeyForm>(args.forms[number]);
-  if (queries.factored || *form == KeyForm::Plain) return panel;
-  *form = KeyForm::Plain;
-  const int64_t first = block * kKeyBlock;
-  fill_panel(matrix_of(args, args.key, args.first + element, first), args.dtype, args.key.row,
-             std::min(kKeyBlock, args.keys - first), args.hidden, row, spare);
+  if (args.key_panels != nullptr) {
+    *form = static_cast<KeyForm>(args.forms[number]);
+    const bool fits = queries.factored || *form == KeyForm::Plain;
+    if (fits) return static_cast<const T*>(args.key_panels) + number * panel_size(args.hidden);
+  }
+  *form = prepare_keys(args, args.first + element, block, !queries.factored, row, spare);
   return spare;
+}
+
+// The values of an element of the batch, rows `stride` apart, whole vectors each.
+template <class T>
+inline const T* rows_of_values(const AdditivePanels& args, int64_t element, int64_t* stride) {
+  if (args.value_rows == nullptr) {
+    *stride = args.value.row;
+    return static_cast<const T*>(matrix_of(args, args.value, args.first + element, 0));
+  }
+  *stride = padded_columns(args.columns);
+  return static_cast<const T*>(args.value_rows) + element * args.keys * *stride;
 }
 
 }  // namespace lect11ext::CPU_CAPABILITY
