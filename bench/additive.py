@@ -79,7 +79,7 @@ def _peak_bytes() -> int:
 
 
 def added_bytes(name: str, train: bool) -> int:
-    """By how much one call at the first size raises this process's peak; a small one before has loaded what it takes."""
+    """By how much one call at the first size raises this process's peak; a small one has loaded what it takes."""
     function = {"lect11ext": additive_attention, "eager": plain, "compile": torch.compile(plain)}[name]
     args = _operands(*SIZES[0], torch.float32, train)
     small = [args[0][:, :8], args[1][:, :8], args[2][:, :8], args[3]]

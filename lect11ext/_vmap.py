@@ -138,7 +138,7 @@ def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> 
 
 
 def _lead(x: Tensor | None, dim: Any, size: int, rank: int, every: bool) -> Tensor | None:
-    """The new dimension in front of ``rank`` others; what is not batched stays as it is, or is repeated if ``every``."""
+    """The new dimension in front of ``rank`` others. What has no batch stays as it is, or is repeated if ``every``."""
     if x is None or not (_is_batched(dim) or every):
         return x
     x = x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)

@@ -102,8 +102,9 @@ void describe(const Inputs& in, const Tensor& grad_output, Matrices* grads, Addi
   held.value = as_matrices(in.value, batch, fold);
   held.score_weight = in.score_weight.contiguous();
   args.score_weight = held.score_weight.const_data_ptr();
-  std::vector<std::pair<Tensor, int64_t*>> operands{
-      {held.query, args.query.strides}, {held.key, args.key.strides}, {held.value, args.value.strides}};
+  std::vector<std::pair<Tensor, int64_t*>> operands{{held.query, args.query.strides},
+                                                    {held.key, args.key.strides},
+                                                    {held.value, args.value.strides}};
   if (grad_output.defined()) {
     held.grad_output = as_matrices(grad_output, batch, fold);
     grads->data = held.grad_output.const_data_ptr();
@@ -320,8 +321,7 @@ Gradients kernel_backward(const Tensor& grad_output, const Inputs& in, const Ten
     return (cuda ? at::sum_to(grad, like.sizes()) : reduce_cpu(grad, like.sizes())).to(like.scalar_type());
   };
   return {finish(query, wanted[0], in.query), finish(key, wanted[1], in.key), finish(value, wanted[2], in.value),
-          finish(score_weight, wanted[3], in.score_weight),
-          wanted[4] ? finish(scores, true, *in.attn_mask) : Tensor()};
+          finish(score_weight, wanted[3], in.score_weight), wanted[4] ? finish(scores, true, *in.attn_mask) : Tensor()};
 }
 
 #ifdef LECT11EXT_WITH_CUDA

@@ -96,10 +96,10 @@ struct AdditiveSum {
 };
 inline constexpr int64_t kAdditiveSumColumns = 256;  // a work item
 
-LECT11EXT_CPU_KERNEL(additive_prepare_kernel, AdditivePanels)    // an item: a block of keys
-LECT11EXT_CPU_KERNEL(additive_forward_kernel, AdditiveForward)   // an item: kForwardRows queries
+LECT11EXT_CPU_KERNEL(additive_prepare_kernel, AdditivePanels)     // an item: a block of keys
+LECT11EXT_CPU_KERNEL(additive_forward_kernel, AdditiveForward)    // an item: kForwardRows queries
 LECT11EXT_CPU_KERNEL(additive_backward_kernel, AdditiveBackward)  // an item: a part
-LECT11EXT_CPU_KERNEL(additive_finish_kernel, AdditiveBackward)   // an item: a block of keys
+LECT11EXT_CPU_KERNEL(additive_finish_kernel, AdditiveBackward)    // an item: a block of keys
 LECT11EXT_CPU_KERNEL(additive_sum_kernel, AdditiveSum)
 
 }  // namespace lect11ext

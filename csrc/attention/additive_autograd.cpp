@@ -104,8 +104,8 @@ struct AdditiveAttentionNode : autograd::Node {
       wanted[i] = task_should_compute_output(i);
       in[i] = inputs_[i].unpack();
     }
-    auto [query, key, value, score_weight, attn_mask] = call_backward(
-        grads[0], in[0], in[1], in[2], in[3], autograd::optional_of(in[4]), weights_.unpack(), wanted);
+    auto [query, key, value, score_weight, attn_mask] =
+        call_backward(grads[0], in[0], in[1], in[2], in[3], autograd::optional_of(in[4]), weights_.unpack(), wanted);
     return {query, key, value, score_weight, attn_mask};
   }
 };
@@ -135,8 +135,7 @@ Outputs autograd_forward(ADDITIVE_PARAMETERS, bool save_weights) {
 }
 
 Gradients autograd_backward(const Tensor& grad_output, ADDITIVE_PARAMETERS, const Tensor& weights, Wanted wanted) {
-  if (autograd::needs_grad(grad_output, ADDITIVE_ARGUMENTS) ||
-      autograd::has_tangent(grad_output, ADDITIVE_ARGUMENTS)) {
+  if (autograd::needs_grad(grad_output, ADDITIVE_ARGUMENTS) || autograd::has_tangent(grad_output, ADDITIVE_ARGUMENTS)) {
     return composite_backward(grad_output, Inputs{ADDITIVE_ARGUMENTS}, wanted);
   }
   const at::AutoDispatchBelowADInplaceOrView below;

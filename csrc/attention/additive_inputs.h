@@ -56,7 +56,8 @@ struct Inputs {
 
   void check() const {
     check_device_and_type();
-    for (const auto& [name, tensor] : {std::pair("query", &query), std::pair("key", &key), std::pair("value", &value)}) {
+    for (const auto& [name, tensor] :
+         {std::pair("query", &query), std::pair("key", &key), std::pair("value", &value)}) {
       TORCH_CHECK_VALUE(tensor->dim() >= 2, name, " must be at least 2-D, but got ", tensor->dim(), "-D");
     }
     TORCH_CHECK_VALUE(key.sym_size(-1) == hidden(), "key must have as many columns as query, ", hidden(), ", but got ",
@@ -66,7 +67,8 @@ struct Inputs {
     const c10::SymDimVector weight_size{hidden()};
     check_shape("score_weight", score_weight.sym_sizes(), weight_size, "the columns of query");
     const c10::SymDimVector size = batch();
-    for (const auto& [name, tensor] : {std::pair("query", &query), std::pair("key", &key), std::pair("value", &value)}) {
+    for (const auto& [name, tensor] :
+         {std::pair("query", &query), std::pair("key", &key), std::pair("value", &value)}) {
       check_broadcast(name, *tensor, size, tensor->sym_size(-2), tensor->sym_size(-1));
     }
     if (masked()) check_broadcast("attn_mask", *attn_mask, size, queries(), keys());
@@ -95,7 +97,8 @@ struct Inputs {
     if (masked()) {
       const auto type = attn_mask->scalar_type();
       TORCH_CHECK_TYPE(type == at::kBool || type == query.scalar_type() || type == compute_dtype(),
-                       "attn_mask must be bool, ", query.scalar_type(), " or ", compute_dtype(), ", but got ", type);
+                       "attn_mask must be bool, ", compute_dtype(), " or of the type of query, ", query.scalar_type(),
+                       ", but got ", type);
     }
     check_same_device({{"query", &query}, {"key", &key}, {"value", &value}, {"score_weight", &score_weight}});
     if (masked()) check_same_device({{"query", &query}, {"attn_mask", &*attn_mask}});

@@ -29,8 +29,8 @@ def additive_attention(
         key: ``[..., S, H']``, of the type of ``query``, as are ``value`` and ``score_weight``.
         value: ``[..., S, Dv]``. Batch dimensions of all three broadcast as by ``torch.matmul``.
         score_weight: :math:`w`, ``[H']``.
-        attn_mask: broadcast to ``[..., L, S]``; bool, True where a query may attend to a key, or added to the scores: in
-            the type of ``query``, or in float32 where that has 16 bits.
+        attn_mask: broadcast to ``[..., L, S]``; bool, True where a query may attend to a key, or added to the scores:
+            in the type of ``query``, or in float32 where that has 16 bits.
 
     Returns:
         ``[..., L, Dv]`` in the type of ``query``. A query that may attend to no key gets zeros, and passes no gradient

@@ -157,8 +157,8 @@ def test_memory_stays_small() -> None:
     assert peak_bytes() - before <= 2000 * 2000 * 64 * 4 / 20
 
 
-def test_padded_keys_cost_no_tanh() -> None:
-    """What no query may see is skipped: what is not, is counted by its NaN in the scores' panels alone."""
+def test_padding_changes_no_bit() -> None:
+    """Blocks of keys that no query may attend to are skipped."""
     args = [a.detach() for a in operands((), 16, 256, 32, 4, torch.float32)]
     mask = torch.arange(256) < 64
     assert torch.equal(attend(*args, mask), attend(args[0], args[1][:64], args[2][:64], args[3]))
@@ -183,7 +183,11 @@ Q, K, V, W = torch.zeros(2, 3, 8), torch.zeros(2, 5, 8), torch.zeros(2, 5, 4), t
         ((Q, K.expand(3, 2, 5, 8)[:, :1].expand(3, 4, 5, 8), V, W), ValueError, "must broadcast to"),
         ((Q, K, V, W, torch.zeros(3, 4)), ValueError, r"attn_mask must broadcast to \[2, 3, 5\], but got \[3, 4\]"),
         ((Q, K, V, W, torch.zeros(1, 2, 3, 5)), ValueError, "attn_mask must broadcast to"),
-        ((Q, K, V, W, torch.zeros(3, 5).int()), TypeError, "attn_mask must be bool, Float or Float, but got Int"),
+        (
+            (Q, K, V, W, torch.zeros(3, 5).int()),
+            TypeError,
+            "attn_mask must be bool, Float or of the type of query, Float, but got Int",
+        ),
         ((Q, K, V, W, torch.zeros(3, 5).double()), TypeError, "attn_mask must be bool"),
         ((Q, K.to("meta"), V, W), RuntimeError, "Expected all tensors to be on the same device, but key is on meta"),
         ((Q, K, V, W, torch.zeros(3, 5, device="meta")), RuntimeError, "but attn_mask is on meta"),

@@ -98,7 +98,9 @@ class Call:
         wide = [t.detach().expand(*self.batch, *t.shape[-2:]).requires_grad_() for t in leaves[:3]]
         bias = torch.zeros(self.pairs, dtype=F64, requires_grad=True)
         mask = leaves[4] if self.mask is not None else None
-        score = bias if mask is None else (mask + bias if mask.dtype != torch.bool else bias.masked_fill(~mask, -torch.inf))
+        score = (
+            bias if mask is None else (mask + bias if mask.dtype != torch.bool else bias.masked_fill(~mask, -torch.inf))
+        )
         out = reference.additive_attention(*wide, leaves[3], score)
         grads = torch.autograd.grad(out, [*wide, leaves[3], bias], self.grad.double())
         names = ["grad_query", "grad_key", "grad_value", "grad_score_weight", "grad_scores"]
@@ -177,7 +179,9 @@ def test_what_is_barred_may_be_nan(kernels: Kernels) -> None:
 
 def test_strides_and_broadcasts(kernels: Kernels) -> None:
     query, key, value, weight = operands(6, 9, 8, 5, batch=(3, 2))
-    call = Call(query.transpose(0, 1), key[:1].transpose(0, 1).expand(2, 3, 9, 8)[:, :, ::2], value[0, :1][:, ::2], weight)
+    call = Call(
+        query.transpose(0, 1), key[:1].transpose(0, 1).expand(2, 3, 9, 8)[:, :, ::2], value[0, :1][:, ::2], weight
+    )
     assert call.batch == (2, 3)
     call.check(kernels)
     packed = torch.randn(3, 6, 24)

@@ -24,8 +24,8 @@ constexpr int kTileKeys = 4;
 
 // products[r][j] = ⟨grad_r, v_j⟩ of R rows with the keys of a block; a row of products has room for whole fours.
 template <int R, class T>
-inline void product_tile(const T* grads, int64_t width, int64_t columns, const T* values, int64_t value_stride, int64_t n,
-                         T* products, int64_t stride) {
+inline void product_tile(const T* grads, int64_t width, int64_t columns, const T* values, int64_t value_stride,
+                         int64_t n, T* products, int64_t stride) {
   constexpr int V = kLanes<T>;
   for (int64_t j = 0; j < n; j += kTileKeys) {
     const T* from[kTileKeys];
@@ -283,7 +283,8 @@ void backward(const AdditiveBackward& args, int64_t begin, int64_t end) {
         if (!through_tanh) continue;
         const BlockSums<T> sums{key_sums == nullptr ? nullptr : key_sums + key * width, width, n, fresh};
         KeyForm form = KeyForm::Exp;
-        const T* const panel = count == 0 ? at(spare_part) : fitting_panel(args, queries, element, block, row, at(spare_part), &form);
+        const T* const panel =
+            count == 0 ? at(spare_part) : fitting_panel(args, queries, element, block, row, at(spare_part), &form);
         const auto run = form == KeyForm::Plain ? gradient_block<true, T> : gradient_block<false, T>;
         run(queries, form, rows, weight, args.hidden, panel, keys, count, scores + key, stride, query_sums, sums,
             weight_sums);

@@ -59,7 +59,8 @@ struct PairTanh {
 // `columns` of a row as T, zeros up to a whole number of vectors behind them.
 template <class T>
 inline void load_row(const void* data, DType dtype, int64_t offset, int64_t columns, T* row) {
-  with_type(dtype, [&](auto* type) { convert(static_cast<decltype(type)>(const_cast<void*>(data)) + offset, row, columns); });
+  with_type(dtype,
+            [&](auto* type) { convert(static_cast<decltype(type)>(const_cast<void*>(data)) + offset, row, columns); });
   std::fill(row + columns, row + (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>, T(0));
 }
 
@@ -75,7 +76,8 @@ inline T largest(const Vec<T>& magnitudes) {
 // Rows `first … first + rows − 1` of a matrix as a panel: [columns / lanes][kPanelRow][lanes]. Returns the largest
 // magnitude.
 template <class T>
-inline T fill_panel(const void* data, DType dtype, int64_t row_stride, int64_t rows, int64_t columns, T* row, T* panel) {
+inline T fill_panel(const void* data, DType dtype, int64_t row_stride, int64_t rows, int64_t columns, T* row,
+                    T* panel) {
   constexpr int V = kLanes<T>;
   Vec<T> most(T(0));
   for (int64_t j = 0; j < rows; ++j) {
@@ -109,7 +111,7 @@ inline const void* matrix_of(const Additive& args, const Matrices& matrices, int
 // Some queries of a work item, as the pairs want them.
 template <class T>
 struct Queries {
-  int64_t width;         // of a row: padded_columns(hidden)
+  int64_t width;              // of a row: padded_columns(hidden)
   T *plain, *power, *less_1;  // q, e^2q, e^2q − 1: [rows][width]
   T* minus_one;               // [width]
   bool factored;
@@ -149,7 +151,8 @@ struct Queries {
 template <class T>
 inline KeyForm prepare_keys(const Additive& args, int64_t index, int64_t block, bool plainly, T* row, T* panel) {
   const int64_t first = block * kKeyBlock, n = std::min(kKeyBlock, args.keys - first);
-  const T most = fill_panel(matrix_of(args, args.key, index, first), args.dtype, args.key.row, n, args.hidden, row, panel);
+  const T most =
+      fill_panel(matrix_of(args, args.key, index, first), args.dtype, args.key.row, n, args.hidden, row, panel);
   if (plainly || !(most <= T(kLargestFactored))) return KeyForm::Plain;
   const KeyForm form = most <= T(kLargestSmall) ? KeyForm::Expm1 : KeyForm::Exp;
   for (int64_t group = 0; group * kLanes<T> < args.hidden; ++group) {

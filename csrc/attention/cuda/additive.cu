@@ -48,7 +48,8 @@ __device__ inline void add_pairs(const ScoreTile<T>& tile, int query, int key, T
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
 #pragma unroll
-      for (int j = 0; j < kSide; ++j) sums[i][j] = std::fma(pair_tanh(scale[i], shift[i], factor[j]), weight, sums[i][j]);
+      for (int j = 0; j < kSide; ++j)
+        sums[i][j] = std::fma(pair_tanh(scale[i], shift[i], factor[j]), weight, sums[i][j]);
     }
   }
 }
@@ -77,9 +78,9 @@ __device__ inline T masked_score(const PairMask& mask, int64_t offset, T score) 
 }
 
 template <class S>
-__global__ void __launch_bounds__(kScoreThreads) score_kernel(const __grid_constant__ AdditiveForward args,
-                                                              const __grid_constant__ Operand queries,
-                                                              const __grid_constant__ Operand keys) {
+__global__ void __launch_bounds__(kScoreThreads)
+    score_kernel(const __grid_constant__ AdditiveForward args, const __grid_constant__ Operand queries,
+                 const __grid_constant__ Operand keys) {
   using T = Compute<S>;
   __shared__ ScoreTile<T> tile;
   const int64_t across = (args.keys + kKeyTile - 1) / kKeyTile, down = (args.queries + kQueryTile - 1) / kQueryTile;

@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kUnits) side_kernel(const __grid_constant__ Si
   const bool inside = unit < args.hidden;
   const S* const x = static_cast<const S*>(args.x.data) + batch_offset(args.batches, args.x.strides, element) + unit;
   const S* const y = static_cast<const S*>(args.y.data) + batch_offset(args.batches, args.y.strides, element) + unit;
-  const T* const from = static_cast<const T*>(args.scores.data) + batch_offset(args.batches, args.scores.strides, element);
+  const T* const from =
+      static_cast<const T*>(args.scores.data) + batch_offset(args.batches, args.scores.strides, element);
   T scale[kRows], shift[kRows], sums[kRows] = {}, weight_sum = T(0);
   bool factored = true;
 #pragma unroll
