@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include "attention/additive.h"
 #include "attention/dot_product.h"
 #include "autoencoder/variational.h"
 #include "common/random.h"
@@ -63,6 +64,8 @@ ENTRY(philox_key, PhiloxReservation)
 ENTRY(philox_normal, PhiloxNormal)
 ENTRY(gaussian_forward, GaussianForward)
 ENTRY(gaussian_backward, GaussianBackward)
+ENTRY(additive_forward, AdditiveForward)
+ENTRY(additive_backward, AdditiveBackward)
 ENTRY(lstm_gates_forward, LstmGates)
 ENTRY(lstm_gates_backward, LstmGatesBackward)
 ENTRY(gru_gates_forward, GruGates)
@@ -79,6 +82,10 @@ extern "C" void set_device(int multiprocessors, int most_shared, int compute_maj
   cuda_on_host::multiprocessors = multiprocessors;
   cuda_on_host::most_shared = most_shared;
   cuda_on_host::compute_major = compute_major;
+}
+
+extern "C" int64_t additive_weight_rows(const lect11ext::AdditiveBackward* args) {
+  return lect11ext::cuda::additive_weight_rows(*args);
 }
 
 extern "C" void gaussian_tiles(int64_t rows, int64_t cols, lect11ext::GaussianTiles* out) {
