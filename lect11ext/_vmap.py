@@ -169,9 +169,9 @@ def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
             else:
                 folded[i] = _fold(x, in_dims[i], size)
         outputs = [None if out is None else out.unflatten(0, (size, rows)) for out in op(*folded)]
-        if wants_mask and outputs[3] is not None:
-            if _sample(args, in_dims, 0)[names.index("attn_mask")].size(0) == 1 and rows != 1:
-                outputs[3] = outputs[3].sum(1, keepdim=True)
+        if wants_mask and outputs[3] is not None and rows != 1:
+            is_shared = _sample(args, in_dims, 0)[names.index("attn_mask")].size(0) == 1
+            outputs[3] = outputs[3].sum(1, keepdim=True) if is_shared else outputs[3]
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
     return rule

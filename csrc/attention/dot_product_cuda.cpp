@@ -19,11 +19,18 @@ void run(void (*kernel)(const Args&, void*, void*), const Args& args, const at::
   kernel(args, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
 }
 
+// What the kernels' tiles have room for; wider ones go through ATen.
+bool fits(const Inputs& in) {
+  constexpr int64_t kMostColumns = 256;
+  return in.query.size(3) <= kMostColumns && in.value.size(3) <= kMostColumns;
+}
+
 }  // namespace
 
 namespace on_cuda {
 
 Outputs forward(const Inputs& in) {
+  if (!fits(in)) return composite_forward(in);
   const c10::cuda::CUDAGuard guard(in.query.device());
   AttentionForward args{};
   const Describer described(in, args);
@@ -37,6 +44,7 @@ Outputs forward(const Inputs& in) {
 
 Gradients backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, const Inputs& in,
                    const Tensor& output, const Tensor& lse, GradientMask mask) {
+  if (!fits(in)) return composite_backward(grad_output, grad_lse, in, mask);
   const c10::cuda::CUDAGuard guard(in.query.device());
   AttentionBackward args{};
   Describer described(in, args);
@@ -48,6 +56,7 @@ Gradients backward(const OptionalTensor& grad_output, const OptionalTensor& grad
 }
 
 Outputs tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Tangents& tangents) {
+  if (!fits(in)) return composite_tangent(in, tangents);
   const c10::cuda::CUDAGuard guard(in.query.device());
   AttentionTangent args{};
   Describer described(in, args);
@@ -63,6 +72,7 @@ Outputs tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const
 
 Gradients backward_tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Directions& along,
                            GradientMask mask) {
+  if (!fits(in)) return composite_backward_tangent(in, along, mask);
   const c10::cuda::CUDAGuard guard(in.query.device());
   AttentionBackwardTangent args{};
   Describer described(in, args);

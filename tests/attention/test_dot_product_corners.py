@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -165,6 +166,21 @@ def test_one_huge_score_late(dtype: torch.dtype) -> None:
         query, key, value = (x.detach() for x in operands(Sizes(1, 1, 1, 7, 300, 16, 16), dtype))
         key[:, :, at] = query[:, :, 3] * 8
         compare([query.requires_grad_(), key.requires_grad_(), value.requires_grad_()])
+
+
+def test_calls_from_several_threads_at_once(dtype: torch.dtype) -> None:
+    """Each has memory of its own."""
+    cases = [[x.detach() for x in operands(Sizes(1, 2, 1, 50 + 40 * i, 300 - 60 * i, 16, 8), dtype)] for i in range(4)]
+
+    def run(i: int) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in cases[i]]
+        out = sdpa(*leaves, enable_gqa=True, is_causal=True)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+
+    expected = [run(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in zip(list(range(4)) * 8, pool.map(run, list(range(4)) * 8), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected[i], strict=True))
 
 
 def idiom(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -285,6 +287,31 @@ def test_graph_is_freed_and_kept() -> None:
     torch.testing.assert_close(args[0].grad, 2 * first)
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
+
+
+def test_nodes_that_are_dropped_free_what_they_keep() -> None:
+    """No node holds itself through its outputs: neither a forward's, nor a backward's, nor a tangent's."""
+    gc.collect()
+    gc.disable()
+    try:
+        for kind in ("forward", "backward", "tangent"):
+            args = inputs("heads")
+            inner = [a * 1 for a in args]  # kept by nothing but the graph
+            kept = [weakref.ref(x) for x in inner]
+            out, lse = sdpa(*inner, enable_gqa=True, return_lse=True)
+            if kind == "backward":
+                results = torch.autograd.grad(out.sum() + lse.clamp_min(-9).sum(), inner, create_graph=True)
+            elif kind == "tangent":
+                arguments = op_arguments(*inner)
+                results = torch.ops.lect11ext.attention_tangent(*arguments, out, lse, *inner[:3], None)
+                del arguments
+            else:
+                results = (out, lse)
+            assert all(r.requires_grad for r in results)
+            del out, lse, results, inner
+            assert not any(ref() is not None for ref in kept), kind
+    finally:
+        gc.enable()
 
 
 def test_same_tensor_for_all_arguments() -> None:

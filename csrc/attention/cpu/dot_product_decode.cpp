@@ -46,13 +46,9 @@ class Decode : RunningSoftmax<S, Compute<S>> {
 
  private:
   void block(const AttentionSequence& s, const Band& band, int64_t kv_head, int64_t rows, int64_t j, int64_t n) {
-    const int64_t width = round_up(n, kPanelKeys);
+    const int64_t width = round_up(n, kKeyStep);
     const auto head = [&](int64_t r) { return kv_head * group_ + r / s.queries; };
-    bool any = !biased_;
-    for (int64_t r = 0; r < rows && biased_; ++r) {
-      any = this->load_bias(s, band, head(r), r % s.queries, r, j, width) || any;
-    }
-    if (!any) return;
+    for (int64_t r = 0; r < rows && biased_; ++r) this->load_bias(s, band, head(r), r % s.queries, r, j, width);
     score(row_of<S>(args_.key, s.batch, kv_head, s.key_start + j), rows, n);
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(scores_.row(r) + n, scores_.row(r) + width, kMinusInfinity<C>);
