@@ -1,8 +1,8 @@
-// Dot-product attention in differentiable ATen: what derivatives of third order and beyond are made of, and what kernels
-// do not cover. Equations: dot_product.h. All in the type of the sums, with all weights in memory.
+// Dot-product attention in differentiable ATen: what derivatives of third order and beyond are made of, and what
+// kernels do not cover. Equations: dot_product.h. All in the type of the sums, with all weights in memory.
+#include <ATen/ExpandUtils.h>
 #include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ExpandUtils.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/exp.h>
@@ -97,9 +97,7 @@ class Composite {
   // A tangent of the query, or of the key or value, as the members of these names are.
   Tensor of_query(const OptionalTensor& t) const { return autograd::defined(t) ? t->to(type_) : Tensor(); }
   Tensor of_key(const OptionalTensor& t) const { return autograd::defined(t) ? spread(*t) : Tensor(); }
-  Tensor of_lse(const OptionalTensor& t) const {
-    return autograd::defined(t) ? t->to(type_).unsqueeze(-1) : Tensor();
-  }
+  Tensor of_lse(const OptionalTensor& t) const { return autograd::defined(t) ? t->to(type_).unsqueeze(-1) : Tensor(); }
   Tensor of_mask(const OptionalTensor& t) const {
     return autograd::defined(t) ? at::where(barred_, at::zeros_like(p), t->to(type_)) : Tensor();
   }
@@ -123,9 +121,9 @@ class Composite {
   Tensor find_barred(const Positions& q, const Positions& k) {
     Tensor diagonal = at::scalar_tensor(0, q.local.options());
     if (in_.bottom_right) {
-      diagonal = in_.has_starts() ? lengths(*in_.cu_seqlens_k, q) - lengths(*in_.cu_seqlens_q, q)
-                                  : at::scalar_tensor((in_.keys() - in_.queries()).guard_int(__FILE__, __LINE__),
-                                                      q.local.options());
+      diagonal = in_.has_starts()
+                     ? lengths(*in_.cu_seqlens_k, q) - lengths(*in_.cu_seqlens_q, q)
+                     : at::scalar_tensor((in_.keys() - in_.queries()).guard_int(__FILE__, __LINE__), q.local.options());
     }
     distance_ = (q.local + diagonal).unsqueeze(-1) - k.local;
     Tensor barred = distance_ != distance_;
@@ -153,8 +151,8 @@ class Composite {
   const at::ScalarType type_;
   const c10::SymInt group_;
   double scale_;
-  Tensor barred_, distance_;      // i + diagonal − j
-  Tensor slope_, bend_, keep_;    // first and second derivative of the softcap; z
+  Tensor barred_, distance_;    // i + diagonal − j
+  Tensor slope_, bend_, keep_;  // first and second derivative of the softcap; z
 };
 
 // ṫ before and after the softcap's slope.

@@ -112,7 +112,8 @@ Outputs decode(const Inputs& in) {
   args.parts = std::clamp<int64_t>(args.keys / kLeastKeys, 1, (kItems + heads - 1) / heads);
   Workspace space;
   if (args.parts > 1) {
-    args.partial = space.at(space.reserve(args.parts * rows * decode_partial(args.value_dim) * compute_size(args.dtype)));
+    args.partial =
+        space.at(space.reserve(args.parts * rows * decode_partial(args.value_dim) * compute_size(args.dtype)));
   }
   const int64_t cost = args.keys * (args.head_dim + args.value_dim) / 8 / args.parts;
   run_parallel(attention_decode_kernel, args, heads * args.parts, cost);
@@ -205,7 +206,8 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
   }
   const int64_t groups = args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
   const int64_t cost = tile_cost(args) * (tangent ? 6 : 3);
-  run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts, cost);
+  run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts,
+               cost);
   if (args.grad_query != nullptr) {
     run_parallel(attention_query_gradient_kernel, args, rows, args.head_dim * (args.parts + 1) / 8 + 1);
   }

@@ -81,11 +81,10 @@ using BackwardSignature = Gradients(const OptionalTensor& grad_output, const Opt
                                     ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse, GradientMask mask);
 using TangentSignature = Outputs(ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
                                  ATTENTION_TANGENT_PARAMETERS);
-using BackwardTangentSignature = Gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
-                                           ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
-                                           const OptionalTensor& grad_output_t, const OptionalTensor& grad_lse_t,
-                                           ATTENTION_TANGENT_PARAMETERS, const Tensor& output_t, const Tensor& lse_t,
-                                           GradientMask mask);
+using BackwardTangentSignature = Gradients(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_lse, ATTENTION_PARAMETERS, const Tensor& output,
+    const Tensor& lse, const OptionalTensor& grad_output_t, const OptionalTensor& grad_lse_t,
+    ATTENTION_TANGENT_PARAMETERS, const Tensor& output_t, const Tensor& lse_t, GradientMask mask);
 
 // The ops through the dispatcher.
 Outputs call_forward(const Inputs& in);

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from ctypes import c_int64
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from attention_structs import Mask, Operand, Strides
 from cell_operands import F32, Draw
-from host_kernels import DTYPE_CODES, Kernels, Output
+from host_kernels import Kernels, Output
 from torch import Tensor
 
 from lect11ext.reference.autoencoder import philox_words
@@ -191,7 +192,7 @@ class Attention:
             **{name: operand(self.tensors[name]) for name in ("query", "key", "value")},
             "mask": self.mask_of("mask"),
             "alibi_slopes": self.slopes,
-            "alibi_strides": None if self.slopes is None else (2 * int64())(*self.slopes.stride()),
+            "alibi_strides": None if self.slopes is None else (c_int64 * 2)(*self.slopes.stride()),
             "query_starts": query_starts,
             "key_starts": key_starts,
             "sequences": self.batch if self.lengths is None else len(self.lengths),
@@ -208,18 +209,15 @@ class Attention:
         mask = self.tensors.get(name)
         if self.mask is None or mask is None:
             return Mask()
-        return Mask(mask.data_ptr(), MASK_TYPES[self.mask], (4 * int64())(*broadcast_strides(mask)))
+        return Mask(mask.data_ptr(), MASK_TYPES[self.mask], (c_int64 * 4)(*broadcast_strides(mask)))
 
     # --- runs
 
     def forward(self, kernels: Kernels) -> tuple[Tensor, Tensor]:
         out = Rows(self.batch, self.heads, self.queries, self.value_dim, dtype=self.dtype, aligned=self.aligned)
         lse = Output(self.batch, self.heads, self.queries, dtype=self.compute)
-        kernels.attention_forward(
-            **self.arguments(), out=out.memory, out_strides=strides(out.tensor), lse=lse
-        )
+        kernels.attention_forward(**self.arguments(), out=out.memory, out_strides=strides(out.tensor), lse=lse)
         return out.checked(), lse.checked()
-
 
     def saved(self) -> tuple[Tensor, Tensor]:
         """What a forward left: output and lse, rounded as they are stored."""
@@ -269,7 +267,7 @@ class Attention:
             size = self.tensors["mask"].shape
             outputs["mask"] = Output(*size, dtype=self.compute)
             arguments["grad_mask"] = outputs["mask"]
-            arguments["grad_mask_strides"] = (4 * int64())(*broadcast_strides(outputs["mask"].tensor))
+            arguments["grad_mask_strides"] = (c_int64 * 4)(*broadcast_strides(outputs["mask"].tensor))
         arguments |= fields
         getattr(kernels, name)(
             **self.arguments(), out=operand(out), lse=lse, **{n: v for n, v in arguments.items() if v is not None}
@@ -295,12 +293,6 @@ class Attention:
             out_t=out_t.memory, out_t_strides=strides(out_t.tensor), lse_t=lse_t,
         )  # fmt: skip
         return out_t.checked(), lse_t.checked()
-
-
-def int64() -> Any:
-    from ctypes import c_int64
-
-    return c_int64
 
 
 def slice_of(size: int) -> Tensor:
@@ -334,6 +326,3 @@ class Rows:
 
     def checked(self) -> Tensor:
         return self.memory.checked().transpose(1, 2)
-
-
-assert DTYPE_CODES

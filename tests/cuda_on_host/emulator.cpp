@@ -1,9 +1,9 @@
 // The fibers behind include/cuda_runtime.h.
-#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <barrier>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>

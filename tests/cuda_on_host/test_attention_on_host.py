@@ -12,7 +12,7 @@ from host_kernels import Kernels
 from torch import Tensor
 
 CAUSAL = (OPEN, 0)
-# Of the largest value, in the type's epsilons: a weight and a value are rounded to 16 bits, a sum is of up to 200 terms.
+# Of the largest value, in the type's epsilons: weights and values are rounded to 16 bits, sums are of up to 200 terms.
 UNITS = {F32: 16.0, F64: 16.0, BF16: 2.0, F16: 2.0}
 
 

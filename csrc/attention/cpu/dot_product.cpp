@@ -27,7 +27,8 @@ class Forward : RunningSoftmax<S, P> {
     const int64_t panels = args_.plan.panels[where.sequence + 1] - args_.plan.panels[where.sequence];
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
     first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
-    query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
+    query_ =
+        operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
     this->start(rows);
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {

@@ -34,7 +34,8 @@ class Decode : RunningSoftmax<S, Compute<S>> {
     }
     this->start(rows);
     const int64_t blocks = (s.keys + kBlockKeys - 1) / kBlockKeys;
-    const int64_t first = std::max(blocks * part / args_.parts * kBlockKeys, band.first_key(0) / kPanelKeys * kPanelKeys);
+    const int64_t first =
+        std::max(blocks * part / args_.parts * kBlockKeys, band.first_key(0) / kPanelKeys * kPanelKeys);
     const int64_t end = std::min({blocks * (part + 1) / args_.parts * kBlockKeys, band.end_key(s.queries - 1), s.keys});
     for (int64_t j = first; j < end; j += kBlockKeys) block(s, band, kv_head, rows, j, std::min(kBlockKeys, end - j));
     for (int64_t r = 0; r < rows; ++r) {
@@ -68,7 +69,9 @@ class Decode : RunningSoftmax<S, Compute<S>> {
       for (int64_t r = 0, count; r < rows; r += count) {
         count = next_rows_of_x(rows - r);
         C* out = scores_.row(r) + k;
-        const auto run = [&]<int B>() { dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, /*next_rows=*/8); };
+        const auto run = [&]<int B>() {
+          dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, /*next_rows=*/8);
+        };
         switch (count) {
           case 1: run.template operator()<1>(); break;
           case 2: run.template operator()<2>(); break;
@@ -139,7 +142,8 @@ class Merge : RunningSoftmax<S, Compute<S>> {
     const C* partial = static_cast<const C*>(args_.partial) + row * size;
     this->start(1);
     this->start_sums(1);
-    for (int64_t part = 0; part < args_.parts; ++part) top_[0] = std::max(top_[0], partial[part * rows * size + columns_]);
+    for (int64_t part = 0; part < args_.parts; ++part)
+      top_[0] = std::max(top_[0], partial[part * rows * size + columns_]);
     if (top_[0] != kMinusInfinity<C>) {
       for (int64_t part = 0; part < args_.parts; ++part) {
         const C* from = partial + part * rows * size;

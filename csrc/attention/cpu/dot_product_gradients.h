@@ -1,5 +1,5 @@
-// The backward of dot-product attention and its tangent: 128 keys at a time meet all queries that see them, a tile after
-// the other. What keys and values gain stays in the cache meanwhile; what queries gain is added up in memory.
+// The backward of dot-product attention and its tangent: 128 keys at a time meet all queries that see them, a tile
+// after the other. What keys and values gain stays in the cache meanwhile; what queries gain is added up in memory.
 //
 // With a tangent every quantity has a dot: the products are those of the backward differentiated once.
 #pragma once
@@ -83,7 +83,8 @@ class Gradients {
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     if (begin == end) return;
-    for (int64_t g = 0; g < group; ++g) find_deltas(s, kv_head * group + g, delta_ + g * args_.queries, delta_t_ + g * args_.queries);
+    for (int64_t g = 0; g < group; ++g)
+      find_deltas(s, kv_head * group + g, delta_ + g * args_.queries, delta_t_ + g * args_.queries);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
       for (int64_t k = 0; k < width; ++k) {
@@ -120,7 +121,8 @@ class Gradients {
       const int64_t at = lse_row(args_, s.batch, head, s.query_start + i);
       const auto dot = [&](const AttentionOperand& a, const AttentionOperand& b) {
         if (a.data == nullptr || b.data == nullptr) return C(0);
-        const S *x = row_of<S>(a, s.batch, head, s.query_start + i), *y = row_of<S>(b, s.batch, head, s.query_start + i);
+        const S *x = row_of<S>(a, s.batch, head, s.query_start + i),
+                *y = row_of<S>(b, s.batch, head, s.query_start + i);
         C sum = 0, u[kColumnStep], v[kColumnStep];
         for (int64_t c = 0; c < args_.value_dim; c += kColumnStep) {
           const int64_t count = std::min(kColumnStep, args_.value_dim - c);
@@ -223,8 +225,9 @@ class Gradients {
         const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
         if (first * kDeep >= last) continue;
         multiply<Order::Across, P>({weights.row(first) + p * kDeep, weights.stride}, std::min(step, width - p),
-                                   round_up(last, kDeep) - first * kDeep, {factor.panel.row(first), factor.panel.stride},
-                                   {sums.row(p), sums.stride}, columns, true);
+                                   round_up(last, kDeep) - first * kDeep,
+                                   {factor.panel.row(first), factor.panel.stride}, {sums.row(p), sums.stride}, columns,
+                                   true);
       }
     };
     if (args_.grad_value != nullptr) {
@@ -236,7 +239,8 @@ class Gradients {
       if (kTangent) across(score_grads(0), query_[1], key_sums_, columns_);
     }
     if (args_.grad_query == nullptr) return;
-    const int64_t row = part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i);
+    const int64_t row =
+        part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i);
     const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
     const auto along = [&](const Matrix<P>& grads, const PackedOperand& keys, P* copy) {
       add_panels<P>(seen, count, grads, keys, first_panel_, j, width, sums, copy);
@@ -316,7 +320,8 @@ class Gradients {
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> factor(factor_), base(kLogBase<C>), shift(-lse * kLogBase<C>);
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
-    const Vec<C> delta(delta_[g * args_.queries + i + r]), delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
+    const Vec<C> delta(delta_[g * args_.queries + i + r]),
+        delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
@@ -382,7 +387,7 @@ class Gradients {
   int next_ = 0;
   bool place_ = false;
   Matrix<C> scores_, inner_, scores_t_, inner_t_, bias_, bias_t_;
-  Matrix<C> mask_grads_;  // gradients of t
+  Matrix<C> mask_grads_;                                    // gradients of t
   Matrix<P> weights_[2], score_grads_[2], query_grads_[2];  // as operands, where they are none as they are
   Matrix<C> key_sums_, value_sums_;
   P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];

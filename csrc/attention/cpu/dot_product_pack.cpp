@@ -65,8 +65,8 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
   const auto part = space.reserve(kPanelKeys * wide * sizeof(P));
   P* staged = static_cast<P*>(space.at(part));
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = std::upper_bound(plan.panels, plan.panels + args.sequences + 1, item / args.kv_heads) -
-                      plan.panels - 1;
+    const int64_t n =
+        std::upper_bound(plan.panels, plan.panels + args.sequences + 1, item / args.kv_heads) - plan.panels - 1;
     const int64_t panels = plan.panels[n + 1] - plan.panels[n], local = item - plan.panels[n] * args.kv_heads;
     const int64_t head = local / panels, first = local % panels * kPanelKeys;
     const AttentionSequence s(args, n);
@@ -91,7 +91,8 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
     for (int64_t r = 0; r < rows; ++r) finite = all_finite(from.row(r), to.columns) && finite;
     to.finite[item] = finite;
     const int64_t columns = in_place ? to.columns : wide;
-    if (to.transposed != nullptr) transpose(from, keys, columns, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
+    if (to.transposed != nullptr)
+      transpose(from, keys, columns, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
     if (to.rows != nullptr) interleave(from, keys, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
   }
 }

@@ -1,6 +1,6 @@
 // The running softmax of the forward: block after block of scores, each row keeps the greatest score so far, the sum of
-// weights and the weighted sum of values, rescaled where the greatest score grows (Milakov & Gimelshein 2018; Dao et al.
-// 2022).
+// weights and the weighted sum of values, rescaled where the greatest score grows (Milakov & Gimelshein 2018; Dao et
+// al. 2022).
 #pragma once
 
 #include "attention/cpu/dot_product_tile.h"
@@ -56,8 +56,8 @@ class RunningSoftmax {
   // Biases of row r, of keys j ….
   void load_bias(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
                  int64_t width) {
-    bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i, band.diagonal, j, std::min(width, s.keys - j),
-                bias_.row(r));
+    bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i, band.diagonal, j,
+                std::min(width, s.keys - j), bias_.row(r));
   }
 
   // Scores of row r become weights.
@@ -91,7 +91,8 @@ class RunningSoftmax {
       const Vec<C> shrink = before == kMinusInfinity<C> ? Vec<C>(C(0)) : power(Vec<C>((before - top) * factor_));
       (Vec<C>::loadu(total_[r]) * shrink).store(total_[r]);
       if (started_) {
-        for (int64_t c = 0; c < columns_; c += kWidth) (Vec<C>::loadu(sums_.row(r) + c) * shrink).store(sums_.row(r) + c);
+        for (int64_t c = 0; c < columns_; c += kWidth)
+          (Vec<C>::loadu(sums_.row(r) + c) * shrink).store(sums_.row(r) + c);
       }
     }
 
@@ -147,9 +148,10 @@ class RunningSoftmax {
       std::fill(out, out + args_.value_dim, S(0));
       return;
     }
-    lse = top_[r] * (factor_ / kLogBase<C>) + std::log(total);
+    lse = top_[r] * (factor_ / kLogBase<C>)+std::log(total);
     const Vec<C> inverse(C(1) / total);
-    for (int64_t c = 0; c < columns_; c += kLanes<C>) (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
+    for (int64_t c = 0; c < columns_; c += kLanes<C>)
+      (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
     convert(sums_.row(r), out, args_.value_dim);
   }
 

@@ -65,7 +65,8 @@ class TangentPass {
     const int64_t n = std::min(width, s.keys - j);
     for (int64_t r = 0; r < rows && biased_; ++r) {
       bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
-      if (has_mask_t()) bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
+      if (has_mask_t())
+        bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
     }
     PanelRows seen(band, i, rows, j, width);
     if (args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;

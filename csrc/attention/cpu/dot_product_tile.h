@@ -94,7 +94,8 @@ struct Band {
 // Where the rows of one head of one sequence lie.
 template <class S>
 inline const S* row_of(const AttentionOperand& t, int64_t batch, int64_t head, int64_t position) {
-  return static_cast<const S*>(t.data) + batch * t.strides.batch + head * t.strides.head + position * t.strides.position;
+  return static_cast<const S*>(t.data) + batch * t.strides.batch + head * t.strides.head +
+         position * t.strides.position;
 }
 template <class S>
 inline S* row_of(void* data, const AttentionStrides& s, int64_t batch, int64_t head, int64_t position) {
@@ -191,8 +192,8 @@ class Dropout {
   void factors(int64_t batch, int64_t head, int64_t position, int64_t j, int64_t n, C* z) const {
     const uint64_t row = static_cast<uint64_t>(lse_row(args_, batch, head, position));
     const uint64_t counter = offset_ + row * static_cast<uint64_t>((args_.keys + 3) / 4) + static_cast<uint64_t>(j / 4);
-    constexpr int kTogether = kPanelKeys / kNormalsPerStep < kStepsTogether ? kPanelKeys / kNormalsPerStep
-                                                                            : kStepsTogether;
+    constexpr int kTogether =
+        kPanelKeys / kNormalsPerStep < kStepsTogether ? kPanelKeys / kNormalsPerStep : kStepsTogether;
     constexpr int kWords = kTogether * kNormalsPerStep, kHalf = kNormalsPerStep / 2;
     float words[kWords];
     for (int64_t k = 0; k < n; k += kWords) {
@@ -259,7 +260,8 @@ inline void multiply_panels(const PanelRows& rows, const Matrix<const P>& a, con
                             int64_t first_panel, int64_t j, int64_t width, const Matrix<Compute<P>>& out, bool add) {
   const int64_t depth = round_up(b.columns, PanelStep<P>::kDeep), size = transposed_panel(b.columns);
   for (int64_t p = 0; p * kPanelKeys < width; ++p) {
-    const int64_t first = rows.first[p], count = rows.last[p] - first, keys = std::min(kPanelKeys, width - p * kPanelKeys);
+    const int64_t first = rows.first[p], count = rows.last[p] - first,
+                  keys = std::min(kPanelKeys, width - p * kPanelKeys);
     if (count <= 0) continue;
     const P* panel = static_cast<const P*>(b.transposed) + (first_panel + j / kPanelKeys + p) * size;
     multiply<Order::Along, P>({a.row(first), a.stride}, count, depth, {panel, kPanelKeys * PanelStep<P>::kDeep},

@@ -72,7 +72,8 @@ inline void sum_products(T (&d)[4], const Given& given, Multiply multiply) {
   const int g = cuda_on_host::lane() / 4, q = cuda_on_host::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     for (int lane = 0; lane < 4; ++lane) {
-      for (int k = 0; k < 2; ++k) d[i] += multiply(given[4 * g + lane], 2 * k + i / 2, given[4 * (2 * q + i % 2) + lane], k);
+      for (int k = 0; k < 2; ++k)
+        d[i] += multiply(given[4 * g + lane], 2 * k + i / 2, given[4 * (2 * q + i % 2) + lane], k);
     }
   }
 }
