@@ -17,7 +17,7 @@ BUILT := .venv/built-$(call tag,$(TORCH))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo sunspots test nightly bench cuda lint format wheel compat link clean
+.PHONY: help demo dates sunspots test nightly bench cuda lint format wheel compat link clean
 .SILENT:
 
 help:  ## this list
@@ -41,8 +41,11 @@ $(LINTERS): $(TOOLS)
 	$(BIN)/python $(PIP) install $(LINT_TOOLS)
 	touch $@
 
-demo: $(BUILT)  ## trains two models on real data, prints a table, draws pictures into out/
+demo: $(BUILT)  ## trains four models on real data, prints a table, draws pictures into out/
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+dates: $(BUILT)  ## the part of the demo that attends: dates of many languages to ISO 8601
+	$(BIN)/python examples/translate_dates.py $(ARGS)
 
 sunspots: $(BUILT)  ## forecasts sunspots with a GRU, beside an autoregression, in a few seconds
 	$(BIN)/python examples/sunspots.py $(ARGS)

@@ -3,6 +3,7 @@
 // A call through here costs 2 µs less than one through torch.ops; under torch.compile the wrappers take torch.ops.
 #include <torch/extension.h>
 
+#include "attention/additive_ops.h"
 #include "attention/dot_product_weights_inputs.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
@@ -132,6 +133,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gru_cell_packed", &gru_cell_packed, NoGil());
   m.def("lstm_layer", &layers::lstm, NoGil());
   m.def("gru_layer", &layers::gru, NoGil());
+  m.def(
+      "additive_attention",
+      [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& score_weight,
+         const OptionalTensor& attn_mask) {
+        return std::get<0>(additive_attention(query, key, value, score_weight, attn_mask, /*save_weights=*/false));
+      },
+      NoGil());
   m.def("attention", &attend, NoGil());
   m.def("attention_weights", &attention_weights, NoGil());
   m.def("build_info", &build_info);

@@ -1,9 +1,9 @@
-"""lect11ext in a few minutes: two small models on real data, trained on PyTorch and on the fused functions.
+"""lect11ext in a few minutes: four small models on real data, trained on PyTorch and on the fused functions.
 
     python examples/quickstart.py [--output out/quickstart] [--seed 0]
 
-Prints a table of losses and times and a text, and draws pictures. Needs no network: the digits come with
-scikit-learn, the text with Python.
+Prints a table of losses and times, a text and translations, and draws pictures. Needs no network: the digits come with
+scikit-learn, the text with Python, the dates with Babel.
 """
 
 from __future__ import annotations
@@ -21,56 +21,12 @@ import lect11ext
 try:
     import character_lm
     import digits_vae
-    from side_by_side import FIRST_STEPS, LAST_STEPS
+    import translate_dates
+    from side_by_side import LAST_STEPS, format_table, models_table
 except ModuleNotFoundError as error:
     if error.name not in ("matplotlib", "sklearn", "tqdm"):
         raise
     raise SystemExit(f"The quickstart needs {error.name}: pip install --no-build-isolation '.[examples]'") from None
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text, first column to the left, numbers to the right; a header may have several lines."""
-    lines = [line.split("\n") for line in header]
-    height = max(map(len, lines))
-    head = [[cell[i - height] if i - height >= -len(cell) else "" for cell in lines] for i in range(height)]
-    widths = [max(len(row[column]) for row in (*head, *rows)) for column in range(len(header))]
-
-    def join(row: Sequence[str]) -> str:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        return "  ".join([row[0].ljust(len(first)), *others])
-
-    return "\n".join([*map(join, head), "  ".join("-" * width for width in widths), *map(join, rows)])
-
-
-def models_table(vae: digits_vae.Result, text: character_lm.Result) -> str:
-    """Losses and times of both models."""
-    # For each: what the losses are compared with, what the times are compared with, and lect11ext itself.
-    cases = {
-        "digits VAE": (vae.reference, vae.eager, vae.fused),
-        "character LM": (text.torch, text.torch, text.fused),
-    }
-    header = (
-        "model",
-        "final loss\nbaseline",
-        "\nlect11ext",
-        f"largest difference\nin first {FIRST_STEPS} steps",
-        "ms per step\nbaseline",
-        "\nlect11ext",
-        "times\nfaster",
-    )
-    rows = [
-        (
-            name,
-            f"{same.final_loss:.4f}",
-            f"{fused.final_loss:.4f}",
-            f"{fused.parting(same):.1e}",
-            f"{timed.milliseconds:.3f}",
-            f"{fused.milliseconds:.3f}",
-            f"{timed.milliseconds / fused.milliseconds:.2f}",
-        )
-        for name, (same, timed, fused) in cases.items()
-    ]
-    return format_table(header, rows)
 
 
 def sampling_table() -> str:
@@ -84,10 +40,11 @@ def sampling_table() -> str:
 
 
 NOTES = f"""\
-Losses: nats an image and nats a character, means of the last {LAST_STEPS} steps. Both sides start from the
-same weights; they differ by rounding at first, if at all, and training amplifies any difference later. The
-baseline of the VAE's losses is lect11ext.reference, on the same noise. It makes that noise in NumPy, slowly,
-so the VAE's times have another baseline: what people write by hand, randn_like and the KL of the textbook.
+Losses: nats an image, nats a character of text and of a date, means of the last {LAST_STEPS} steps. Both sides
+start from the same weights; they differ by rounding at first, if at all, and training amplifies any
+difference later. The baseline of the VAE's losses is lect11ext.reference, on the same noise. It makes that
+noise in NumPy, slowly, so the VAE's times have another baseline: what people write by hand, randn_like and
+the KL of the textbook.
 Times: medians of whole training steps, both sides in turns."""
 
 
@@ -97,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-vae", type=int, default=2400)
     parser.add_argument("--steps-text", type=int, default=900)
+    parser.add_argument("--steps-transformer", type=int, default=translate_dates.STEPS_TRANSFORMER)
+    parser.add_argument("--steps-lstm", type=int, default=translate_dates.STEPS_LSTM)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
@@ -104,13 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     vae = digits_vae.run(options.steps_vae, options.seed)
     text = character_lm.run(options.steps_text, options.seed)
-    pictures = digits_vae.draw(vae, options.output) + character_lm.draw(text, options.output)
+    dates = translate_dates.run(options.steps_transformer, options.steps_lstm, options.seed)
+    pictures = [
+        *digits_vae.draw(vae, options.output),
+        *character_lm.draw(text, options.output),
+        *translate_dates.draw(dates, options.output),
+    ]
 
     print("\nThe text model writes:\n")
     for line in character_lm.write(text.model, options.seed).splitlines():
         for part in wrap(line, 100) or [""]:
             print("    |", part)
-    print(f"\n{models_table(vae, text)}\n\n{NOTES}")
+    print(f"\nThe date models translate a day that neither has seen:\n\n{translate_dates.readings(dates)}")
+    print(f"\n{translate_dates.exact_match_table(dates)}")
+    # For each: what the losses are compared with, what the times are compared with, and lect11ext itself.
+    cases = {
+        "digits VAE": (vae.reference, vae.eager, vae.fused),
+        "character LM": (text.torch, text.torch, text.fused),
+        **dates.cases,
+    }
+    print(f"\n{models_table(cases)}\n\n{NOTES}")
     print(f"\nSampling and KL alone, forward and backward:\n\n{sampling_table()}\n")
     for picture in pictures:
         print(f"wrote {picture}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -71,6 +71,46 @@ def microseconds(functions: Sequence[Callable[[], object]], seconds: float = 1.5
             function()
             record.append(perf_counter() - start)
     return [1e6 * median(record) for record in times]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text, first column to the left, numbers to the right; a header may have several lines."""
+    lines = [line.split("\n") for line in header]
+    height = max(map(len, lines))
+    head = [[cell[i - height] if i - height >= -len(cell) else "" for cell in lines] for i in range(height)]
+    widths = [max(len(row[column]) for row in (*head, *rows)) for column in range(len(header))]
+
+    def join(row: Sequence[str]) -> str:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        return "  ".join([row[0].ljust(len(first)), *others])
+
+    return "\n".join([*map(join, head), "  ".join("-" * width for width in widths), *map(join, rows)])
+
+
+def models_table(cases: Mapping[str, tuple[Contender, Contender, Contender]]) -> str:
+    """Losses and times. Each case: what losses are compared with, what times are compared with, and lect11ext."""
+    header = (
+        "model",
+        "final loss\nbaseline",
+        "\nlect11ext",
+        f"largest difference\nin first {FIRST_STEPS} steps",
+        "ms per step\nbaseline",
+        "\nlect11ext",
+        "times\nfaster",
+    )
+    rows = [
+        (
+            name,
+            f"{same.final_loss:.4f}",
+            f"{fused.final_loss:.4f}",
+            f"{fused.parting(same):.1e}",
+            f"{timed.milliseconds:.3f}",
+            f"{fused.milliseconds:.3f}",
+            f"{timed.milliseconds / fused.milliseconds:.2f}",
+        )
+        for name, (same, timed, fused) in cases.items()
+    ]
+    return format_table(header, rows)
 
 
 def draw_losses(path: Path, title: str, unit: str, one: Contender, two: Contender) -> None:

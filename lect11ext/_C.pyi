@@ -117,6 +117,9 @@ def gru_layer(
     batch_first: bool,
     /,
 ) -> tuple[Tensor, Tensor]: ...
+def additive_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, attn_mask: Tensor | None, /
+) -> Tensor: ...
 def attention(
     query: Tensor,
     key: Tensor,

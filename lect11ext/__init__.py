@@ -1,4 +1,4 @@
-"""Fused CPU and CUDA kernels for PyTorch: LSTM and GRU, steps and layers, and the losses of autoencoders.
+"""Fused CPU and CUDA kernels for PyTorch: LSTM and GRU, steps and layers, attention, and the losses of autoencoders.
 
 Change one import: ``torch.nn.LSTM`` becomes ``lect11ext.nn.LSTM``; or let :func:`convert` change a whole model.
 See :mod:`lect11ext.nn` for the modules, :mod:`lect11ext.functional` for the functions, :mod:`lect11ext.reference` for
@@ -7,7 +7,7 @@ the same functions in plain PyTorch.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _vmap, functional, nn, reference
+from . import _vmap, functional, integrations, nn, reference
 from .convert import convert, revert
 
 try:
@@ -17,4 +17,4 @@ except PackageNotFoundError:  # run from a source tree that was built in place
 
 _vmap.register()
 
-__all__ = ["__version__", "convert", "functional", "nn", "reference", "revert"]
+__all__ = ["__version__", "convert", "functional", "integrations", "nn", "reference", "revert"]

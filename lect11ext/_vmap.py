@@ -172,12 +172,52 @@ def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
         if isinstance(result, Tensor):
             return result.unflatten(0, (size, rows)), 0
         outputs = [None if out is None else out.unflatten(0, (size, rows)) for out in result]
-        if wants_mask and outputs[3] is not None:
-            if _sample(args, in_dims, 0)[names.index("attn_mask")].size(0) == 1 and rows != 1:
-                outputs[3] = outputs[3].sum(1, keepdim=True)
+        if wants_mask and outputs[3] is not None and rows != 1:
+            is_shared = _sample(args, in_dims, 0)[names.index("attn_mask")].size(0) == 1
+            outputs[3] = outputs[3].sum(1, keepdim=True) if is_shared else outputs[3]
         return tuple(outputs), tuple(None if out is None else 0 for out in outputs)
 
     return rule
+
+
+def _lead(x: Tensor | None, dim: Any, size: int, rank: int, every: bool) -> Tensor | None:
+    """The new dimension in front of ``rank`` others. What has no batch stays as it is, or is repeated if ``every``."""
+    if x is None or not (_is_batched(dim) or every):
+        return x
+    x = x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
+    return x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:])
+
+
+# additive_attention(query, key, value, score_weight, attn_mask, save_weights): batches broadcast as they are, so that
+# the new dimension goes in front of them.
+def _additive(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    op, size = torch.ops.lect11ext.additive_attention, info.batch_size
+    if size == 0 or _is_batched(in_dims[3]):
+        return _run_each(op, size, in_dims, args)
+    shaped = (0, 1, 2, 4)
+    ranks = [args[i].dim() - _is_batched(in_dims[i]) for i in shaped if args[i] is not None]
+    led = [_lead(args[i], in_dims[i], size, max(ranks), False) if i in shaped else args[i] for i in range(len(args))]
+    # A batched mask alone would not make the batch larger.
+    led[0] = _lead(args[0], in_dims[0], size, max(ranks), True)
+    output, weights = op(*led)
+    return (output, weights), (0, None if weights is None else 0)
+
+
+# additive_attention_backward(grad_output, query, key, value, score_weight, attn_mask, weights, mask)
+def _additive_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    op, size = torch.ops.lect11ext.additive_attention_backward, info.batch_size
+    if size == 0 or _is_batched(in_dims[4]) or args[7][3]:  # a weight's gradient is one for each sample
+        return _run_each(op, size, in_dims, args)
+    shaped = (0, 1, 2, 3, 5, 6)
+    ranks = [args[i].dim() - _is_batched(in_dims[i]) for i in shaped if args[i] is not None]
+    led = [_lead(args[i], in_dims[i], size, max(ranks), True) if i in shaped else args[i] for i in range(len(args))]
+    grads = [None if grad is None else grad.reshape(size, *_shape_of(args[i], in_dims[i]))
+             for i, grad in zip((1, 2, 3, 4, 5), op(*led), strict=True)]  # fmt: skip
+    return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
+
+
+def _shape_of(x: Tensor, dim: Any) -> torch.Size:
+    return x.movedim(dim, 0).shape[1:] if _is_batched(dim) else x.shape
 
 
 def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any = None) -> tuple[Any, Any]:
@@ -202,6 +242,8 @@ def register() -> None:
     for op in (ops.philox_normal, ops.clip_gradient, ops.gaussian_rsample_kl, ops.gaussian_rsample_kl_backward):
         torch.library.register_vmap(op.default, _each(op))
     torch.library.register_vmap(ops.philox_key.default, _philox_key)
+    torch.library.register_vmap(ops.additive_attention.default, _additive)
+    torch.library.register_vmap(ops.additive_attention_backward.default, _additive_backward)
     # lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, …)
     # lstm_cell_backward(grad_h, grad_c, input, h, c, weights and biases, candidate, grad_clip, gates, c_out, mask)
     torch.library.register_vmap(ops.lstm_cell.default, _cell(ops.lstm_cell, (0, 1, 2), (3, 4, 5, 6)))

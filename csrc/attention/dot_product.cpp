@@ -139,6 +139,7 @@ TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
   m.impl("attention_backward", backward<on_cuda::backward>);
   m.impl("attention_tangent", tangent<on_cuda::tangent>);
   m.impl("attention_backward_tangent", backward_tangent<on_cuda::backward_tangent>);
+  m.impl("attention_dropout_mask", dropout_mask_cuda);
 }
 #endif
 

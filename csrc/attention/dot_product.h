@@ -7,9 +7,9 @@
 //   out_i = Σ_j z_ij · p_ij · v_j                               z: 0 or 1 / (1 − dropout_p); 1 without dropout
 //
 // Query i may see key j where i + diagonal − window_left ≤ j ≤ i + diagonal + window_right, and the mask is not false
-// or −∞ there; diagonal is 0, or keys − queries with `bottom_right`. A causal attention has window_right 0. A query that
-// sees no key has out 0, lse −∞ and no gradient. A key or value that no query of its sequence may see is never used, be
-// it NaN.
+// or −∞ there; diagonal is 0, or keys − queries with `bottom_right`. A causal attention has window_right 0. A query
+// that sees no key has out 0, lse −∞ and no gradient. A key or value that no query of its sequence may see is never
+// used, be it NaN.
 //
 // The backward, D_i = Σ_d grad_out_id · out_id − grad_lse_i, g = grad_out:
 //   ∂L/∂t_ij = p_ij · (z_ij · g_i·v_j − D_i),  ∂L/∂s = ∂L/∂t · (1 − (u / softcap)²)
@@ -22,9 +22,9 @@
 // second derivatives are symmetric.
 //
 // Sequences lie in [batch, heads, positions, columns] with any strides but a unit last one; or, where there are starts,
-// one behind the other along the positions of a batch of one. Neighbouring heads / kv_heads heads of the queries share a
-// head of the keys and values. One storage type S for all; C is float, or double for double. Pointers are borrowed; no
-// output overlaps anything.
+// one behind the other along the positions of a batch of one. Neighbouring heads / kv_heads heads of the queries share
+// a head of the keys and values. One storage type S for all; C is float, or double for double. Pointers are borrowed;
+// no output overlaps anything.
 #pragma once
 
 #include "common/capability.h"
@@ -65,8 +65,8 @@ struct Attention {
   const int64_t *query_starts, *key_starts;
   int64_t sequences;  // with starts their number, else batch
   double scale;
-  double softcap;                      // 0 for none
-  int64_t window_left, window_right;   // kOpen: no bound
+  double softcap;                     // 0 for none
+  int64_t window_left, window_right;  // kOpen: no bound
   bool bottom_right;
   // Dropout keeps (i, j) where word number j of its row's stream is ≥ dropout_p · 2³²; the row of query i of head h of
   // batch b begins at block offset + ((b · heads + h) · queries + i) · ceil(keys / 4) of the key, positions counted
@@ -90,8 +90,8 @@ struct AttentionSaved : Attention {
 };
 
 struct AttentionBackward : AttentionSaved {
-  AttentionOperand grad_out;  // data null where undefined: zero
-  const void* grad_lse;       // C [batch, heads, queries] dense; null where undefined
+  AttentionOperand grad_out;                 // data null where undefined: zero
+  const void* grad_lse;                      // C [batch, heads, queries] dense; null where undefined
   void *grad_query, *grad_key, *grad_value;  // S, written; null: not asked for
   AttentionStrides grad_query_strides, grad_key_strides, grad_value_strides;
   void* grad_mask;  // C, over the mask's own [batch or 1, heads or 1, queries or 1, keys or 1], dense; null: not asked

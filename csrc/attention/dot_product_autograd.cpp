@@ -66,8 +66,8 @@ struct Unpacked {
         output(s.tensors[8].unpack(owner)),
         lse(s.tensors[9].unpack(owner)),
         optional{take(s, 3), take(s, 4), take(s, 5), take(s, 6), take(s, 7)},
-        in{query,         key,           value,   optional[0],   optional[1],    optional[2],    optional[3],
-           optional[4],   s.dropout_p,   s.scale, s.window_left, s.window_right, s.bottom_right, s.softcap} {}
+        in{query,       key,         value,   optional[0],   optional[1],    optional[2],    optional[3],
+           optional[4], s.dropout_p, s.scale, s.window_left, s.window_right, s.bottom_right, s.softcap} {}
 
  private:
   static OptionalTensor take(const SavedInputs& s, size_t i) { return autograd::optional_of(s.tensors[i].unpack()); }
@@ -87,17 +87,26 @@ struct Primals {
         key(primal(dual.key)),
         value(primal(dual.value)),
         attn_mask(primal(dual.attn_mask)),
-        in{query,           key,             value,      attn_mask,        dual.alibi_slopes, dual.cu_seqlens_q,
-           dual.cu_seqlens_k, dual.dropout_key, dual.dropout_p, dual.scale, dual.window_left, dual.window_right,
-           dual.bottom_right, dual.softcap} {}
+        in{query,
+           key,
+           value,
+           attn_mask,
+           dual.alibi_slopes,
+           dual.cu_seqlens_q,
+           dual.cu_seqlens_k,
+           dual.dropout_key,
+           dual.dropout_p,
+           dual.scale,
+           dual.window_left,
+           dual.window_right,
+           dual.bottom_right,
+           dual.softcap} {}
 };
 
 OptionalTensor tangent_of(const Tensor& t) {
   return autograd::has_tangent(t) ? std::optional<Tensor>(t._fw_grad(/*level=*/0)) : std::nullopt;
 }
-OptionalTensor tangent_of(const OptionalTensor& t) {
-  return t.has_value() ? tangent_of(*t) : std::nullopt;
-}
+OptionalTensor tangent_of(const OptionalTensor& t) { return t.has_value() ? tangent_of(*t) : std::nullopt; }
 
 // The tangents that the inputs themselves carry.
 struct Carried {
@@ -114,7 +123,8 @@ struct Carried {
 
 bool inputs_need_grad(const Inputs& in) { return autograd::needs_grad(in.query, in.key, in.value, in.attn_mask); }
 bool inputs_have_tangents(const Inputs& in) {
-  return autograd::has_tangent(in.query, in.key, in.value) || (in.has_float_mask() && autograd::has_tangent(*in.attn_mask));
+  return autograd::has_tangent(in.query, in.key, in.value) ||
+         (in.has_float_mask() && autograd::has_tangent(*in.attn_mask));
 }
 
 void check_constants(const Inputs& in) {
@@ -153,8 +163,8 @@ struct AttentionNode : autograd::Node {
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = task_should_compute_output(i);
     if (!any(mask) || (!grads[0].defined() && !grads[1].defined())) return autograd::variable_list(4);
     const Unpacked s(saved_, getptr());
-    return list(call_backward(autograd::optional_of(grads[0]), autograd::optional_of(grads[1]), s.in, s.output, s.lse,
-                              mask));
+    return list(
+        call_backward(autograd::optional_of(grads[0]), autograd::optional_of(grads[1]), s.in, s.output, s.lse, mask));
   }
 };
 
@@ -333,11 +343,10 @@ Outputs autograd_tangent(ATTENTION_PARAMETERS, const Tensor& output, const Tenso
   return out;
 }
 
-Gradients autograd_backward_tangent(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
-                                    ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
-                                    const OptionalTensor& grad_output_t, const OptionalTensor& grad_lse_t,
-                                    ATTENTION_TANGENT_PARAMETERS, const Tensor& output_t, const Tensor& lse_t,
-                                    GradientMask mask) {
+Gradients autograd_backward_tangent(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_lse, ATTENTION_PARAMETERS, const Tensor& output,
+    const Tensor& lse, const OptionalTensor& grad_output_t, const OptionalTensor& grad_lse_t,
+    ATTENTION_TANGENT_PARAMETERS, const Tensor& output_t, const Tensor& lse_t, GradientMask mask) {
   const Inputs in = ATTENTION_INPUTS;
   const Directions along{grad_output, grad_lse, grad_output_t, grad_lse_t, ATTENTION_TANGENTS, output_t, lse_t};
   check_constants(in);

@@ -1,8 +1,8 @@
-// Dot-product attention's tangents in differentiable ATen: what derivatives of third order and beyond are made of.
-// Equations: dot_product.h. All in the type of the sums, with all weights in memory.
+// Dot-product attention in differentiable ATen: what derivatives of third order and beyond are made of, and what
+// kernels do not cover. Equations: dot_product.h. All in the type of the sums, with all weights in memory.
+#include <ATen/ExpandUtils.h>
 #include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ExpandUtils.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/exp.h>
@@ -97,9 +97,7 @@ class Composite {
   // A tangent of the query, or of the key or value, as the members of these names are.
   Tensor of_query(const OptionalTensor& t) const { return autograd::defined(t) ? t->to(type_) : Tensor(); }
   Tensor of_key(const OptionalTensor& t) const { return autograd::defined(t) ? spread(*t) : Tensor(); }
-  Tensor of_lse(const OptionalTensor& t) const {
-    return autograd::defined(t) ? t->to(type_).unsqueeze(-1) : Tensor();
-  }
+  Tensor of_lse(const OptionalTensor& t) const { return autograd::defined(t) ? t->to(type_).unsqueeze(-1) : Tensor(); }
   Tensor of_mask(const OptionalTensor& t) const {
     return autograd::defined(t) ? at::where(barred_, at::zeros_like(p), t->to(type_)) : Tensor();
   }
@@ -123,9 +121,9 @@ class Composite {
   Tensor find_barred(const Positions& q, const Positions& k) {
     Tensor diagonal = at::scalar_tensor(0, q.local.options());
     if (in_.bottom_right) {
-      diagonal = in_.has_starts() ? lengths(*in_.cu_seqlens_k, q) - lengths(*in_.cu_seqlens_q, q)
-                                  : at::scalar_tensor((in_.keys() - in_.queries()).guard_int(__FILE__, __LINE__),
-                                                      q.local.options());
+      diagonal = in_.has_starts()
+                     ? lengths(*in_.cu_seqlens_k, q) - lengths(*in_.cu_seqlens_q, q)
+                     : at::scalar_tensor((in_.keys() - in_.queries()).guard_int(__FILE__, __LINE__), q.local.options());
     }
     distance_ = (q.local + diagonal).unsqueeze(-1) - k.local;
     Tensor barred = distance_ != distance_;
@@ -153,8 +151,8 @@ class Composite {
   const at::ScalarType type_;
   const c10::SymInt group_;
   double scale_;
-  Tensor barred_, distance_;      // i + diagonal − j
-  Tensor slope_, bend_, keep_;    // first and second derivative of the softcap; z
+  Tensor barred_, distance_;    // i + diagonal − j
+  Tensor slope_, bend_, keep_;  // first and second derivative of the softcap; z
 };
 
 // ṫ before and after the softcap's slope.
@@ -168,6 +166,11 @@ struct ScoreTangents {
 
 }  // namespace
 
+Outputs composite_forward(const Inputs& in) {
+  const Composite c(in);
+  return {c.output.to(in.query.scalar_type()), c.lse.squeeze(-1)};
+}
+
 Outputs composite_tangent(const Inputs& in, const Tangents& t) {
   const Composite c(in);
   const Tensor value_t = c.of_key(t.value);
@@ -176,6 +179,40 @@ Outputs composite_tangent(const Inputs& in, const Tangents& t) {
   const Tensor lse_t = weighted.defined() ? sum_rows(weighted) : at::zeros_like(c.lse);
   const Tensor output_t = plus(product(c.times_kept(weighted), c.value), product(c.times_kept(c.p), value_t));
   return {plus(output_t, -(lse_t * c.output)).to(in.query.scalar_type()), lse_t.squeeze(-1)};
+}
+
+namespace {
+
+// Of gradients of the scores, before scale and softcap, and of the values, those of the inputs.
+Gradients finish(const Composite& c, const Inputs& in, const Tensor& query, const Tensor& key, const Tensor& value,
+                 const Tensor& bias, GradientMask mask) {
+  Gradients result;
+  if (mask[0]) {
+    std::get<0>(result) = query.defined() ? c.scaled(query).to(in.query.scalar_type()) : at::zeros_like(in.query);
+  }
+  if (mask[1]) std::get<1>(result) = c.to_key(c.scaled(key), in.key);
+  if (mask[2]) std::get<2>(result) = c.to_key(value, in.value);
+  if (mask[3] && in.has_float_mask()) {
+    const Tensor& like = *in.attn_mask;
+    std::get<3>(result) =
+        bias.defined() ? at::sum_to(bias, like.sym_sizes()).to(like.scalar_type()) : at::zeros_like(like);
+  }
+  return result;
+}
+
+Tensor minus(const Tensor& a) { return a.defined() ? -a : a; }
+
+}  // namespace
+
+Gradients composite_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, const Inputs& in,
+                             GradientMask mask) {
+  const Composite c(in);
+  const Tensor grad = c.of_query(grad_output);
+  const Tensor delta = plus(sum_rows(times(grad, c.output)), minus(c.of_lse(grad_lse)));
+  const Tensor full = times(c.p, plus(c.times_kept(product(grad, transposed(c.value))), minus(delta)));
+  const Tensor raw = c.slope(full);
+  return finish(c, in, product(raw, c.key), product(transposed(raw), c.query),
+                product(transposed(c.times_kept(c.p)), grad), full, mask);
 }
 
 Gradients composite_backward_tangent(const Inputs& in, const Directions& along, GradientMask mask) {
@@ -192,7 +229,6 @@ Gradients composite_backward_tangent(const Inputs& in, const Directions& along, 
   const Tensor p_t = plus(weighted, -(c.p * lse_t));
   const Tensor output_t = plus(product(c.times_kept(p_t), c.value), product(c.times_kept(c.p), value_t));
 
-  const auto minus = [](const Tensor& a) { return a.defined() ? -a : a; };
   const Tensor delta = plus(sum_rows(times(grad, c.output)), minus(grad_lse));
   const Tensor delta_t =
       plus(plus(sum_rows(times(grad_t, c.output)), sum_rows(times(grad, output_t))), minus(grad_lse_t));
@@ -202,25 +238,10 @@ Gradients composite_backward_tangent(const Inputs& in, const Directions& along, 
   const Tensor full = times(c.p, inner), full_t = plus(times(p_t, inner), times(c.p, inner_t));
   const Tensor raw = c.slope(full), raw_t = plus(c.slope(full_t), c.bend(times(full, score.raw)));
 
-  Gradients result;
-  if (mask[0]) {
-    const Tensor dq = c.scaled(plus(product(raw_t, c.key), product(raw, key_t)));
-    std::get<0>(result) = dq.defined() ? dq.to(in.query.scalar_type()) : at::zeros_like(in.query);
-  }
-  if (mask[1]) {
-    const Tensor dk = c.scaled(plus(product(transposed(raw_t), c.query), product(transposed(raw), query_t)));
-    std::get<1>(result) = c.to_key(dk, in.key);
-  }
-  if (mask[2]) {
-    const Tensor dv = plus(product(transposed(c.times_kept(p_t)), grad), product(transposed(c.times_kept(c.p)), grad_t));
-    std::get<2>(result) = c.to_key(dv, in.value);
-  }
-  if (mask[3] && in.has_float_mask()) {
-    const Tensor& like = *in.attn_mask;
-    std::get<3>(result) =
-        full_t.defined() ? at::sum_to(full_t, like.sym_sizes()).to(like.scalar_type()) : at::zeros_like(like);
-  }
-  return result;
+  return finish(c, in, plus(product(raw_t, c.key), product(raw, key_t)),
+                plus(product(transposed(raw_t), c.query), product(transposed(raw), query_t)),
+                plus(product(transposed(c.times_kept(p_t)), grad), product(transposed(c.times_kept(c.p)), grad_t)),
+                full_t, mask);
 }
 
 namespace {

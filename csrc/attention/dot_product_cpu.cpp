@@ -33,7 +33,8 @@ Outputs decode(const Inputs& in) {
   args.parts = std::clamp<int64_t>(args.keys / kLeastKeys, 1, (kItems + heads - 1) / heads);
   Workspace space;
   if (args.parts > 1) {
-    args.partial = space.at(space.reserve(args.parts * rows * decode_partial(args.value_dim) * compute_size(args.dtype)));
+    args.partial =
+        space.at(space.reserve(args.parts * rows * decode_partial(args.value_dim) * compute_size(args.dtype)));
   }
   const int64_t cost = args.keys * (args.head_dim + args.value_dim) / 8 / args.parts;
   run_parallel(attention_decode_kernel, args, heads * args.parts, cost);
@@ -68,12 +69,8 @@ Outputs forward(const Inputs& in) {
 Outputs tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Tangents& t) {
   AttentionTangentCpu args{};
   Describer described(in, args);
-  args.out = described.operand(output);
-  args.lse = described.dense(lse);
-  args.query_t = described.operand(t.query);
-  args.key_t = described.operand(t.key);
-  args.value_t = described.operand(t.value);
-  args.mask_t = described.mask(t.attn_mask);
+  described.saved(output, lse, args);
+  described.tangents(t, args);
   Outputs result{empty_output(in), empty_lse(in)};
   args.out_t = std::get<0>(result).mutable_data_ptr();
   args.out_t_strides = strides_of(std::get<0>(result));
@@ -94,20 +91,9 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
                        GradientMask wanted, bool tangent) {
   AttentionBackwardCpu args{};
   Describer described(in, args);
-  args.out = described.operand(output);
-  args.lse = described.dense(lse);
-  args.grad_out = described.operand(along.grad_output);
-  args.grad_lse = described.dense(along.grad_lse);
-  if (tangent) {
-    args.query_t = described.operand(along.tangents.query);
-    args.key_t = described.operand(along.tangents.key);
-    args.value_t = described.operand(along.tangents.value);
-    args.mask_t = described.mask(along.tangents.attn_mask);
-    args.grad_out_t = described.operand(along.grad_output_t);
-    args.grad_lse_t = described.dense(along.grad_lse_t);
-    args.out_t = described.operand(along.output_t);
-    args.lse_t = described.dense(along.lse_t);
-  }
+  described.saved(output, lse, args);
+  described.gradients(along.grad_output, along.grad_lse, args);
+  if (tangent) described.directions(along, args);
   const GradientTensors gradients(in, wanted, args);
   // Weights sum to one, so that a bias of all keys of a query changes lse alone.
   const bool one_bias = args.grad_mask != nullptr && in.attn_mask->size(3) == 1 && args.keys != 1;
@@ -128,7 +114,8 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
   }
   const int64_t groups = args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
   const int64_t cost = tile_cost(args) * (tangent ? 6 : 3);
-  run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts, cost);
+  run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts,
+               cost);
   if (args.grad_query != nullptr) {
     run_parallel(attention_query_gradient_kernel, args, rows, args.head_dim * (args.parts + 1) / 8 + 1);
   }

@@ -15,6 +15,7 @@ inline constexpr int64_t kBlockKeys = 256;   // keys that a tile of queries meet
 inline constexpr int64_t kTileQueries = 96;  // queries of a tile, at most: sixteen rows of register tiles
 inline constexpr int64_t kColumnStep = 16;   // columns are rounded up to this: whole vectors of every build
 inline constexpr int64_t kDeepStep = 32;     // columns of 16-bit operands that are summed over, likewise: AMX's depth
+inline constexpr int64_t kKeyStep = 32;  // keys that a tile takes are rounded up to this: a vector of 16-bit weights
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

@@ -39,6 +39,24 @@ const void* Describer::dense(const OptionalTensor& tensor) {
   return autograd::defined(tensor) ? keep(tensor->contiguous()).const_data_ptr() : nullptr;
 }
 
+void Describer::saved(const Tensor& output, const Tensor& lse, AttentionSaved& args) {
+  args.out = operand(output);
+  args.lse = dense(lse);
+}
+
+void Describer::gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, AttentionBackward& args) {
+  args.grad_out = operand(grad_output);
+  args.grad_lse = dense(grad_lse);
+}
+
+void Describer::directions(const Directions& along, AttentionBackwardTangent& args) {
+  tangents(along.tangents, args);
+  args.grad_out_t = operand(along.grad_output_t);
+  args.grad_lse_t = dense(along.grad_lse_t);
+  args.out_t = operand(along.output_t);
+  args.lse_t = dense(along.lse_t);
+}
+
 Describer::Describer(const Inputs& in, Attention& args) {
   args.batch = in.query.size(0);
   args.heads = in.query.size(1);

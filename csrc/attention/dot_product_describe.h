@@ -18,6 +18,18 @@ class Describer {
   // [batch, heads, queries] of the type of the sums.
   const void* dense(const OptionalTensor& tensor);
 
+  // What derivatives are given beside the inputs.
+  void saved(const Tensor& output, const Tensor& lse, AttentionSaved& args);
+  void gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, AttentionBackward& args);
+  template <class Args>
+  void tangents(const Tangents& t, Args& args) {
+    args.query_t = operand(t.query);
+    args.key_t = operand(t.key);
+    args.value_t = operand(t.value);
+    args.mask_t = mask(t.attn_mask);
+  }
+  void directions(const Directions& along, AttentionBackwardTangent& args);
+
  private:
   Tensor& keep(Tensor tensor);
 

@@ -19,5 +19,6 @@ LECT11EXT_ATTENTION_DEVICE(on_cpu)
 LECT11EXT_ATTENTION_DEVICE(on_cuda)
 
 Tensor dropout_mask_cpu(const Tensor& key, c10::SymIntArrayRef size, double p);
+Tensor dropout_mask_cuda(const Tensor& key, c10::SymIntArrayRef size, double p);
 
 }  // namespace lect11ext::attention_op

@@ -16,8 +16,7 @@ void check_rank(const char* name, const Tensor& tensor) {
                     tensor.dim(), "-D");
 }
 
-void check_size(const char* name, const Tensor& tensor, int64_t dim, const c10::SymInt& expected,
-                const char* meaning) {
+void check_size(const char* name, const Tensor& tensor, int64_t dim, const c10::SymInt& expected, const char* meaning) {
   TORCH_CHECK_VALUE(tensor.sym_size(dim) == expected, name, " must have size ", expected, " (", meaning,
                     ") in dimension ", dim, ", but got shape ", tensor.sym_sizes());
 }
@@ -79,8 +78,8 @@ void Inputs::check() const {
     const c10::SymInt sizes[] = {batch(), heads(), queries(), keys()};
     for (int64_t d = 0; d < 4; ++d) {
       TORCH_CHECK_VALUE(mask.sym_size(d) == 1 || mask.sym_size(d) == sizes[d],
-                        "attn_mask must broadcast to [batch, heads, queries, keys] = [", sizes[0], ", ", sizes[1],
-                        ", ", sizes[2], ", ", sizes[3], "], but got ", mask.sym_sizes());
+                        "attn_mask must broadcast to [batch, heads, queries, keys] = [", sizes[0], ", ", sizes[1], ", ",
+                        sizes[2], ", ", sizes[3], "], but got ", mask.sym_sizes());
     }
   }
   if (autograd::defined(alibi_slopes)) {

@@ -81,11 +81,10 @@ using BackwardSignature = Gradients(const OptionalTensor& grad_output, const Opt
                                     ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse, GradientMask mask);
 using TangentSignature = Outputs(ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
                                  ATTENTION_TANGENT_PARAMETERS);
-using BackwardTangentSignature = Gradients(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
-                                           ATTENTION_PARAMETERS, const Tensor& output, const Tensor& lse,
-                                           const OptionalTensor& grad_output_t, const OptionalTensor& grad_lse_t,
-                                           ATTENTION_TANGENT_PARAMETERS, const Tensor& output_t, const Tensor& lse_t,
-                                           GradientMask mask);
+using BackwardTangentSignature = Gradients(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_lse, ATTENTION_PARAMETERS, const Tensor& output,
+    const Tensor& lse, const OptionalTensor& grad_output_t, const OptionalTensor& grad_lse_t,
+    ATTENTION_TANGENT_PARAMETERS, const Tensor& output_t, const Tensor& lse_t, GradientMask mask);
 
 // The ops through the dispatcher.
 Outputs call_forward(const Inputs& in);
@@ -103,7 +102,11 @@ Gradients call_backward_tangent(const Inputs& in, const Tensor& output, const Te
 // Which elements dropout keeps: bool [B, H, L, S].
 Tensor call_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p);
 
-// The ops' definitions in differentiable ATen, for derivatives of third order and beyond. They hold [B, H, L, S].
+// The ops' definitions in differentiable ATen, for derivatives of third order and beyond, and for what kernels do not
+// cover. They hold [B, H, L, S].
+Outputs composite_forward(const Inputs& in);
+Gradients composite_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, const Inputs& in,
+                             GradientMask mask);
 Outputs composite_tangent(const Inputs& in, const Tangents& tangents);
 Gradients composite_backward_tangent(const Inputs& in, const Directions& along, GradientMask mask);
 

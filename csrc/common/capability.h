@@ -20,8 +20,8 @@ Capability best_capability();
 Capability capability();
 void set_capability(const char* name);
 // Whether, where the arithmetic binds, bfloat16 is better multiplied as float although there are dot products of it:
-// Intel's cores without AMX (or with AMX hidden from a virtual machine) do half as many multiply-adds by dot products as
-// in float, AMD's twice as many.
+// Intel's cores without AMX (or with AMX hidden from a virtual machine) do half as many multiply-adds by dot products
+// as in float, AMD's twice as many.
 bool prefers_float_products();
 
 }  // namespace lect11ext

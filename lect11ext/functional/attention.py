@@ -98,6 +98,8 @@ def scaled_dot_product_attention(
         and window is None
         and alibi_slopes is None
         and softcap is None
+        and generator is None
+        and dropout_key is None
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and causal_alignment == "top_left"
         and type(is_causal) is type(enable_gqa) is bool

@@ -5,6 +5,7 @@ Arguments are not checked. Noise comes from NumPy, or is handed over (`noise=`),
 `torch.vmap` nor `torch.compile`.
 """
 
+from .additive import additive_attention
 from .attention import (
     attention_weights,
     kernel_attention,
@@ -16,6 +17,7 @@ from .autoencoder import gaussian_rsample_kl, philox_normal
 from .recurrent import gru_cell, gru_layer, lstm_cell, lstm_layer
 
 __all__ = [
+    "additive_attention",
     "attention_weights",
     "gaussian_rsample_kl",
     "gru_cell",

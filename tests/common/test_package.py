@@ -143,11 +143,13 @@ def test_subclasses_and_function_modes_see_the_call() -> None:
     assert "lect11ext.lstm_cell" in watch.seen and "lect11ext.gaussian_rsample_kl" in watch.seen
 
 
-EXAMPLES = ["autoencoder", "recurrent.cells", "recurrent.layers"]
+EXAMPLES = ["attention", "autoencoder", "recurrent.cells", "recurrent.layers"]
 
 
 @pytest.mark.parametrize(
-    "name", ["convert", "functional.random"] + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES]
+    "name",
+    ["convert", "functional.random", "functional._attention_weights"]
+    + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES],
 )
 def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"lect11ext.{name}"))

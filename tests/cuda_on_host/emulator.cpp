@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <barrier>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -23,28 +24,29 @@ namespace {
 constexpr std::size_t kStackBytes = 128 * 1024;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it waits: a change of contexts would ask the system for its signals every time
   std::unique_ptr<char[]> stack;
   uint3 index;
   Barrier barrier;
-  unsigned mask;
-  bool finished;
+  unsigned mask, turn;
+  bool started, finished;
 };
 
 // A block in execution. One for each system thread, which keeps the stacks from block to block.
 class Block {
  public:
   void run(const std::function<void()>& thread, uint3 index, dim3 grid, dim3 size, std::barrier<>* all_blocks);
-  void wait(Barrier barrier, unsigned mask) {
-    current_->barrier = barrier;
-    current_->mask = mask;
-    swapcontext(&current_->context, &scheduler_);
-  }
+  void wait(Barrier barrier, unsigned mask);
   Slot* slots() { return slots_.data() + number() / warpSize * warpSize; }
+  WideSlot* wide_slots() {
+    const std::size_t first = number() / warpSize * warpSize;
+    return wide_slots_.data() + 2 * first + (++current_->turn % 2) * warpSize;
+  }
   int number() const { return static_cast<int>(current_ - fibers_.data()); }
 
  private:
-  static void enter();
+  [[noreturn]] static void enter();
   void prepare(std::size_t threads, dim3 size);
   void resume(Fiber& fiber);
   bool release_warps();
@@ -53,9 +55,10 @@ class Block {
   std::vector<Fiber> fibers_;
   std::size_t threads_ = 0, unfinished_ = 0;
   std::vector<Slot> slots_;
+  std::vector<WideSlot> wide_slots_;
   Fiber* current_ = nullptr;
   const std::function<void()>* thread_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
 };
 
 thread_local Block block;
@@ -63,32 +66,45 @@ thread_local Block block;
 void Block::enter() {
   (*block.thread_)();
   block.current_->finished = true;
+  _longjmp(block.scheduler_, 1);
+}
+
+[[gnu::noinline]] void Block::wait(Barrier barrier, unsigned mask) {
+  current_->barrier = barrier;
+  current_->mask = mask;
+  if (_setjmp(current_->place) == 0) _longjmp(scheduler_, 1);
 }
 
 void Block::prepare(std::size_t threads, dim3 size) {
   if (fibers_.size() < threads) fibers_.resize(threads);
   threads_ = unfinished_ = threads;
   slots_.assign((threads + warpSize - 1) / warpSize * warpSize, Slot{});
+  wide_slots_.resize(2 * slots_.size());
   for (std::size_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers_[i];
     if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler_;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
     const unsigned n = static_cast<unsigned>(i);
     fiber.index = {n % size.x, n / size.x % size.y, n / (size.x * size.y)};
     fiber.barrier = Barrier::None;
-    fiber.finished = false;
+    fiber.turn = 0;
+    fiber.started = fiber.finished = false;
   }
 }
 
-void Block::resume(Fiber& fiber) {
+[[gnu::noinline]] void Block::resume(Fiber& fiber) {
   current_ = &fiber;
   threadIdx = fiber.index;
-  swapcontext(&scheduler_, &fiber.context);
-  if (fiber.finished) --unfinished_;
+  if (_setjmp(scheduler_) == 0) {
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+  if (current_->finished) --unfinished_;
 }
 
 // Lets go every group of lanes that wait with one mask and of which none is missing; lanes that have ended count as
@@ -97,6 +113,12 @@ bool Block::release_warps() {
   bool any = false;
   for (std::size_t first = 0; first < threads_; first += warpSize) {
     const std::size_t lanes = std::min<std::size_t>(warpSize, threads_ - first);
+    Fiber* const warp = &fibers_[first];
+    if (std::all_of(warp, warp + lanes, [](const Fiber& f) { return f.barrier == Barrier::Warp && f.mask == ~0u; })) {
+      std::for_each(warp, warp + lanes, [](Fiber& f) { f.barrier = Barrier::None; });
+      any = true;
+      continue;
+    }
     for (std::size_t lane = 0; lane < lanes; ++lane) {
       const Fiber& asking = fibers_[first + lane];
       if (asking.finished || asking.barrier != Barrier::Warp) continue;
@@ -155,7 +177,13 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
 
 void wait(Barrier barrier, unsigned mask) { block.wait(barrier, mask); }
 Slot* warp_slots() { return block.slots(); }
+WideSlot* wide_slots() { return block.wide_slots(); }
 int lane() { return block.number() % warpSize; }
+
+bool is_shared(const void* address) {
+  const auto* const first = lect11ext::cuda::dynamic_shared;
+  return address >= first && address < first + sizeof(lect11ext::cuda::dynamic_shared);
+}
 
 void fail(const char* what) {
   std::fprintf(stderr, "CUDA on the host: %s.\n", what);

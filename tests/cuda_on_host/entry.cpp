@@ -1,10 +1,17 @@
-// Entry points for ctypes: each takes the struct that the kernel takes, which host_kernels.py mirrors; its size is exported
-// so that a mirror that has fallen behind is noticed.
+// Entry points for ctypes: each takes the struct that the kernel takes, which host_kernels.py mirrors; its size is
+// exported so that a mirror that has fallen behind is noticed.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <exception>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <cuda_runtime.h>
 
+#include "attention/additive.h"
+#include "attention/dot_product.h"
 #include "autoencoder/variational.h"
 #include "common/random.h"
 #include "recurrent/gru_cell.h"
@@ -27,7 +34,27 @@ const char* call(void (*kernel)(const Args&, void*), const Args* args) {
   }
 }
 
+// With scratch of the size that the call asks for: NaN at first, and before a band that must stay as it is.
+template <class Args, auto kKernel>
+void with_scratch(const Args& args, void* stream) {
+  constexpr double kSentinel = 1234;
+  constexpr std::size_t kBand = 32;
+  const auto bytes = static_cast<std::size_t>(lect11ext::cuda::attention_scratch(args));
+  std::vector<double> scratch((bytes + sizeof(double) - 1) / sizeof(double), std::nan(""));
+  scratch.insert(scratch.end(), kBand, kSentinel);
+  kKernel(args, scratch.data(), stream);
+  if (std::count(scratch.end() - kBand, scratch.end(), kSentinel) != kBand) {
+    throw std::runtime_error("written beyond the scratch's end");
+  }
+}
+
 }  // namespace
+
+#define SCRATCH_ENTRY(name, Args)                                                                         \
+  extern "C" const char* name(const lect11ext::Args* args) {                                              \
+    return call(with_scratch<lect11ext::Args, lect11ext::cuda::name>, args);                              \
+  }                                                                                                       \
+  extern "C" std::size_t sizeof_##Args() { return sizeof(lect11ext::Args); }
 
 #define ENTRY(name, Args)                                                                              \
   extern "C" const char* name(const lect11ext::Args* args) { return call(lect11ext::cuda::name, args); } \
@@ -37,18 +64,28 @@ ENTRY(philox_key, PhiloxReservation)
 ENTRY(philox_normal, PhiloxNormal)
 ENTRY(gaussian_forward, GaussianForward)
 ENTRY(gaussian_backward, GaussianBackward)
+ENTRY(additive_forward, AdditiveForward)
+ENTRY(additive_backward, AdditiveBackward)
 ENTRY(lstm_gates_forward, LstmGates)
 ENTRY(lstm_gates_backward, LstmGatesBackward)
 ENTRY(gru_gates_forward, GruGates)
 ENTRY(gru_gates_backward, GruGatesBackward)
 ENTRY(layer_forward, LayerCuda)
 ENTRY(layer_backward, LayerCudaBackward)
+SCRATCH_ENTRY(attention_forward, AttentionForward)
+SCRATCH_ENTRY(attention_backward, AttentionBackward)
+SCRATCH_ENTRY(attention_tangent, AttentionTangent)
+SCRATCH_ENTRY(attention_backward_tangent, AttentionBackwardTangent)
 
 // What the device seems to have from now on.
 extern "C" void set_device(int multiprocessors, int most_shared, int compute_major) {
   cuda_on_host::multiprocessors = multiprocessors;
   cuda_on_host::most_shared = most_shared;
   cuda_on_host::compute_major = compute_major;
+}
+
+extern "C" int64_t additive_weight_rows(const lect11ext::AdditiveBackward* args) {
+  return lect11ext::cuda::additive_weight_rows(*args);
 }
 
 extern "C" void gaussian_tiles(int64_t rows, int64_t cols, lect11ext::GaussianTiles* out) {

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_structs import AttentionBackward, AttentionBackwardTangent, AttentionForward, AttentionTangent
 from torch import Tensor
 
 MAX_DIMS = 8
@@ -94,6 +95,51 @@ class GaussianBackward(Gaussian):
 
 def _pointers(*names: str) -> list[tuple[str, Any]]:
     return [(name, c_void_p) for name in names]
+
+
+class Matrices(Structure):
+    _fields_ = [("data", c_void_p), ("row", c_int64), ("strides", c_int64 * MAX_DIMS)]
+
+
+class PairMask(Structure):
+    _fields_ = [
+        ("kind", c_int8),
+        ("dtype", c_int8),
+        ("data", c_void_p),
+        ("row", c_int64),
+        ("column", c_int64),
+        ("strides", c_int64 * MAX_DIMS),
+    ]
+
+
+class Additive(Structure):
+    _fields_ = [
+        *[(name, c_int64) for name in ("queries", "keys", "hidden", "columns")],
+        ("dtype", c_int8),
+        ("batches", Shape),
+        *[(name, Matrices) for name in ("query", "key", "value")],
+        ("score_weight", c_void_p),
+        ("mask", PairMask),
+        ("first", c_int64),
+        ("count", c_int64),
+        *_pointers("key_panels", "forms", "value_rows"),
+    ]
+
+
+class AdditiveForward(Additive):
+    _fields_ = _pointers("weights", "output")
+
+
+class AdditiveBackward(Additive):
+    _fields_ = [
+        ("parts", c_int64),
+        ("part_rows", c_int64),
+        ("weights", c_void_p),
+        ("grad_output", Matrices),
+        *_pointers("grad_query", "grad_key", "grad_value"),
+        *[(f"grad_{name}_dtype", c_int8) for name in ("query", "key", "value")],
+        *_pointers("grad_scores", "grad_score_weight", "key_sums", "value_sums"),
+    ]
 
 
 _STEP = [("batch", c_int64), ("hidden", c_int64), ("dtype", c_int8)]
@@ -213,12 +259,18 @@ ENTRIES = {
     "philox_normal": PhiloxNormal,
     "gaussian_forward": GaussianForward,
     "gaussian_backward": GaussianBackward,
+    "additive_forward": AdditiveForward,
+    "additive_backward": AdditiveBackward,
     "lstm_gates_forward": LstmGates,
     "lstm_gates_backward": LstmGatesBackward,
     "gru_gates_forward": GruGates,
     "gru_gates_backward": GruGatesBackward,
     "layer_forward": LayerCuda,
     "layer_backward": LayerCudaBackward,
+    "attention_forward": AttentionForward,
+    "attention_backward": AttentionBackward,
+    "attention_tangent": AttentionTangent,
+    "attention_backward_tangent": AttentionBackwardTangent,
 }
 
 

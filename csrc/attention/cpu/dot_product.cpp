@@ -27,27 +27,29 @@ class Forward : RunningSoftmax<S, P> {
     const int64_t panels = args_.plan.panels[where.sequence + 1] - args_.plan.panels[where.sequence];
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
     first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
-    query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
+    query_ =
+        operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
     this->start(rows);
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {
-      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kPanelKeys)));
+      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep)));
     }
     for (int64_t r = 0; r < rows; ++r) this->finish(s, where.head, i + r, r);
   }
 
  private:
-  // Keys j … j + width − 1, in whole panels.
+  // Keys j … j + width − 1, in steps of 32.
   void block(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
              int64_t width) {
-    bool any = !biased_;
-    for (int64_t r = 0; r < rows && biased_; ++r) any = this->load_bias(s, band, head, i + r, r, j, width) || any;
-    if (!any) return;
-    const bool whole =
-        multiply_panels<P>(band, query_, i, rows, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
+    PanelRows seen(band, i, rows, j, width);
+    if (biased_) {
+      for (int64_t r = 0; r < rows; ++r) this->load_bias(s, band, head, i + r, r, j, width);
+      if (args_.mask.type != MaskType::None && !seen.narrow(this->bias_, std::min(width, s.keys - j))) return;
+    }
+    multiply_panels<P>(seen, query_, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) this->weigh(s, band, head, i + r, r, j, width);
     this->start_sums(rows);
-    add_panels<P>(band, weights_, i, rows, args_.packed_value, first_panel_, j, width, whole, sums_, copy_);
+    add_panels<P>(seen, rows, weights_, args_.packed_value, first_panel_, j, width, sums_, copy_);
   }
 
   const AttentionForwardCpu& args_;

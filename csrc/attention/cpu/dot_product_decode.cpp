@@ -34,7 +34,8 @@ class Decode : RunningSoftmax<S, Compute<S>> {
     }
     this->start(rows);
     const int64_t blocks = (s.keys + kBlockKeys - 1) / kBlockKeys;
-    const int64_t first = std::max(blocks * part / args_.parts * kBlockKeys, band.first_key(0) / kPanelKeys * kPanelKeys);
+    const int64_t first =
+        std::max(blocks * part / args_.parts * kBlockKeys, band.first_key(0) / kPanelKeys * kPanelKeys);
     const int64_t end = std::min({blocks * (part + 1) / args_.parts * kBlockKeys, band.end_key(s.queries - 1), s.keys});
     for (int64_t j = first; j < end; j += kBlockKeys) block(s, band, kv_head, rows, j, std::min(kBlockKeys, end - j));
     for (int64_t r = 0; r < rows; ++r) {
@@ -46,13 +47,9 @@ class Decode : RunningSoftmax<S, Compute<S>> {
 
  private:
   void block(const AttentionSequence& s, const Band& band, int64_t kv_head, int64_t rows, int64_t j, int64_t n) {
-    const int64_t width = round_up(n, kPanelKeys);
+    const int64_t width = round_up(n, kKeyStep);
     const auto head = [&](int64_t r) { return kv_head * group_ + r / s.queries; };
-    bool any = !biased_;
-    for (int64_t r = 0; r < rows && biased_; ++r) {
-      any = this->load_bias(s, band, head(r), r % s.queries, r, j, width) || any;
-    }
-    if (!any) return;
+    for (int64_t r = 0; r < rows && biased_; ++r) this->load_bias(s, band, head(r), r % s.queries, r, j, width);
     score(row_of<S>(args_.key, s.batch, kv_head, s.key_start + j), rows, n);
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(scores_.row(r) + n, scores_.row(r) + width, kMinusInfinity<C>);
@@ -72,7 +69,9 @@ class Decode : RunningSoftmax<S, Compute<S>> {
       for (int64_t r = 0, count; r < rows; r += count) {
         count = next_rows_of_x(rows - r);
         C* out = scores_.row(r) + k;
-        const auto run = [&]<int B>() { dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, /*next_rows=*/8); };
+        const auto run = [&]<int B>() {
+          dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, /*next_rows=*/8);
+        };
         switch (count) {
           case 1: run.template operator()<1>(); break;
           case 2: run.template operator()<2>(); break;
@@ -143,7 +142,8 @@ class Merge : RunningSoftmax<S, Compute<S>> {
     const C* partial = static_cast<const C*>(args_.partial) + row * size;
     this->start(1);
     this->start_sums(1);
-    for (int64_t part = 0; part < args_.parts; ++part) top_[0] = std::max(top_[0], partial[part * rows * size + columns_]);
+    for (int64_t part = 0; part < args_.parts; ++part)
+      top_[0] = std::max(top_[0], partial[part * rows * size + columns_]);
     if (top_[0] != kMinusInfinity<C>) {
       for (int64_t part = 0; part < args_.parts; ++part) {
         const C* from = partial + part * rows * size;

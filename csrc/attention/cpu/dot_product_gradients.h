@@ -1,5 +1,5 @@
-// The backward of dot-product attention and its tangent: 128 keys at a time meet all queries that see them, a tile after
-// the other. What keys and values gain stays in the cache meanwhile; what queries gain is added up in memory.
+// The backward of dot-product attention and its tangent: 128 keys at a time meet all queries that see them, a tile
+// after the other. What keys and values gain stays in the cache meanwhile; what queries gain is added up in memory.
 //
 // With a tangent every quantity has a dot: the products are those of the backward differentiated once.
 #pragma once
@@ -83,10 +83,11 @@ class Gradients {
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     if (begin == end) return;
-    for (int64_t g = 0; g < group; ++g) find_deltas(s, kv_head * group + g, delta_ + g * args_.queries, delta_t_ + g * args_.queries);
+    for (int64_t g = 0; g < group; ++g)
+      find_deltas(s, kv_head * group + g, delta_ + g * args_.queries, delta_t_ + g * args_.queries);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kPanelKeys));
-      for (int64_t k = 0; k < kKeys; ++k) {
+      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
+      for (int64_t k = 0; k < width; ++k) {
         std::fill_n(key_sums_.row(k), columns_, C(0));
         std::fill_n(value_sums_.row(k), value_columns_, C(0));
       }
@@ -120,7 +121,8 @@ class Gradients {
       const int64_t at = lse_row(args_, s.batch, head, s.query_start + i);
       const auto dot = [&](const AttentionOperand& a, const AttentionOperand& b) {
         if (a.data == nullptr || b.data == nullptr) return C(0);
-        const S *x = row_of<S>(a, s.batch, head, s.query_start + i), *y = row_of<S>(b, s.batch, head, s.query_start + i);
+        const S *x = row_of<S>(a, s.batch, head, s.query_start + i),
+                *y = row_of<S>(b, s.batch, head, s.query_start + i);
         C sum = 0, u[kColumnStep], v[kColumnStep];
         for (int64_t c = 0; c < args_.value_dim; c += kColumnStep) {
           const int64_t count = std::min(kColumnStep, args_.value_dim - c);
@@ -142,7 +144,9 @@ class Gradients {
 
   void meet(const AttentionSequence& s, const Band& band, int64_t head, int64_t g, int64_t i, int64_t count, int64_t j,
             int64_t width, int64_t part) {
-    if (biased_ && !load_biases(s, band, head, i, count, j)) return;
+    PanelRows seen(band, i, count, j, width);
+    if (biased_) load_biases(s, band, head, i, count, j);
+    if (args_.mask.type != MaskType::None && !seen.narrow(bias_, std::min(width, s.keys - j))) return;
     const C* lse = static_cast<const C*>(args_.lse) + lse_row(args_, s.batch, head, s.query_start + i);
     const AttentionOperand *queries[] = {&args_.query, &args_.query_t}, *grads[] = {&args_.grad_out, &args_.grad_out_t};
     for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
@@ -151,7 +155,7 @@ class Gradients {
     }
     const auto against = [&](const Factor& a, const PackedOperand& b, const Matrix<C>& out, bool add) {
       if (a.rows.data == nullptr || b.transposed == nullptr) return add;
-      multiply_panels<P>(band, a.rows, i, count, b, first_panel_, j, width, out, add);
+      multiply_panels<P>(seen, a.rows, b, first_panel_, j, width, out, add);
       return true;
     };
     if (!against(query_[0], args_.packed_key, scores_, false)) {  // no columns
@@ -172,7 +176,7 @@ class Gradients {
         for (int64_t r = 0; r < count; ++r) convert((d == 0 ? inner_ : inner_t_).row(r), query_grads_[d].row(r), width);
       }
     }
-    add_products(s, band, head, part, i, count, j, width);
+    add_products(s, seen, head, part, i, count, j, width);
   }
 
   // Rows of a tile's queries, or of gradients of its outputs, as both factors of a product.
@@ -209,13 +213,22 @@ class Gradients {
   }
 
   // What the tile adds to the gradients; scores_ are weights by now, and inner_ gradients of scores.
-  void add_products(const AttentionSequence& s, const Band& band, int64_t head, int64_t part, int64_t i, int64_t count,
-                    int64_t j, int64_t width) {
+  void add_products(const AttentionSequence& s, const PanelRows& seen, int64_t head, int64_t part, int64_t i,
+                    int64_t count, int64_t j, int64_t width) {
     constexpr int kLast = kTangent ? 1 : 0;  // what the gradients themselves, or their tangents, are made of
     const auto across = [&](const Matrix<const P>& weights, const Factor& factor, const Matrix<C>& sums,
                             int64_t columns) {
       if (factor.panel.data == nullptr) return;
-      multiply<Order::Across, P>(weights, width, round_up(count, kDeep), factor.panel, sums, columns, true);
+      const int64_t step = seen.whole ? width : kPanelKeys;
+      for (int64_t p = 0; p < width; p += step) {
+        const int64_t first = seen.whole ? 0 : seen.first[p / kPanelKeys] / kDeep;  // in steps of kDeep rows
+        const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
+        if (first * kDeep >= last) continue;
+        multiply<Order::Across, P>({weights.row(first) + p * kDeep, weights.stride}, std::min(step, width - p),
+                                   round_up(last, kDeep) - first * kDeep,
+                                   {factor.panel.row(first), factor.panel.stride}, {sums.row(p), sums.stride}, columns,
+                                   true);
+      }
     };
     if (args_.grad_value != nullptr) {
       across(weights(kLast), grad_[0], value_sums_, value_columns_);
@@ -226,10 +239,11 @@ class Gradients {
       if (kTangent) across(score_grads(0), query_[1], key_sums_, columns_);
     }
     if (args_.grad_query == nullptr) return;
-    const int64_t row = part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i);
+    const int64_t row =
+        part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i);
     const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
     const auto along = [&](const Matrix<P>& grads, const PackedOperand& keys, P* copy) {
-      add_panels<P>(band, grads, i, count, keys, first_panel_, j, width, /*whole=*/true, sums, copy);
+      add_panels<P>(seen, count, grads, keys, first_panel_, j, width, sums, copy);
     };
     along(query_grads(kLast), args_.packed_key, copy_[0]);
     if (kTangent) along(query_grads(0), args_.packed_key_t, copy_[kLast]);
@@ -275,17 +289,14 @@ class Gradients {
     }
   }
 
-  bool load_biases(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t count, int64_t j) {
-    bool any = args_.mask.type == MaskType::None;
+  void load_biases(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t count, int64_t j) {
     const int64_t n = std::min(kKeys, s.keys - j);
     for (int64_t r = 0; r < count; ++r) {
       bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
-      for (int64_t k = 0; k < n && !any; ++k) any = bias_.row(r)[k] != kMinusInfinity<C>;
       if (args_.mask_t.type != MaskType::None) {
         bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
       }
     }
-    return any;
   }
 
   // Of one row: scores become weights times z, and inner products gradients of the scores; their tangents likewise.
@@ -302,20 +313,21 @@ class Gradients {
       }
     };
     if (begin >= end) return clear(0, width);
-    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     const bool has_bias_t = kTangent && args_.mask_t.type != MaskType::None;
     const int64_t at = lse_row(args_, s.batch, head, s.query_start + i + r);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> factor(factor_), base(kLogBase<C>), shift(-lse * kLogBase<C>);
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
-    const Vec<C> delta(delta_[g * args_.queries + i + r]), delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
+    const Vec<C> delta(delta_[g * args_.queries + i + r]),
+        delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
-    C z[kPanelKeys];
-    for (int64_t k = from; k < to; k += kPanelKeys) {
-      if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + k, kPanelKeys, z);
+    C z[kKeys + kPanelKeys];
+    if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
+    for (int64_t k = from; k < to; k += kKeyStep) {
 #pragma GCC unroll 4
-      for (int64_t e = k; e < k + kPanelKeys; e += kWidth) {
+      for (int64_t e = k; e < k + kKeyStep; e += kWidth) {
         Vec<C> weight, slope(C(1)), bend = zero;
         if (!biased_) {
           weight = power(at::vec::fmadd(Vec<C>::loadu(p + e), factor, shift));
@@ -331,7 +343,7 @@ class Gradients {
           t = select_equal(b, low, low, greater(t + b, lowest));
           weight = power(at::vec::fmadd(t, base, shift));
         }
-        const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - k) : Vec<C>(C(1));
+        const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1));
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.
         const auto seen = [&](const Vec<C>& v) { return select_equal(weight, zero, zero, v); };
         const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
@@ -375,7 +387,7 @@ class Gradients {
   int next_ = 0;
   bool place_ = false;
   Matrix<C> scores_, inner_, scores_t_, inner_t_, bias_, bias_t_;
-  Matrix<C> mask_grads_;  // gradients of t
+  Matrix<C> mask_grads_;                                    // gradients of t
   Matrix<P> weights_[2], score_grads_[2], query_grads_[2];  // as operands, where they are none as they are
   Matrix<C> key_sums_, value_sums_;
   P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];

@@ -15,8 +15,8 @@ constexpr int kMostRows = 5;
 
 // M rows × V vectors. The pragmas make the compiler unroll before it assigns registers.
 template <int M, int V, Order kOrder, class P>
-void run_tile(const P* a, int64_t a_stride, int64_t steps, const P* b, int64_t b_stride, Compute<P>* c, int64_t c_stride,
-          bool add) {
+void run_tile(const P* a, int64_t a_stride, int64_t steps, const P* b, int64_t b_stride, Compute<P>* c,
+              int64_t c_stride, bool add) {
   using C = Compute<P>;
   using Loader = PanelStep<P>;
   constexpr int kDeep = Loader::kDeep;
@@ -93,10 +93,9 @@ void by_amx(const Matrix<const at::BFloat16>& a, int64_t rows, int64_t depth, co
         const auto* words = reinterpret_cast<const float*>(a.data + k / 2 * a.stride) + r;
         for (int64_t i = 0; i < deep / 2; i += kStep) {
           for (int64_t m = 0; m < n; m += kStep) {
-            at::vec::transpose_mxn<float>(words + i * (a.stride / 2) + m, a.stride / 2,
-                                          reinterpret_cast<float*>(turned + m * kDepth) + i, kDepth / 2,
-                                          static_cast<int>(std::min(kStep, deep / 2 - i)),
-                                          static_cast<int>(std::min(kStep, n - m)));
+            at::vec::transpose_mxn<float>(
+                words + i * (a.stride / 2) + m, a.stride / 2, reinterpret_cast<float*>(turned + m * kDepth) + i,
+                kDepth / 2, static_cast<int>(std::min(kStep, deep / 2 - i)), static_cast<int>(std::min(kStep, n - m)));
           }
         }
       }

@@ -2,8 +2,8 @@
 //
 //   c[m][n] = Σ_k a(m, k) · b[k][n]
 //
-// Rows of b are dense, columns of it whole steps of 16. Operands P that are multiplied in pairs have kDeep = 2 (else 1):
-// b is [k / kDeep][n][kDeep]. a is read by broadcasts, which cost the same along its rows as across them, so that a
+// Rows of b are dense, columns of it whole steps of 16. Operands P that are multiplied in pairs have kDeep = 2 (else
+// 1): b is [k / kDeep][n][kDeep]. a is read by broadcasts, which cost the same along its rows as across them, so that a
 // gradient of weights needs no transposed copy:
 //
 //   along    a(m, k) is a[m·stride + k]

@@ -18,35 +18,37 @@ bool all_finite(const P* x, int64_t n) {
   return bad == 0;
 }
 
-// [64][columns] → [columns / kDeep][64][kDeep], where a pair of 16-bit columns moves as one word.
+constexpr int64_t kWords = 16;  // 32-bit words that are transposed at a time, in rows and in columns
+
+// [keys][columns] → [columns / kDeep][64][kDeep], where a pair of 16-bit columns moves as one word.
 template <class P>
-void transpose(const P* from, int64_t columns, P* to) {
+void transpose(const Matrix<const P>& from, int64_t keys, int64_t columns, P* to) {
   if constexpr (sizeof(P) == 8) {
-    for (int64_t k = 0; k < kPanelKeys; ++k) {
-      for (int64_t c = 0; c < columns; ++c) to[c * kPanelKeys + k] = from[k * columns + c];
+    for (int64_t k = 0; k < keys; ++k) {
+      for (int64_t c = 0; c < columns; ++c) to[c * kPanelKeys + k] = from.row(k)[c];
     }
   } else {
-    constexpr int64_t kStep = 16;
-    const int64_t words = columns * sizeof(P) / sizeof(float);
-    const auto* source = reinterpret_cast<const float*>(from);
+    constexpr int64_t kElements = sizeof(float) / sizeof(P);
+    const auto* source = reinterpret_cast<const float*>(from.data);
     auto* target = reinterpret_cast<float*>(to);
-    for (int64_t k = 0; k < kPanelKeys; k += kStep) {
-      for (int64_t c = 0; c < words; c += kStep) {
-        at::vec::transpose_mxn<float>(source + k * words + c, words, target + c * kPanelKeys + k, kPanelKeys, kStep,
-                                      kStep);
+    const int64_t stride = from.stride / kElements;
+    for (int64_t k = 0; k < keys; k += kWords) {
+      for (int64_t c = 0; c < columns / kElements; c += kWords) {
+        at::vec::transpose_mxn<float>(source + k * stride + c, stride, target + c * kPanelKeys + k, kPanelKeys, kWords,
+                                      kWords);
       }
     }
   }
 }
 
-// [64][columns] → [64 / kDeep][columns][kDeep].
+// [keys][columns] → [keys / kDeep][columns][kDeep].
 template <class P>
-void interleave(const P* from, int64_t stride, int64_t columns, P* to) {
+void interleave(const Matrix<const P>& from, int64_t keys, int64_t columns, P* to) {
   if constexpr (PanelStep<P>::kDeep == 1) {
-    for (int64_t k = 0; k < kPanelKeys; ++k) std::copy_n(from + k * stride, columns, to + k * columns);
+    for (int64_t k = 0; k < keys; ++k) std::copy_n(from.row(k), columns, to + k * columns);
   } else {
-    for (int64_t k = 0; k < kPanelKeys; k += 2, to += 2 * columns) {
-      const P *even = from + k * stride, *odd = even + stride;
+    for (int64_t k = 0; k < keys; k += 2, to += 2 * columns) {
+      const P *even = from.row(k), *odd = from.row(k + 1);
       for (int64_t c = 0; c < columns; ++c) {
         to[2 * c] = even[c];
         to[2 * c + 1] = odd[c];
@@ -63,21 +65,35 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
   const auto part = space.reserve(kPanelKeys * wide * sizeof(P));
   P* staged = static_cast<P*>(space.at(part));
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = std::upper_bound(plan.panels, plan.panels + args.sequences + 1, item / args.kv_heads) -
-                      plan.panels - 1;
+    const int64_t n =
+        std::upper_bound(plan.panels, plan.panels + args.sequences + 1, item / args.kv_heads) - plan.panels - 1;
     const int64_t panels = plan.panels[n + 1] - plan.panels[n], local = item - plan.panels[n] * args.kv_heads;
     const int64_t head = local / panels, first = local % panels * kPanelKeys;
     const AttentionSequence s(args, n);
-    const int64_t rows = std::min(kPanelKeys, s.keys - first);
-    for (int64_t r = 0; r < rows; ++r) {
-      P* row = staged + r * wide;
-      convert(row_of<S>(to.from, s.batch, head, s.key_start + first + r), row, to.columns);
-      std::fill(row + to.columns, row + wide, P(0));
+    const int64_t rows = std::min(kPanelKeys, s.keys - first), keys = round_up(rows, kKeyStep);  // others are not read
+    Matrix<const P> from{staged, wide};
+    bool in_place = false;
+    if constexpr (std::is_same_v<S, P>) {
+      constexpr int64_t kStep = kWords * std::max<int64_t>(1, sizeof(float) / sizeof(P));
+      const int64_t stride = to.from.strides.position;
+      in_place = rows == kPanelKeys && to.columns % kStep == 0 && stride % (kStep / kWords) == 0;
+      if (in_place) from = {row_of<S>(to.from, s.batch, head, s.key_start + first), stride};
     }
-    std::fill(staged + rows * wide, staged + kPanelKeys * wide, P(0));
-    if (to.finite != nullptr) to.finite[item] = all_finite(staged, rows * wide);
-    if (to.transposed != nullptr) transpose(staged, wide, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
-    if (to.rows != nullptr) interleave(staged, wide, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
+    if (!in_place) {
+      for (int64_t r = 0; r < rows; ++r) {
+        P* row = staged + r * wide;
+        convert(row_of<S>(to.from, s.batch, head, s.key_start + first + r), row, to.columns);
+        std::fill(row + to.columns, row + wide, P(0));
+      }
+      std::fill(staged + rows * wide, staged + keys * wide, P(0));
+    }
+    bool finite = true;
+    for (int64_t r = 0; r < rows; ++r) finite = all_finite(from.row(r), to.columns) && finite;
+    to.finite[item] = finite;
+    const int64_t columns = in_place ? to.columns : wide;
+    if (to.transposed != nullptr)
+      transpose(from, keys, columns, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
+    if (to.rows != nullptr) interleave(from, keys, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
   }
 }
 

@@ -1,6 +1,6 @@
 // The running softmax of the forward: block after block of scores, each row keeps the greatest score so far, the sum of
-// weights and the weighted sum of values, rescaled where the greatest score grows (Milakov & Gimelshein 2018; Dao et al.
-// 2022).
+// weights and the weighted sum of values, rescaled where the greatest score grows (Milakov & Gimelshein 2018; Dao et
+// al. 2022).
 #pragma once
 
 #include "attention/cpu/dot_product_tile.h"
@@ -53,34 +53,36 @@ class RunningSoftmax {
     started_ = true;
   }
 
-  // Loads row r's biases of keys j …; false where the mask bars all of them.
-  bool load_bias(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
+  // Biases of row r, of keys j ….
+  void load_bias(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
                  int64_t width) {
-    const int64_t n = std::min(width, s.keys - j);
-    C* const bias = bias_.row(r);
-    bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i, band.diagonal, j, n, bias);
-    return args_.mask.type == MaskType::None || std::any_of(bias, bias + n, [](C b) { return b != kMinusInfinity<C>; });
+    bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i, band.diagonal, j,
+                std::min(width, s.keys - j), bias_.row(r));
   }
 
   // Scores of row r become weights.
   void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
              int64_t width) {
-    constexpr int kWidth = kLanes<C>, kSums = kPanelKeys / kWidth >= 4 ? 4 : kPanelKeys / kWidth;
+    constexpr int kWidth = kLanes<C>, kStep = kKeyStep / kWidth, kSums = 2 * kStep;  // vectors
     const int64_t begin = std::max<int64_t>(band.first_key(i) - j, 0), end = std::min(band.end_key(i) - j, width);
     P* const weights = weights_.row(r);
     if (begin >= end) return std::fill(weights, weights + width, P(0));
-    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     C* const scores = scores_.row(r);
     if (biased_) apply_bias(scores, bias_.row(r), from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
 
+    // Two steps at a time, so that enough chains are in flight.
     Vec<C> best[kSums];
     for (auto& v : best) v = Vec<C>(kMinusInfinity<C>);
-    for (int64_t k = from; k < to; k += kSums * kWidth) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kSums; ++v) best[v] = greater(Vec<C>::loadu(scores + k + v * kWidth), best[v]);
-    }
+    const auto compare = [&]<int kVectors>(int64_t k) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) best[v] = greater(Vec<C>::loadu(scores + k + v * kWidth), best[v]);
+    };
+    int64_t k = from;
+    for (; k + 2 * kKeyStep <= to; k += 2 * kKeyStep) compare.template operator()<kSums>(k);
+    if (k < to) compare.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) best[0] = greater(best[v], best[0]);
     const C before = top_[r], top = std::max(before, greatest_lane(best[0]));
     const C shift = top == kMinusInfinity<C> ? C(0) : top * factor_;
@@ -89,7 +91,8 @@ class RunningSoftmax {
       const Vec<C> shrink = before == kMinusInfinity<C> ? Vec<C>(C(0)) : power(Vec<C>((before - top) * factor_));
       (Vec<C>::loadu(total_[r]) * shrink).store(total_[r]);
       if (started_) {
-        for (int64_t c = 0; c < columns_; c += kWidth) (Vec<C>::loadu(sums_.row(r) + c) * shrink).store(sums_.row(r) + c);
+        for (int64_t c = 0; c < columns_; c += kWidth)
+          (Vec<C>::loadu(sums_.row(r) + c) * shrink).store(sums_.row(r) + c);
       }
     }
 
@@ -97,22 +100,25 @@ class RunningSoftmax {
     Vec<C> totals[kSums];
     for (auto& v : totals) v = Vec<C>(C(0));
     totals[0] = Vec<C>::loadu(total_[r]);
-    C z[kPanelKeys];
-    for (int64_t k = from; k < to; k += kPanelKeys) {
-      if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i, j + k, kPanelKeys, z);
-#pragma GCC unroll 8
-      for (int v = 0; v < kPanelKeys / kWidth; v += 2) {
+    C z[kBlockKeys + kPanelKeys];
+    const bool drops = dropout_.acts();
+    if (drops) dropout_.factors(s.batch, head, s.query_start + i, j + from, to - from, z);
+    const auto weigh_step = [&]<int kVectors>(int64_t at) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v += 2) {
         Vec<C> pair[2];
 #pragma GCC unroll 2
         for (int u = 0; u < 2; ++u) {
-          const Vec<C> score = Vec<C>::loadu(scores + k + (v + u) * kWidth);
-          pair[u] = power(at::vec::fmadd(score, factor, minus_shift));
-          totals[(v + u) % kSums] = totals[(v + u) % kSums] + pair[u];
-          if (dropout_.acts()) pair[u] = pair[u] * Vec<C>::loadu(z + (v + u) * kWidth);
+          const int64_t e = at + (v + u) * kWidth;
+          pair[u] = power(at::vec::fmadd(Vec<C>::loadu(scores + e), factor, minus_shift));
+          totals[v + u] = totals[v + u] + pair[u];
+          if (drops) pair[u] = pair[u] * Vec<C>::loadu(z + e - from);
         }
-        store_weights(pair[0], pair[1], weights + k + v * kWidth);
+        store_weights(pair[0], pair[1], weights + at + v * kWidth);
       }
-    }
+    };
+    for (k = from; k + 2 * kKeyStep <= to; k += 2 * kKeyStep) weigh_step.template operator()<kSums>(k);
+    if (k < to) weigh_step.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) totals[0] = totals[0] + totals[v];
     totals[0].store(total_[r]);
     std::fill(weights, weights + from, P(0));
@@ -142,9 +148,10 @@ class RunningSoftmax {
       std::fill(out, out + args_.value_dim, S(0));
       return;
     }
-    lse = top_[r] * (factor_ / kLogBase<C>) + std::log(total);
+    lse = top_[r] * (factor_ / kLogBase<C>)+std::log(total);
     const Vec<C> inverse(C(1) / total);
-    for (int64_t c = 0; c < columns_; c += kLanes<C>) (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
+    for (int64_t c = 0; c < columns_; c += kLanes<C>)
+      (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
     convert(sums_.row(r), out, args_.value_dim);
   }
 

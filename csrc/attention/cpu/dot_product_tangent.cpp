@@ -51,7 +51,7 @@ class TangentPass {
     std::fill(mean_, mean_ + rows, C(0));
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {
-      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kPanelKeys)));
+      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep)));
     }
     finish(s, where.head, i, rows);
   }
@@ -65,20 +65,21 @@ class TangentPass {
     const int64_t n = std::min(width, s.keys - j);
     for (int64_t r = 0; r < rows && biased_; ++r) {
       bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
-      if (has_mask_t()) bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
+      if (has_mask_t())
+        bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
     }
+    PanelRows seen(band, i, rows, j, width);
+    if (args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
     const auto against = [&](const Matrix<const P>& a, const PackedOperand& keys, const Matrix<C>& out, bool add) {
-      return multiply_panels<P>(band, a, i, rows, keys, first_panel_, j, width, out, add);
+      multiply_panels<P>(seen, a, keys, first_panel_, j, width, out, add);
     };
-    const bool whole = against(query_, args_.packed_key, scores_, false), has_query_t = args_.query_t.data != nullptr;
+    const bool has_query_t = args_.query_t.data != nullptr;
+    against(query_, args_.packed_key, scores_, false);
     if (has_query_t) against(query_t_, args_.packed_key, scores_t_, false);
     if (args_.packed_key_t.transposed != nullptr) against(query_, args_.packed_key_t, scores_t_, has_query_t);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i, r, j, width);
-    const auto add = [&](const Matrix<P>& weights, const PackedOperand& values) {
-      add_panels<P>(band, weights, i, rows, values, first_panel_, j, width, whole, sums_, copy_);
-    };
-    add(weights_t_, args_.packed_value);
-    add(weights_, args_.packed_value_t);
+    add_panels<P>(seen, rows, weights_t_, args_.packed_value, first_panel_, j, width, sums_, copy_);
+    add_panels<P>(seen, rows, weights_, args_.packed_value_t, first_panel_, j, width, sums_, copy_);
   }
 
   // Of row r: weights times z, and their products with the scores' tangents.
@@ -94,16 +95,16 @@ class TangentPass {
       std::fill(weights, weights + width, P(0));
       return std::fill(weights_t, weights_t + width, P(0));
     }
-    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> base(kLogBase<C>), shift(-lse * kLogBase<C>), one(C(1));
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     Vec<C> mean = zero;
-    C z[kPanelKeys];
-    for (int64_t k = from; k < to; k += kPanelKeys) {
-      if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + k, kPanelKeys, z);
-      for (int64_t e = k; e < k + kPanelKeys; e += 2 * kWidth) {
+    C z[kBlockKeys + kPanelKeys];
+    if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
+    for (int64_t k = from; k < to; k += kKeyStep) {
+      for (int64_t e = k; e < k + kKeyStep; e += 2 * kWidth) {
         Vec<C> pair[2], pair_t[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t c = e + u * kWidth;
@@ -131,7 +132,7 @@ class TangentPass {
           }
           mean = mean + product;
           if (dropout_.acts()) {
-            const Vec<C> factor = Vec<C>::loadu(z + c - k);
+            const Vec<C> factor = Vec<C>::loadu(z + c - from);
             product = product * factor;
             kept = kept * factor;
           }

@@ -94,7 +94,8 @@ struct Band {
 // Where the rows of one head of one sequence lie.
 template <class S>
 inline const S* row_of(const AttentionOperand& t, int64_t batch, int64_t head, int64_t position) {
-  return static_cast<const S*>(t.data) + batch * t.strides.batch + head * t.strides.head + position * t.strides.position;
+  return static_cast<const S*>(t.data) + batch * t.strides.batch + head * t.strides.head +
+         position * t.strides.position;
 }
 template <class S>
 inline S* row_of(void* data, const AttentionStrides& s, int64_t batch, int64_t head, int64_t position) {
@@ -172,7 +173,7 @@ inline void bias_row(const Attention& args, const AttentionMask& mask, bool with
   for (int64_t k = 0; k < n; ++k) bias[k] -= slope * static_cast<C>(std::abs(i + diagonal - j - k));
 }
 
-// Multiplies the weights of keys j … j + n − 1 of a row by z; j is a multiple of a panel.
+// Multiplies the weights of keys j … j + n − 1 of a row by z; j is a multiple of four.
 template <class C>
 class Dropout {
  public:
@@ -187,12 +188,12 @@ class Dropout {
 
   bool acts() const { return acts_; }
 
-  // z of keys j … j + n − 1, n a multiple of 64, of query `position` of its tensor.
+  // z of keys j … j + n − 1 of query `position` of its tensor; z has room for whole panels.
   void factors(int64_t batch, int64_t head, int64_t position, int64_t j, int64_t n, C* z) const {
     const uint64_t row = static_cast<uint64_t>(lse_row(args_, batch, head, position));
     const uint64_t counter = offset_ + row * static_cast<uint64_t>((args_.keys + 3) / 4) + static_cast<uint64_t>(j / 4);
-    constexpr int kTogether = kPanelKeys / kNormalsPerStep < kStepsTogether ? kPanelKeys / kNormalsPerStep
-                                                                            : kStepsTogether;
+    constexpr int kTogether =
+        kPanelKeys / kNormalsPerStep < kStepsTogether ? kPanelKeys / kNormalsPerStep : kStepsTogether;
     constexpr int kWords = kTogether * kNormalsPerStep, kHalf = kNormalsPerStep / 2;
     float words[kWords];
     for (int64_t k = 0; k < n; k += kWords) {
@@ -218,22 +219,54 @@ class Dropout {
   C kept_ = 0;
 };
 
-// Rows i … i + rows − 1 of queries, or of gradients of outputs, times packed keys j … j + width − 1, in whole panels: of
-// each panel those rows that see any key of it. Returns whether all rows see some key of every panel.
+// Of a tile's rows those that see any key of each panel of a block, and whether these are all rows of every panel.
+struct PanelRows {
+  static constexpr int64_t kMost = kBlockKeys / kPanelKeys;
+  int64_t first[kMost], last[kMost];
+  bool whole = true;
+
+  // By causality and window: `rows` queries from i on, `width` keys from j on.
+  PanelRows(const Band& band, int64_t i, int64_t rows, int64_t j, int64_t width) {
+    for (int64_t p = 0; p * kPanelKeys < width; ++p) {
+      const int64_t keys = std::min(kPanelKeys, width - p * kPanelKeys);
+      first[p] = band.first_row(i, rows, j + p * kPanelKeys);
+      last[p] = band.end_row(i, rows, j + p * kPanelKeys, keys);
+      whole = whole && first[p] == 0 && last[p] == rows;
+    }
+  }
+
+  // By the mask too, whose biases of n keys are given. Returns whether any row is left.
+  template <class C>
+  bool narrow(const Matrix<C>& bias, int64_t n) {
+    bool any = false;
+    for (int64_t p = 0; p * kPanelKeys < n; ++p) {
+      const int64_t begin = p * kPanelKeys, end = std::min(begin + kPanelKeys, n);
+      const auto barred = [&](int64_t r) {
+        return std::all_of(bias.row(r) + begin, bias.row(r) + end, [](C b) { return b == kMinusInfinity<C>; });
+      };
+      const int64_t top = first[p], bottom = last[p];
+      while (first[p] < last[p] && barred(first[p])) ++first[p];
+      while (first[p] < last[p] && barred(last[p] - 1)) --last[p];
+      whole = whole && first[p] == top && last[p] == bottom;
+      any = any || first[p] < last[p];
+    }
+    return any;
+  }
+};
+
+// A tile's rows of queries, or of gradients of outputs, times `width` packed keys from j on.
 template <class P>
-inline bool multiply_panels(const Band& band, const Matrix<const P>& a, int64_t i, int64_t rows, const PackedOperand& b,
+inline void multiply_panels(const PanelRows& rows, const Matrix<const P>& a, const PackedOperand& b,
                             int64_t first_panel, int64_t j, int64_t width, const Matrix<Compute<P>>& out, bool add) {
   const int64_t depth = round_up(b.columns, PanelStep<P>::kDeep), size = transposed_panel(b.columns);
-  bool whole = true;
-  for (int64_t p = 0; p < width; p += kPanelKeys) {
-    const int64_t first = band.first_row(i, rows, j + p), last = band.end_row(i, rows, j + p, kPanelKeys);
-    whole = whole && first == 0 && last == rows;
-    if (first >= last) continue;
-    const P* panel = static_cast<const P*>(b.transposed) + (first_panel + (j + p) / kPanelKeys) * size;
-    multiply<Order::Along, P>({a.row(first), a.stride}, last - first, depth, {panel, kPanelKeys * PanelStep<P>::kDeep},
-                              {out.row(first) + p, out.stride}, kPanelKeys, add);
+  for (int64_t p = 0; p * kPanelKeys < width; ++p) {
+    const int64_t first = rows.first[p], count = rows.last[p] - first,
+                  keys = std::min(kPanelKeys, width - p * kPanelKeys);
+    if (count <= 0) continue;
+    const P* panel = static_cast<const P*>(b.transposed) + (first_panel + j / kPanelKeys + p) * size;
+    multiply<Order::Along, P>({a.row(first), a.stride}, count, depth, {panel, kPanelKeys * PanelStep<P>::kDeep},
+                              {out.row(first) + p * kPanelKeys, out.stride}, keys, add);
   }
-  return whole;
 }
 
 // Panels of rows in which keys without any weight are zero, in a copy where one of them is not finite: else such a key
@@ -245,7 +278,7 @@ inline const P* without_unused(const PackedOperand& from, int64_t panel, int64_t
   const int64_t columns = round_up(from.columns, kColumnStep);
   const P* given = static_cast<const P*>(from.rows) + panel * rows_panel(from.columns);
   const bool* finite = from.finite + panel;
-  if (std::all_of(finite, finite + width / kPanelKeys, [](bool f) { return f; })) return given;
+  if (std::all_of(finite, finite + panel_count(width), [](bool f) { return f; })) return given;
   std::copy_n(given, width * columns, copy);
   for (int64_t k = 0; k < width; ++k) {
     bool used = false;
@@ -255,21 +288,21 @@ inline const P* without_unused(const PackedOperand& from, int64_t panel, int64_t
   return copy;
 }
 
-// out += weights · rows of packed keys or values, as above.
+// out += weights of a tile · rows of `width` packed keys or values from j on.
 template <class P>
-inline void add_panels(const Band& band, const Matrix<P>& weights, int64_t i, int64_t rows, const PackedOperand& b,
-                       int64_t first_panel, int64_t j, int64_t width, bool whole, const Matrix<Compute<P>>& out,
-                       P* copy) {
+inline void add_panels(const PanelRows& rows, int64_t count, const Matrix<P>& weights, const PackedOperand& b,
+                       int64_t first_panel, int64_t j, int64_t width, const Matrix<Compute<P>>& out, P* copy) {
   if (b.rows == nullptr) return;
   const int64_t columns = round_up(b.columns, kColumnStep);
-  const int64_t step = whole ? width : kPanelKeys;
+  const int64_t step = rows.whole ? width : kPanelKeys;
   for (int64_t p = 0; p < width; p += step) {
-    const int64_t first = whole ? 0 : band.first_row(i, rows, j + p);
-    const int64_t last = whole ? rows : band.end_row(i, rows, j + p, kPanelKeys);
+    const int64_t keys = std::min(step, width - p);
+    const int64_t first = rows.whole ? 0 : rows.first[p / kPanelKeys];
+    const int64_t last = rows.whole ? count : rows.last[p / kPanelKeys];
     if (first >= last) continue;
     const Matrix<const P> part{weights.row(first) + p, weights.stride};
-    const P* panel = without_unused<P>(b, first_panel + (j + p) / kPanelKeys, step, part, last - first, copy);
-    multiply<Order::Along, P>(part, last - first, step, {panel, columns * PanelStep<P>::kDeep},
+    const P* panel = without_unused<P>(b, first_panel + (j + p) / kPanelKeys, keys, part, last - first, copy);
+    multiply<Order::Along, P>(part, last - first, keys, {panel, columns * PanelStep<P>::kDeep},
                               {out.row(first), out.stride}, columns, true);
   }
 }

@@ -1,4 +1,6 @@
 // The weights of dot-product attention: a tile of queries against a block of keys, one head after the other.
+#include <optional>
+
 #include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
 #include "common/workspace.h"
@@ -39,7 +41,7 @@ class Weights {
     const Band band(args_, s);
     const int64_t most = tile_rows(s.queries), i = tile * most, rows = std::min(most, s.queries - i);
     if (rows <= 0) return;
-    const int64_t width = std::min(kBlockKeys, round_up(s.keys - j, kPanelKeys));
+    const int64_t width = std::min(kBlockKeys, round_up(s.keys - j, kKeyStep));
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_.row(r), width, C(0));
     if (band.first_row(i, rows, j) < band.end_row(i, rows, j, width)) {
       const int64_t count = args_.average ? args_.heads : 1;
@@ -52,24 +54,24 @@ class Weights {
   // The weights of one head, added to the sums.
   void add(const AttentionSequence& s, const Band& band, int64_t head, bool first, int64_t i, int64_t rows, int64_t j,
            int64_t width) {
-    if (biased_ && (first || !one_bias_)) any_ = load_bias(s, band, head, i, rows, j);
-    if (biased_ && !any_) return;
+    if (first || (biased_ && !one_bias_)) any_ = find_seen(s, band, head, i, rows, j, width);
+    if (!any_) return;
     const int64_t panels = panel_count(s.keys);
     const int64_t first_panel = (s.batch * args_.kv_heads + head / (args_.heads / args_.kv_heads)) * panels;
     const auto query = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, i, rows, query_buffer_);
-    multiply_panels<P>(band, query, i, rows, args_.packed_key, first_panel, j, width, scores_, /*add=*/false);
+    multiply_panels<P>(*seen_, query, args_.packed_key, first_panel, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i + r, r, j, width);
   }
 
-  bool load_bias(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j) {
-    const int64_t n = std::min(kBlockKeys, s.keys - j);
-    bool any = args_.mask.type == MaskType::None;
-    for (int64_t r = 0; r < rows; ++r) {
-      C* const bias = bias_.row(r);
-      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias);
-      any = any || std::any_of(bias, bias + n, [](C b) { return b != kMinusInfinity<C>; });
+  // Loads the biases. Returns whether any query sees any key.
+  bool find_seen(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
+                 int64_t width) {
+    const int64_t n = std::min(width, s.keys - j);
+    seen_.emplace(band, i, rows, j, width);
+    for (int64_t r = 0; r < rows && biased_; ++r) {
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
     }
-    return any;
+    return args_.mask.type == MaskType::None || seen_->narrow(bias_, n);
   }
 
   // Of query i, row r.
@@ -85,21 +87,19 @@ class Weights {
       for (int64_t k = begin; k < end; ++k) sums[k] += biased_ && bias[k] == kMinusInfinity<C> ? C(0) : lse;
       return;
     }
-    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     if (biased_) apply_bias(scores, bias, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
     const Vec<C> factor(factor_);
     const Shift<C> shift(lse);
-    C z[kPanelKeys];
-    for (int64_t k = from; k < to; k += kPanelKeys) {
-      if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + k, kPanelKeys, z);
+    C z[kBlockKeys + kPanelKeys];
+    if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
 #pragma GCC unroll 4
-      for (int64_t e = k; e < k + kPanelKeys; e += kWidth) {
-        Vec<C> weight = shift.weight(Vec<C>::loadu(scores + e), factor);
-        if (dropout_.acts()) weight = weight * Vec<C>::loadu(z + e - k);
-        (Vec<C>::loadu(sums + e) + weight).store(sums + e);
-      }
+    for (int64_t e = from; e < to; e += kWidth) {
+      Vec<C> weight = shift.weight(Vec<C>::loadu(scores + e), factor);
+      if (dropout_.acts()) weight = weight * Vec<C>::loadu(z + e - from);
+      (Vec<C>::loadu(sums + e) + weight).store(sums + e);
     }
   }
 
@@ -135,7 +135,8 @@ class Weights {
   Workspace space_;
   Matrix<C> scores_, bias_, sums_;
   P* query_buffer_;
-  bool any_ = true;  // whether the biases that are loaded let any key through
+  std::optional<PanelRows> seen_;
+  bool any_ = true;  // whether any query of the tile sees any key
 };
 
 }  // namespace

@@ -47,7 +47,7 @@ class WeightsGradients {
     first_panel_ = (n * args_.kv_heads + kv_head) * panel_count(s.keys);
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kPanelKeys));
+      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
       std::fill_n(key_sums_.data, kKeys * columns_, C(0));
       const int64_t most = tile_rows(s.queries);
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -68,20 +68,32 @@ class WeightsGradients {
   // A tile of queries meets a block of keys.
   void meet(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t count, int64_t j,
             int64_t width, int64_t part) {
-    if (biased_ && !load_bias(s, band, head, i, count, j)) return;
+    PanelRows seen(band, i, count, j, width);
+    const int64_t n = std::min(width, s.keys - j);
+    for (int64_t r = 0; r < count && biased_; ++r) {
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
+    }
+    if (args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
     const int64_t at = lse_row(args_, s.batch, head, i), row = part * args_.batch * args_.heads * args_.queries + at;
     const C* lse = static_cast<const C*>(args_.lse) + at;
     const auto query = operand_rows<S, C>(args_.query, args_.head_dim, s.batch, head, i, count, query_buffer_);
-    multiply_panels<C>(band, query, i, count, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
+    multiply_panels<C>(seen, query, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     C* lse_sums = static_cast<C*>(args_.lse_sums) + row;
     for (int64_t r = 0; r < count; ++r) lse_sums[r] -= weigh(s, band, head, i + r, r, j, width, lse[r]);
     if (args_.grad_key != nullptr) {
       const auto panel = without_unseen(query, count, lse);
-      multiply<Order::Across, C>({scores_.data, kKeys}, width, count, panel, key_sums_, columns_, /*add=*/true);
+      const int64_t step = seen.whole ? width : kPanelKeys;
+      for (int64_t p = 0; p < width; p += step) {
+        const int64_t first = seen.whole ? 0 : seen.first[p / kPanelKeys];
+        const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
+        if (first >= last) continue;
+        multiply<Order::Across, C>({scores_.row(first) + p, kKeys}, std::min(step, width - p), last - first,
+                                   {panel.row(first), panel.stride}, {key_sums_.row(p), columns_}, columns_, true);
+      }
     }
     if (args_.grad_query != nullptr) {
       const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
-      add_panels<C>(band, scores_, i, count, args_.packed_key, first_panel_, j, width, /*whole=*/true, sums, copy_);
+      add_panels<C>(seen, count, scores_, args_.packed_key, first_panel_, j, width, sums, copy_);
     }
   }
 
@@ -97,17 +109,6 @@ class WeightsGradients {
     return {query_panel_, columns_};
   }
 
-  bool load_bias(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t count, int64_t j) {
-    const int64_t n = std::min(kKeys, s.keys - j);
-    bool any = args_.mask.type == MaskType::None;
-    for (int64_t r = 0; r < count; ++r) {
-      C* const bias = bias_.row(r);
-      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias);
-      any = any || std::any_of(bias, bias + n, [](C b) { return b != kMinusInfinity<C>; });
-    }
-    return any;
-  }
-
   // Of query i, row r: scores become their gradients. Returns the sum of the gradients of t.
   C weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j, int64_t width,
           C lse) {
@@ -121,33 +122,31 @@ class WeightsGradients {
     }
     C given[kKeys], full[kKeys];
     load_gradient(s.batch, head, i, j, begin, end, given);
-    const int64_t from = begin / kPanelKeys * kPanelKeys, to = round_up(end, kPanelKeys);
+    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> base(kLogBase<C>);
     const Shift<C> shift(lse);
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
-    C z[kPanelKeys];
-    for (int64_t k = from; k < to; k += kPanelKeys) {
-      if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + k, kPanelKeys, z);
-      for (int64_t e = k; e < k + kPanelKeys; e += kWidth) {
-        Vec<C> t = Vec<C>::loadu(scores + e) * scale, slope(C(1));
-        if (args_.softcap != 0) {
-          const Vec<C> ratio = tanh(t * steep);
-          t = ratio * cap;
-          slope = Vec<C>(C(1)) - ratio * ratio;
-        }
-        if (biased_) {
-          const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-          t = select_equal(b, low, low, greater(t + b, lowest));
-        }
-        const Vec<C> weight = shift.weight(t, base);
-        Vec<C> gradient = weight * Vec<C>::loadu(given + e);
-        if (dropout_.acts()) gradient = gradient * Vec<C>::loadu(z + e - k);
-        // A barred key's gradient is none, be it NaN.
-        select_equal(weight, zero, zero, gradient).store(full + e);
-        select_equal(weight, zero, zero, gradient * slope).store(scores + e);
+    C z[kKeys + kPanelKeys];
+    if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
+    for (int64_t e = from; e < to; e += kWidth) {
+      Vec<C> t = Vec<C>::loadu(scores + e) * scale, slope(C(1));
+      if (args_.softcap != 0) {
+        const Vec<C> ratio = tanh(t * steep);
+        t = ratio * cap;
+        slope = Vec<C>(C(1)) - ratio * ratio;
       }
+      if (biased_) {
+        const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
+        t = select_equal(b, low, low, greater(t + b, lowest));
+      }
+      const Vec<C> weight = shift.weight(t, base);
+      Vec<C> gradient = weight * Vec<C>::loadu(given + e);
+      if (dropout_.acts()) gradient = gradient * Vec<C>::loadu(z + e - from);
+      // A barred key's gradient is none, be it NaN.
+      select_equal(weight, zero, zero, gradient).store(full + e);
+      select_equal(weight, zero, zero, gradient * slope).store(scores + e);
     }
     std::fill(scores, scores + begin, C(0));
     std::fill(scores + end, scores + width, C(0));

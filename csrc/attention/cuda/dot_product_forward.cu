@@ -55,13 +55,14 @@ ForwardPlan make_plan(const AttentionForward& args) {
   const int64_t group = args.heads / args.kv_heads, queries = mean(args.queries);
   ForwardPlan plan{};
   plan.packed = static_cast<int>(queries <= kFew && args.queries * group <= kMostPositions ? group : 1);
-  plan.warps = static_cast<int>(
-      std::clamp<int64_t>(ceil_divide(queries * plan.packed, Shape::kRows), 1, kMostWarps));
+  plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(queries * plan.packed, Shape::kRows), 1, kMostWarps));
   plan.stages = 2;
   plan.row = TileShape::of<S>(args.head_dim);
   plan.value = TileShape::of<S>(args.value_dim);
   const auto bytes = [&] {
-    return static_cast<size_t>(plan.warps * Shape::kRows * plan.row.stride + plan.stages * Shape::kKeys * (plan.row.stride + plan.value.stride)) * sizeof(S);
+    return static_cast<size_t>(plan.warps * Shape::kRows * plan.row.stride +
+                               plan.stages * Shape::kKeys * (plan.row.stride + plan.value.stride)) *
+           sizeof(S);
   };
   const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   while (bytes() > most) {
@@ -77,11 +78,12 @@ ForwardPlan make_plan(const AttentionForward& args) {
   plan.value_aligned = is_aligned<S>(args.value);
   plan.pairs_aligned = pairs_are_aligned<S>(args.out, args.out_strides);
 
-  // Blocks that the device holds at a time, by registers and by shared memory. A split has a few tiles at least, and the
-  // keys are cut only where that gives twice the blocks.
+  // Blocks that the device holds at a time, by registers and by shared memory. A split has a few tiles at least, and
+  // the keys are cut only where that gives twice the blocks.
   constexpr int64_t kResidentWarps = 8, kLeastTiles = 2, kMostSplits = 128;
   const int64_t blocks = std::max<int64_t>(1, plan.tiles.count() * (args.heads / plan.packed) * plan.chunks);
-  const int64_t resident = std::min<int64_t>(kResidentWarps / plan.warps, static_cast<int64_t>(most / plan.shared_bytes));
+  const int64_t resident =
+      std::min<int64_t>(kResidentWarps / plan.warps, static_cast<int64_t>(most / plan.shared_bytes));
   const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * resident / blocks;
   const int64_t tiles = std::min(ceil_divide(mean(args.keys), Shape::kKeys),
                                  args.window_left == kOpen ? kOpen : ceil_divide(args.window_left, Shape::kKeys) + 1);

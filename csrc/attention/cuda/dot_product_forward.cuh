@@ -1,8 +1,8 @@
 // The forward kernel: a block owns a tile of queries, and the keys that they see come by in tiles, once.
 //
-// Of every row a running maximum m and sum l of 2^(t − m) are kept, in units of binary logarithms, and what has been
-// summed of the output is rescaled as m grows. Where there are few queries, the heads that share keys lie in one tile
-// ("packed"), and the keys are cut among several blocks ("splits"), whose parts are merged in order.
+// Of every row a running maximum m and sum l of e^(t − m) are kept, and what has been summed of the output is rescaled
+// as m grows. Where there are few queries, the heads that share keys lie in one tile ("packed"), and the keys are cut
+// among several blocks ("splits"), whose parts are merged in order.
 #pragma once
 
 #include "attention/cuda/dot_product_score.cuh"
@@ -15,7 +15,7 @@ struct ForwardPlan {
   int64_t splits, chunks;  // of the keys; of the value's columns
   int warps, stages;
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
-  TileShape row, value;  // of queries and keys, and of values
+  TileShape row, value;                                           // of queries and keys, and of values
   size_t shared_bytes;
   void* partial_out;  // C [splits, batch, heads, queries, value_dim]; null for one split
   void* partial_lse;  // C [splits, batch, heads, queries]
@@ -25,8 +25,11 @@ struct ForwardPlan {
 // kPlain: without mask, ALiBi, softcap and dropout, and with a positive scale.
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
-  static constexpr int kRowTiles = kIsHalf<S> && kWidth <= 128 ? 2 : 1;
-  static constexpr int kKeys = kIsHalf<S> && kWidth <= 128 && kPlain ? (kWidth == 64 ? 64 : 48) : sizeof(S) < 8 ? 32 : kWidth == 64 ? 16 : 8;
+  static constexpr int kRowTiles = kIsHalf<S> && (kWidth == 64 || (kWidth == 128 && kPlain)) ? 2 : 1;
+  static constexpr int kKeys = sizeof(S) == 8                ? (kWidth == 64 ? 16 : 8)
+                               : kRowTiles == 2 && kPlain    ? (kWidth == 64 ? 64 : 48)
+                               : kIsHalf<S> && kWidth == 128 ? 64
+                                                             : 32;
   static constexpr int kRows = 16 * kRowTiles;
 };
 
@@ -75,8 +78,7 @@ class Forward {
     return {query < sequence.queries ? query : kMostPositions, first_head + row - query * plan_.packed};
   }
 
-  __device__ void attend(int64_t sequence_number, int first_head, int first_row, int first_tile,
-                         int last_tile) const {
+  __device__ void attend(int64_t sequence_number, int first_head, int first_row, int first_tile, int last_tile) const {
     const Lane lane;
     const Sequence sequence(args_, sequence_number);
     const Scores<S> scores{args_, sequence};
@@ -144,14 +146,15 @@ class Forward {
       __syncthreads();
       if (plan_.stages == 1 && tile + 1 < last_tile) load_keys(tile + 1, 0);
     }
-    copy_wait<0>();  // of a block without tiles
+    copy_commit();  // of a block without tiles
+    copy_wait<0>();
     // Found once more, so that no register holds it all along.
     finish(state, Sequence(args_, sequence_number), own_row, first_head, lane);
   }
 
   __device__ void take_tile(State& state, const Scores<S>& scores, const Dropout& dropout,
-                            const SharedRows<S> (&sources)[kRowTiles], const Row (&own)[kRowTiles][2],
-                            int first_key, bool whole, const S* keys, const Lane& lane) const {
+                            const SharedRows<S> (&sources)[kRowTiles], const Row (&own)[kRowTiles][2], int first_key,
+                            bool whole, const S* keys, const Lane& lane) const {
     const auto key_of = [&](int n, int e) { return first_key + 8 * n + 2 * lane.q + e % 2; };
     uint32_t bits[kRowTiles], seen = ~0u;
     if (!whole) {
@@ -177,7 +180,6 @@ class Forward {
     C sums[kRowTiles][kTiles][4] = {};
     multiply_rows(sums, sources, keys, plan_.row, lane);
 
-    const C unit = kPlain ? C(args_.scale * kLog2E) : C(1);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -186,12 +188,12 @@ class Forward {
         const Row& row = own[m][i % 4 / 2];
         if constexpr (!kPlain) {
           if (whole || (bits[m] >> i & 1) != 0) {
-            t = scores.template score<false>(t, row.head, row.query, key_of(i / 4, i % 4)).t * C(kLog2E);
+            t = scores.template score<false>(t, row.head, row.query, key_of(i / 4, i % 4)).t;
           }
         }
         if (!whole && (bits[m] >> i & 1) == 0) t = -infinity<C>();
       }
-      update_row(state, sums[m], m, unit);
+      update_row(state, sums[m], m);
       if constexpr (!kPlain) {
         if (args_.dropout_p > 0) {
 #pragma unroll
@@ -209,9 +211,17 @@ class Forward {
                         args_.value_dim - first_column, seen, lane);
   }
 
-  // Scores of a tile, in units of `unit` binary logarithms, become weights. All lanes of a quad hold a row's maximum, and
-  // each its own part of the sum.
-  __device__ void update_row(State& state, C (&sums)[kTiles][4], int m, C unit) const {
+  // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
+  __device__ C unit() const { return C(kPlain ? args_.scale * kLog2E : kLog2E); }
+
+  // e^(t − base). Scores near the least finite number, as masks have them, must not be scaled before.
+  __device__ C weight(C t, C base) const {
+    if constexpr (kPlain) return power_of_two(std::fma(t, unit(), -base * unit()));
+    else return power_of_two((t - base) * unit());
+  }
+
+  // Scores of a tile become weights. All lanes of a quad hold a row's maximum, and each its own part of the sum.
+  __device__ void update_row(State& state, C (&sums)[kTiles][4], int m) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       C largest = state.largest[m][half];
@@ -220,13 +230,13 @@ class Forward {
       largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
       // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
-      const C base = largest == -infinity<C>() ? C(0) : largest * unit;
-      const C shrink = power_of_two(std::fma(state.largest[m][half], unit, -base));
+      const C base = largest == -infinity<C>() ? C(0) : largest;
+      const C shrink = weight(state.largest[m][half], base);
       C sum = state.sum[m][half] * shrink;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         C& t = sums[i / 2][2 * half + i % 2];
-        t = power_of_two(std::fma(t, unit, -base));
+        t = weight(t, base);
         sum += t;
       }
       state.largest[m][half] = largest;
@@ -241,7 +251,7 @@ class Forward {
 
   __device__ void finish(const State& state, const Sequence& sequence, int first_row, int first_head,
                          const Lane& lane) const {
-    const C unit = kPlain ? C(args_.scale * kLog2E) : C(1), kept = C(kept_weight(args_));
+    const C kept = C(kept_weight(args_));
     const int first_column = static_cast<int>(blockIdx.y) * kWidth;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -259,7 +269,7 @@ class Forward {
         const int64_t split = blockIdx.z * args_.batch * args_.heads * args_.queries;
         if (blockIdx.y == 0 && lane.q == 0) {
           C* const lse = static_cast<C*>(plan_.splits == 1 ? args_.lse : plan_.partial_lse) + split + number;
-          *lse = none ? -infinity<C>() : (state.largest[m][half] * unit + log2(sum)) * C(kLn2);
+          *lse = none ? -infinity<C>() : state.largest[m][half] * (kPlain ? C(args_.scale) : C(1)) + std::log(sum);
         }
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {

@@ -1,6 +1,6 @@
 // A warp's operands of a product on tensor cores: sixteen rows of a left one, eight columns of a right one, kDepth<S>
-// elements of the sum. Sums lie where mma leaves them: with g = lane / 4 and q = lane % 4, element e of a tile of 16 × 8
-// is that of row g + 8 · (e / 2) and column 2q + e % 2. They are a left operand as they are, without a word from lane
+// elements of the sum. Sums lie where mma leaves them: with g = lane / 4 and q = lane % 4, element e of a tile of 16 ×
+// 8 is that of row g + 8 · (e / 2) and column 2q + e % 2. They are a left operand as they are, without a word from lane
 // to lane, since lanes take along the sum what they own: columns 2q and 2q + 1.
 //
 // 16-bit types are multiplied exactly, floats in two parts of TF32, doubles as they are.
@@ -131,8 +131,7 @@ __device__ inline void right_of_rows(Right<S> (&right)[kTogether<S>], const S* r
                                      const Lane& lane) {
   if constexpr (kIsHalf<S>) {
     uint32_t words[4];
-    load_matrices<false>(words,
-                         rows + (lane.lane / 16 * 8 + lane.lane % 8) * stride + column + lane.lane / 8 % 2 * 8);
+    load_matrices<false>(words, rows + (lane.lane / 16 * 8 + lane.lane % 8) * stride + column + lane.lane / 8 % 2 * 8);
     right[0] = {words[0], words[1]};
     right[1] = {words[2], words[3]};
   } else {

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <class C>
 __global__ void __launch_bounds__(kMostThreads)
     sum_parts_kernel(const C* parts, C* out, int64_t numel, int64_t splits) {
-  for (int64_t i = int64_t{blockIdx.x} * kMostThreads + threadIdx.x; i < numel; i += int64_t{gridDim.x} * kMostThreads) {
+  for (int64_t i = int64_t{blockIdx.x} * kMostThreads + threadIdx.x; i < numel;
+       i += int64_t{gridDim.x} * kMostThreads) {
     C sum = 0;
     for (int64_t s = 0; s < splits; ++s) sum += parts[s * numel + i];
     out[i] = sum;
@@ -66,16 +67,15 @@ DerivativePlan make_plan(const DerivativeArgs& args) {
   using P = Pairs<S, kPart>;
   using Kernel = Derivative<S, kPart, kWidth>;
   const int64_t rows = P::kKeysAreRows ? args.keys : args.queries;
-  const int64_t mean =
-      args.query_starts == nullptr ? rows : ceil_divide(rows, std::max<int64_t>(args.sequences, 1));
+  const int64_t mean = args.query_starts == nullptr ? rows : ceil_divide(rows, std::max<int64_t>(args.sequences, 1));
   DerivativePlan plan{};
   plan.shape[0] = TileShape::of<S>(args.head_dim);
   plan.shape[1] = TileShape::of<S>(args.value_dim);
   plan.stages = P::kOfMask ? 1 : 2;
   plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(mean, Kernel::kRows), 1, kMostWarps));
   plan.rows_shared = true;
-  plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None &&
-               args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0;
+  plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None && args.alibi_slopes == nullptr &&
+               args.softcap == 0 && args.dropout_p <= 0;
   for (int kind = 0; kind < kKinds; ++kind) {
     plan.query_side_aligned[kind] = is_aligned<S>(P::query_side(args, kind));
     plan.key_side_aligned[kind] = is_aligned<S>(P::key_side(args, kind));
@@ -90,22 +90,23 @@ DerivativePlan make_plan(const DerivativeArgs& args) {
     plan.rows_size = plan.stage_size = 0;
     for (int kind = 0; kind < kKinds; ++kind) {
       place(plan.rows, P::uses_row(kind), P::row(args, kind), kind, Kernel::kRows * plan.warps, plan.rows_size);
-      place(plan.columns, P::uses_column(kind), P::column(args, kind), kind, P::kCols, plan.stage_size);
+      place(plan.columns, P::uses_column(kind), P::column(args, kind), kind, Kernel::kCols, plan.stage_size);
     }
     if (!plan.rows_shared) plan.rows_size = 0;
     const int numbers = P::kKeysAreRows ? Kernel::kNumbersBytes : 0;
     const int tiles = static_cast<int>(sizeof(S)) * (plan.rows_size + plan.stages * plan.stage_size);
-    constexpr int kOfWarps = kMostWarps * P::kCols * static_cast<int>(sizeof(Compute<S>));
+    constexpr int kOfWarps = kMostWarps * Kernel::kCols * static_cast<int>(sizeof(Compute<S>));
     return static_cast<size_t>(plan.stages * numbers + std::max(tiles, kOfWarps));
   };
   const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   while ((plan.shared_bytes = bytes()) > most) {
     if (plan.stages > 1) plan.stages = 1;
     else if (plan.warps > 1) plan.warps /= 2;
-    else if (plan.rows_shared) plan.rows_shared = false;
+    else if (plan.rows_shared && !kIsHalf<S>) plan.rows_shared = false;
     else throw std::runtime_error("attention needs more shared memory than this GPU has.");
   }
-  plan.tiles = {P::kKeysAreRows ? args.key_starts : args.query_starts, args.sequences, rows, Kernel::kRows * plan.warps, 1};
+  plan.tiles = {P::kKeysAreRows ? args.key_starts : args.query_starts, args.sequences, rows, Kernel::kRows * plan.warps,
+                1};
   return plan;
 }
 
@@ -115,7 +116,7 @@ DerivativePlan make_mask_plan(const DerivativeArgs& args) {
   DerivativePlan plan = make_plan<S, kPart, 64>(args);
   const int64_t sizes[4] = {args.batch, args.heads, args.queries, args.keys};
   for (int d = 0; d < 4; ++d) plan.mask_sizes[d] = args.grad_mask_strides[d] == 0 ? 1 : sizes[d];
-  const MaskWalk walk(args, plan, Pairs<S, kPart>::kCols);
+  const MaskWalk walk(args, plan, Derivative<S, kPart, 64>::kCols);
   constexpr int64_t kResidentBlocks = 4, kMostSplits = 64;
   const int64_t wanted =
       device_attribute(cudaDevAttrMultiProcessorCount) * kResidentBlocks / std::max<int64_t>(walk.blocks(), 1);
@@ -152,7 +153,7 @@ void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, F
 template <class S, Part kPart>
 void run_mask(const DerivativeArgs& args, const DerivativePlan& plan, void* stream) {
   using C = Compute<S>;
-  const int64_t numel = mask_numel(plan), blocks = MaskWalk(args, plan, Pairs<S, kPart>::kCols).blocks();
+  const int64_t numel = mask_numel(plan), blocks = MaskWalk(args, plan, Derivative<S, kPart, 64>::kCols).blocks();
   if (numel == 0) return;
   reserve_shared(mask_kernel<S, kPart>, plan.shared_bytes);
   launch(mask_kernel<S, kPart>, dim3(grid_size(blocks), static_cast<unsigned>(plan.splits)), dim3(32 * plan.warps),

@@ -1,6 +1,6 @@
-// The gradient of a mask: a block owns a tile of its elements, and goes through all pairs of queries and keys, heads and
-// batches that were broadcast from there, in one order. Where a mask has few elements the pairs are cut among several
-// blocks, whose parts are summed in order.
+// The gradient of a mask: a block owns a tile of its elements, and goes through all pairs of queries and keys, heads
+// and batches that were broadcast from there, in one order. Where a mask has few elements the pairs are cut among
+// several blocks, whose parts are summed in order.
 #pragma once
 
 #include "attention/cuda/dot_product_derivative.cuh"
@@ -33,10 +33,10 @@ struct MaskWalk {
 };
 
 template <class S, Part kPart>
-class MaskGradient : Derivative<S, kPart, 64> {
+class MaskGradient : public Derivative<S, kPart, 64> {
   using Base = Derivative<S, kPart, 64>;
-  using typename Base::C, typename Base::KnownRows, typename Base::Spot, typename Base::State, typename Base::Sums;
   using Base::args_, Base::plan_, Base::kCols, Base::kTiles;
+  using typename Base::C, typename Base::KnownRows, typename Base::Spot, typename Base::State, typename Base::Sums;
 
  public:
   using Base::Base;
@@ -82,7 +82,7 @@ class MaskGradient : Derivative<S, kPart, 64> {
 
  private:
   __device__ void write(C (&total)[kTiles][4], const int64_t (&block)[4], const Lane& lane) const {
-    const int64_t(&sizes)[4] = plan_.mask_sizes;
+    const int64_t (&sizes)[4] = plan_.mask_sizes;
     C* const parts = static_cast<C*>(plan_.splits == 1 ? args_.grad_mask : plan_.mask_parts);
     C* const out = parts + blockIdx.y * sizes[0] * sizes[1] * sizes[2] * sizes[3] +
                    (block[0] * sizes[1] + block[1]) * sizes[2] * sizes[3];

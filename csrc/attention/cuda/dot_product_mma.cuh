@@ -6,8 +6,8 @@
 
 namespace lect11ext::cuda {
 
-// Reads `bytes` ≤ kBytes of global memory into kBytes of shared memory, zero in what is left; both are aligned to kBytes.
-// The thread finds them there after copy_commit and copy_wait, others of the block after a barrier too.
+// Reads `bytes` ≤ kBytes of global memory into kBytes of shared memory, zero in what is left; both are aligned to
+// kBytes. The thread finds them there after copy_commit and copy_wait, others of the block after a barrier too.
 template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global, int bytes) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -25,7 +25,7 @@ struct DerivativePlan {
   int64_t chunks;  // of the columns that are summed
   int warps, stages;
   bool rows_shared;
-  bool plain;      // scores are multiples of products, and nothing is dropped
+  bool plain;          // scores are multiples of products, and nothing is dropped
   TileShape shape[2];  // of kinds 0 and 2, and of 1 and 3
   KindOffsets rows, columns;
   int rows_size, stage_size;
@@ -51,12 +51,8 @@ struct Pairs {
   static constexpr bool kOfMask = kPart == Part::Mask || kPart == Part::MaskTangent;
   // Whether sums over columns of kind 0 and 2, and of kind 1 and 3, are asked for.
   static constexpr bool kFirst = !kOfMask && kGradients, kSecond = kKeysAreRows || kPart == Part::Tangent;
-  static constexpr int kCols = kIsHalf<S> && !kTangents ? 32 : sizeof(S) == 8 && kTangents ? 8 : 16;
-  static constexpr int kTiles = kCols / 8;
 
-  static constexpr bool uses_row(int kind) {
-    return (kind < 2 || kTangents) && (kGradients || kind % 2 == 0);
-  }
+  static constexpr bool uses_row(int kind) { return (kind < 2 || kTangents) && (kGradients || kind % 2 == 0); }
   static constexpr bool uses_column(int kind) { return kind < 2 || kTangents; }
 
   __host__ __device__ static const AttentionOperand& query_side(const DerivativeArgs& args, int kind) {

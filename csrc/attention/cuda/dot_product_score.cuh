@@ -8,7 +8,7 @@
 
 namespace lect11ext::cuda {
 
-inline constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+inline constexpr double kLog2E = 1.4426950408889634074;
 
 template <class C>
 __device__ inline C infinity() {
@@ -68,8 +68,7 @@ struct Scores {
     }
     if (args.alibi_slopes != nullptr) {
       const int distance = query + sequence.diagonal - key;
-      const float slope =
-          args.alibi_slopes[sequence.batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
+      const float slope = args.alibi_slopes[sequence.batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
       score.t -= C(slope) * C(distance < 0 ? -distance : distance);
     }
     if (args.mask.type > MaskType::Bool) score.t += added(args.mask, head, query, key);
@@ -109,8 +108,7 @@ class Dropout {
   __device__ uint32_t keep_of_keys(int head, int first_query, int first_key, const Lane& lane) const {
     // Of the lanes whose keys share a block, each draws for one of the four elements.
     const int word = lane.g % 4, quad = lane.lane - 4 * word;
-    const PhiloxBlock mine =
-        draw(head, first_query + 2 * lane.q + word % 2, first_key + 8 * (word / 2) + lane.g);
+    const PhiloxBlock mine = draw(head, first_query + 2 * lane.q + word % 2, first_key + 8 * (word / 2) + lane.g);
     uint32_t keep = 0;
 #pragma unroll
     for (int turn = 0; turn < 4; ++turn) {
@@ -140,8 +138,8 @@ __host__ __device__ inline double kept_weight(const Attention& args) {
 
 // --- whole tiles --------------------------------------------------------------------------------------------------
 
-// Elements of a tile of 16 × 8 · kTiles that count, four bits for each eight columns: which columns of these some row of
-// the warp has, as right_of_columns wants it.
+// Elements of a tile of 16 × 8 · kTiles that count, four bits for each eight columns: which columns of these some row
+// of the warp has, as right_of_columns wants it.
 template <int kTiles>
 __device__ inline uint32_t columns_seen(uint32_t bits) {
   uint32_t columns = 0;

@@ -1,7 +1,7 @@
 // Where the kernels of attention find things: sequences and tiles of their rows, and how tiles come to shared memory.
 //
-// A kernel's rows are queries and its columns keys, or the other way round. A block owns sixteen rows for every warp (or
-// a multiple), and columns come by in tiles.
+// A kernel's rows are queries and its columns keys, or the other way round. A block owns sixteen rows for every warp
+// (or a multiple), and columns come by in tiles.
 #pragma once
 
 #include <algorithm>
@@ -83,8 +83,9 @@ inline void check_positions(const Attention& args) {
 
 // --- tiles of rows ------------------------------------------------------------------------------------------------
 
-// Tiles of `size` rows of all sequences, numbered one behind the other. With starts the lengths are on the device alone,
-// and there are a few numbers too many: sequence n has those from starts[n] / size + n on, never fewer than it needs.
+// Tiles of `size` rows of all sequences, numbered one behind the other. With starts the lengths are on the device
+// alone, and there are a few numbers too many: sequence n has those from starts[n] / size + n on, never fewer than it
+// needs.
 struct RowTiles {
   const int64_t* starts;  // null: `rows` rows in each sequence
   int64_t sequences;
@@ -230,10 +231,9 @@ __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], c
 // out += weights · tile, for the tile's columns first_column … first_column + columns − 1. Of its rows those count that
 // `rows_seen` names.
 template <class S, int kRowTiles, int kTiles, int kColumns>
-__device__ inline void multiply_columns(Compute<S> (&out)[kRowTiles][kColumns][4],
-                                        const Compute<S> (&weights)[kRowTiles][kTiles][4], const S* tile,
-                                        const TileShape& shape, int first_column, int columns, uint32_t rows_seen,
-                                        const Lane& lane) {
+__device__ inline void multiply_columns(
+    Compute<S> (&out)[kRowTiles][kColumns][4], const Compute<S> (&weights)[kRowTiles][kTiles][4], const S* tile,
+    const TileShape& shape, int first_column, int columns, uint32_t rows_seen, const Lane& lane) {
   constexpr int kTilesOfDepth = kDepth<S> / 8;
 #pragma unroll
   for (int part = 0; part < kTiles / kTilesOfDepth; ++part) {

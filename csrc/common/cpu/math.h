@@ -76,7 +76,8 @@ inline Vec<float> exp(Vec<float> x) {
   return ldexp(e.em1 + Vec<float>(1.0f), e.n);
 }
 
-// 2^x for x ≤ 0 or little above, −∞ giving 0. The polynomial is a minimax one of 2^r on [0, 1), relative error 8e-8.
+// 2^x for x ≤ 0 or little above, −∞ giving 0 and 0 giving 1. The polynomial is a minimax one of 2^r on [0, 1), relative
+// error 8e-8.
 inline Vec<float> exp2(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const Vec<float> r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x − ⌊x⌋, 0 of −∞
@@ -84,12 +85,12 @@ inline Vec<float> exp2(Vec<float> x) {
   x = at::vec::clamp(x, Vec<float>(-150.0f), Vec<float>(150.0f));  // keeps NaN
   const Vec<float> n = x.floor(), r = x - n;
 #endif
-  Vec<float> p(1.8775766948238015e-3f);
-  p = at::vec::fmadd(p, r, Vec<float>(8.98933969438076e-3f));
-  p = at::vec::fmadd(p, r, Vec<float>(5.582631751894951e-2f));
-  p = at::vec::fmadd(p, r, Vec<float>(2.4015361070632935e-1f));
-  p = at::vec::fmadd(p, r, Vec<float>(6.931530833244324e-1f));
-  p = at::vec::fmadd(p, r, Vec<float>(9.999999403953552e-1f));
+  Vec<float> p(1.8671300495043397e-3f);
+  p = at::vec::fmadd(p, r, Vec<float>(9.017030708491802e-3f));
+  p = at::vec::fmadd(p, r, Vec<float>(5.579991266131401e-2f));
+  p = at::vec::fmadd(p, r, Vec<float>(2.4016444385051727e-1f));
+  p = at::vec::fmadd(p, r, Vec<float>(6.931512951850891e-1f));
+  p = at::vec::fmadd(p, r, Vec<float>(1.0f));
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, x);  // takes ⌊x⌋ itself
 #else

@@ -60,8 +60,20 @@ void wait(Barrier barrier, unsigned mask = 0);
 // 16 bytes for each lane of the current warp, and the current lane.
 using Slot = std::array<unsigned char, 16>;
 Slot* warp_slots();
+// 64 bytes for each lane, and other ones at every second call of a lane.
+struct alignas(16) WideSlot {
+  unsigned char bytes[64];
+};
+WideSlot* wide_slots();
 int lane();
 [[noreturn]] void fail(const char* what);
+// Whether an address is in the block's dynamic shared memory, which instructions for global memory do not reach.
+bool is_shared(const void* address);
+template <class T>
+T* global(T* address) {
+  if (is_shared(address)) fail("an access to global memory goes to shared memory");
+  return address;
+}
 
 // Blocks run one after another, but for groups of `together` neighbours, where that is not 0.
 void run(const std::function<void()>& thread, dim3 grid, dim3 block, std::size_t together);
@@ -77,6 +89,22 @@ std::array<T, warpSize> exchange(unsigned mask, T value) {
   for (int i = 0; i < warpSize; ++i) std::memcpy(&values[i], warp_slots()[i].data(), sizeof(T));
   wait(Barrier::Warp, mask);
   return values;
+}
+
+// The same for whole warps, larger values, and in half the time: values[lane] stays until the next call but one.
+template <class T>
+struct Values {
+  const WideSlot* slots;
+  const T& operator[](int lane) const { return *reinterpret_cast<const T*>(slots[lane].bytes); }
+};
+
+template <class T>
+Values<T> exchange_all(const T& value) {
+  static_assert(sizeof(T) <= sizeof(WideSlot) && std::is_trivially_copyable_v<T>);
+  WideSlot* const slots = wide_slots();
+  std::memcpy(slots[lane()].bytes, &value, sizeof(T));
+  wait(Barrier::Warp, ~0u);
+  return {slots};
 }
 
 template <class T>
@@ -138,16 +166,17 @@ T atomicCAS(T* at, T expected, T value) {
 }
 
 template <class T>
-T __ldg(const T* at) { return *at; }
+T __ldg(const T* at) { return *cuda_on_host::global(at); }
 template <class T>
-T __ldcg(const T* at) { return *at; }
+T __ldcg(const T* at) { return *cuda_on_host::global(at); }
 void __nanosleep(unsigned);
 template <class T>
-void __stwb(T* at, T value) { *at = value; }
+void __stwb(T* at, T value) { *cuda_on_host::global(at) = value; }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 
 inline void sincospi(double x, double* sine, double* cosine) {

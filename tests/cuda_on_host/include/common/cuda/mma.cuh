@@ -25,13 +25,16 @@ inline float dot_words(uint32_t a, uint32_t b) {
 
 template <class S>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto rows = cuda_on_host::exchange(~0u, uint4{a[0], a[1], a[2], a[3]});
-  const auto columns = cuda_on_host::exchange(~0u, uint2{b[0], b[1]});
+  struct Given {
+    uint4 row;
+    uint2 column;
+  };
+  const auto given = cuda_on_host::exchange_all(Given{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   const int g = cuda_on_host::lane() / 4, q = cuda_on_host::lane() % 4;
   for (int lane = 0; lane < 4; ++lane) {
-    const uint4 row = rows[4 * g + lane];
+    const uint4 row = given[4 * g + lane].row;
     for (int column = 0; column < 2; ++column) {
-      const uint2 other = columns[4 * (2 * q + column) + lane];
+      const uint2 other = given[4 * (2 * q + column) + lane].column;
       d[column] += dot_words<S>(row.x, other.x) + dot_words<S>(row.z, other.y);
       d[2 + column] += dot_words<S>(row.y, other.x) + dot_words<S>(row.w, other.y);
     }

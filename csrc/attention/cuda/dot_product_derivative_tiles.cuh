@@ -1,0 +1,176 @@
+// What a block of a derivative's kernel holds: tiles of its rows and of the columns that come by, what is known of the
+// queries among them, and a warp's products of the two.
+#pragma once
+
+#include "attention/cuda/dot_product_pairs.cuh"
+
+namespace lect11ext::cuda {
+
+// kWidth: columns of each sum that a block owns.
+template <class S, Part kPart, int kWidth>
+struct DerivativeTiles {
+  using P = Pairs<S, kPart>;
+  using C = Compute<S>;
+  using Known = typename P::Known;
+  static constexpr bool kKeysAreRows = P::kKeysAreRows;
+  // Tiles of sixteen rows for a warp: two where registers hold the sums, so that what is read of the columns counts
+  // twice.
+  static constexpr int kRowTiles = kIsHalf<S> && (kPart == Part::Query || (kPart == Part::Key && kWidth == 64)) ? 2 : 1;
+
+  // Columns in a tile.
+  static constexpr int kCols = sizeof(S) == 8 && P::kTangents                         ? 8
+                               : !kIsHalf<S> || P::kTangents                          ? 16
+                               : kRowTiles == 2 && (kWidth == 128 || P::kKeysAreRows) ? 16
+                                                                                      : 32;
+
+  static constexpr int kTiles = kCols / 8, kColumns = kWidth / 8;
+  static constexpr int kFirstColumns = P::kFirst ? kColumns : 1, kSecondColumns = P::kSecond ? kColumns : 1;
+
+  struct State {
+    C first[kRowTiles][kFirstColumns][4] = {}, second[kRowTiles][kSecondColumns][4] = {};
+    C lse_t[kRowTiles][2] = {};
+  };
+
+  // Of each pair at first its products, at last its weights: for columns of kind 0, 1, 2, 3.
+  struct Sums {
+    C of[kKinds][kRowTiles][kTiles][4];
+  };
+
+  struct KnownRows {
+    Known of[kRowTiles][2];
+  };
+
+  // Where a warp is: its rows, and the head of the queries' side and of the keys'.
+  struct Spot {
+    int first_row, head, kv_head;
+    __device__ int row(int m, int half, const Lane& lane) const { return first_row + 16 * m + 8 * half + lane.g; }
+  };
+
+  __device__ DerivativeTiles(const DerivativeArgs& args, const DerivativePlan& plan, unsigned char* shared)
+      : args_(args),
+        plan_(plan),
+        numbers_(reinterpret_cast<C*>(shared)),
+        rows_(reinterpret_cast<S*>(shared + (kKeysAreRows ? plan.stages * kNumbersBytes : 0))),
+        group_(static_cast<int>(args.heads / args.kv_heads)) {}
+
+  static constexpr int kRows = 16 * kRowTiles;  // of a warp
+  // Of what is known of the queries that come by, a stage.
+  static constexpr int kNumbersBytes = kKinds * kCols * static_cast<int>(sizeof(C));
+
+  // --- tiles in shared memory
+
+  __device__ S* stage_at(int stage) const { return rows_ + plan_.rows_size + stage * plan_.stage_size; }
+
+  __device__ void load_rows_of(const Sequence& sequence, int first_row, int head) const {
+    if (!plan_.rows_shared) return;
+    const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
+    const int end = kKeysAreRows ? sequence.keys : sequence.queries;
+#pragma unroll
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (!P::uses_row(kind) || plan_.rows.of[kind] < 0) continue;
+      load_rows(rows_ + plan_.rows.of[kind], plan_.shape[kind % 2], plan_.warps * kRows,
+                (kKeysAreRows ? plan_.key_side_aligned : plan_.query_side_aligned)[kind], [&](int i) -> const S* {
+                  const int row = first_row + i;
+                  return row < end ? row_of<S>(P::row(args_, kind), sequence.batch, head, first + row) : nullptr;
+                });
+    }
+  }
+
+  // Columns from `first_column` on, of a head of the queries' side or of the keys'.
+  __device__ void load_columns(const Sequence& sequence, int head, int first_column, int stage) const {
+    const int64_t first = (kKeysAreRows ? sequence.first_query : sequence.first_key) + first_column;
+    const int end = (kKeysAreRows ? sequence.queries : sequence.keys) - first_column;
+#pragma unroll
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (!P::uses_column(kind) || plan_.columns.of[kind] < 0) continue;
+      load_rows(stage_at(stage) + plan_.columns.of[kind], plan_.shape[kind % 2], kCols,
+                (kKeysAreRows ? plan_.query_side_aligned : plan_.key_side_aligned)[kind], [&](int i) -> const S* {
+                  return i < end ? row_of<S>(P::column(args_, kind), sequence.batch, head, first + i) : nullptr;
+                });
+    }
+    if constexpr (kKeysAreRows) {
+      const void* const all[kKinds] = {args_.lse, plan_.correction, P::kTangents ? args_.lse_t : nullptr,
+                                       P::kTangents ? plan_.correction_t : nullptr};
+      const int64_t number = (sequence.batch * args_.heads + head) * args_.queries + first;
+#pragma unroll
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const int i = static_cast<int>(threadIdx.x);
+        if (all[kind] == nullptr || i >= kCols) continue;
+        C* const to = numbers_ + (stage * kKinds + kind) * kCols + i;
+        if (i < end) copy_async<sizeof(C)>(to, static_cast<const C*>(all[kind]) + number + i, sizeof(C));
+        else *to = 0;
+      }
+    }
+  }
+
+  __device__ void know_rows(KnownRows& own, const Sequence& sequence, int head, const Spot& spot,
+                            const Lane& lane) const {
+    const int64_t first = (sequence.batch * args_.heads + head) * args_.queries + sequence.first_query;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = spot.row(m, half, lane);
+        own.of[m][half] = Known{infinity<C>(), 0, 0, 0};
+        if (query < sequence.queries) own.of[m][half] = P::known(args_, plan_, first + query);
+      }
+    }
+  }
+
+  // Of the query that a column is.
+  __device__ Known known_of_column(int column, int stage) const {
+    const C* const from = numbers_ + stage * kKinds * kCols + column;
+    Known known{P::usable(from[0]), from[kCols], 0, 0};
+    if constexpr (P::kTangents) known.lse_t = from[2 * kCols], known.correction_t = from[3 * kCols];
+    return known;
+  }
+
+  // --- pairs
+
+  // Of 16-bit types all rows have room in shared memory; wider ones may have to be read from global memory each time.
+  struct AnySource {
+    const S* shared;
+    const S *low, *high;
+    int stride, columns;
+
+    __device__ Left<S> load(int column, const Lane& lane) const {
+      if (shared != nullptr) return left_of_shared(shared, stride, column, lane);
+      return left_of_global(low, high, column, columns, lane);
+    }
+  };
+  using Source = std::conditional_t<kIsHalf<S>, SharedRows<S>, AnySource>;
+
+  __device__ Source source(const Sequence& sequence, int kind, int m, const Spot& spot, const Lane& lane) const {
+    const TileShape& shape = plan_.shape[kind % 2];
+    const S* const shared = rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride;
+    if constexpr (kIsHalf<S>) {
+      return {shared, shape.stride};
+    } else {
+      if (plan_.rows_shared) return {shared, nullptr, nullptr, shape.stride, shape.columns};
+      const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
+      const int end = kKeysAreRows ? sequence.keys : sequence.queries;
+      const auto row = [&](int i) -> const S* {
+        if (i >= end) return nullptr;
+        return row_of<S>(P::row(args_, kind), sequence.batch, kKeysAreRows ? spot.kv_head : spot.head, first + i);
+      };
+      return {nullptr, row(spot.row(m, 0, lane)), row(spot.row(m, 1, lane)), shape.stride, shape.columns};
+    }
+  }
+
+  __device__ void add_product(C (&sums)[kRowTiles][kTiles][4], const Sequence& sequence, int row_kind, int column_kind,
+                              const Spot& spot, int stage, const Lane& lane) const {
+    if (plan_.rows.of[row_kind] < 0 || plan_.columns.of[column_kind] < 0) return;
+    Source sources[kRowTiles];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) sources[m] = source(sequence, row_kind, m, spot, lane);
+    multiply_rows(sums, sources, stage_at(stage) + plan_.columns.of[column_kind], plan_.shape[column_kind % 2], lane);
+  }
+
+  const DerivativeArgs& args_;
+  const DerivativePlan& plan_;
+  C* numbers_;  // [stages, kinds, kCols], where keys are rows
+  S* rows_;
+  int group_;
+};
+
+}  // namespace lect11ext::cuda
