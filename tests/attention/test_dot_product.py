@@ -83,7 +83,8 @@ def build(sizes: Sizes, options: dict[str, Any], dtype: torch.dtype, device: str
 @pytest.mark.parametrize("sizes", SIZES + EMPTY, ids=str)
 def test_values_and_gradients(sizes: Sizes, name: str, dtype: torch.dtype, device: str) -> None:
     args, options = build(sizes, OPTIONS[name], dtype, device)
-    compare(args, **options)
+    # Of one key, gradients of scores are zero: what is left of them is what the output's rounding makes of it.
+    compare(args, low_slack=4.0 if sizes.keys == 1 else 2.0, **options)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal-bottom", "float", "everything"])
@@ -263,4 +264,5 @@ def test_every_length(name: str, dtype: torch.dtype) -> None:
     for queries in lengths:
         for keys in lengths:
             args, options = build(Sizes(1, 1, 1, queries, keys, 16, 16), OPTIONS[name], dtype)
-            compare(args, **options)
+            # Among so many some see one key alone: gradients cancel there, and LSEs may happen to be next to zero.
+            compare(args, low_slack=8.0, terms=2**16, **options)

@@ -18,6 +18,8 @@ void attention_query_gradient_kernel(const AttentionBackwardCpu& args, int64_t b
     using C = Compute<S>;
     const int64_t columns = round_up(args.head_dim, kColumnStep), rows = args.batch * args.heads * args.queries;
     C* sums = static_cast<C*>(args.query_sums);
+    int64_t position = begin % args.queries, head = begin / args.queries % args.heads;
+    int64_t batch = begin / args.queries / args.heads;
     for (int64_t row = begin; row < end; ++row) {
       C* sum = sums + row * columns;
       for (int64_t part = 1; part < args.parts; ++part) {
@@ -25,9 +27,12 @@ void attention_query_gradient_kernel(const AttentionBackwardCpu& args, int64_t b
         for (int64_t c = 0; c < columns; ++c) sum[c] += other[c];
       }
       for (int64_t c = 0; c < columns; ++c) sum[c] *= static_cast<C>(args.scale);
-      const int64_t position = row % args.queries, head = row / args.queries % args.heads;
-      const int64_t batch = row / args.queries / args.heads;
       convert(sum, row_of<S>(args.grad_query, args.grad_query_strides, batch, head, position), args.head_dim);
+      if (++position < args.queries) continue;
+      position = 0;
+      if (++head < args.heads) continue;
+      head = 0;
+      ++batch;
     }
   });
 }

@@ -4,7 +4,7 @@
 // With a tangent every quantity has a dot: the products are those of the backward differentiated once.
 #pragma once
 
-#include "attention/cpu/dot_product_tile.h"
+#include "attention/cpu/dot_product_factor.h"
 #include "common/workspace.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -115,22 +115,13 @@ class Gradients {
   }
 
   // D and its tangent, of all queries of a head.
-  void find_deltas(const AttentionSequence& s, int64_t head, C* delta, C* delta_t) {
+  void find_deltas(const AttentionSequence& s, int64_t head, C* delta, C* delta_t) const {
     const C *grad_lse = static_cast<const C*>(args_.grad_lse), *grad_lse_t = static_cast<const C*>(args_.grad_lse_t);
     for (int64_t i = 0; i < s.queries; ++i) {
-      const int64_t at = lse_row(args_, s.batch, head, s.query_start + i);
+      const int64_t position = s.query_start + i, at = lse_row(args_, s.batch, head, position);
       const auto dot = [&](const AttentionOperand& a, const AttentionOperand& b) {
         if (a.data == nullptr || b.data == nullptr) return C(0);
-        const S *x = row_of<S>(a, s.batch, head, s.query_start + i),
-                *y = row_of<S>(b, s.batch, head, s.query_start + i);
-        C sum = 0, u[kColumnStep], v[kColumnStep];
-        for (int64_t c = 0; c < args_.value_dim; c += kColumnStep) {
-          const int64_t count = std::min(kColumnStep, args_.value_dim - c);
-          convert(x + c, u, count);
-          convert(y + c, v, count);
-          for (int64_t e = 0; e < count; ++e) sum += u[e] * v[e];
-        }
-        return sum;
+        return inner_product(row_of<S>(a, s.batch, head, position), row_of<S>(b, s.batch, head, position));
       };
       delta[i] = dot(args_.grad_out, args_.out) - (grad_lse != nullptr ? grad_lse[at] : C(0));
       if constexpr (kTangent) {
@@ -138,6 +129,27 @@ class Gradients {
                      (grad_lse_t != nullptr ? grad_lse_t[at] : C(0));
       }
     }
+  }
+
+  C inner_product(const S* x, const S* y) const {
+    constexpr int64_t kMost = 64;
+    Vec<C> sum(C(0));
+    C u[kMost], v[kMost];
+    for (int64_t c = 0; c < args_.value_dim; c += kMost) {
+      const int64_t n = std::min(kMost, args_.value_dim - c);
+      const C *left = u, *right = v;
+      if constexpr (std::is_same_v<S, C>) {
+        left = x + c, right = y + c;
+      } else {
+        convert(x + c, u, n);
+        convert(y + c, v, n);
+      }
+      for (int64_t e = 0; e < n; e += kLanes<C>) {
+        const int64_t lanes = std::min<int64_t>(kLanes<C>, n - e);
+        sum = at::vec::fmadd(Vec<C>::loadu(left + e, lanes), Vec<C>::loadu(right + e, lanes), sum);
+      }
+    }
+    return sum_of_lanes(sum);
   }
 
   // --- a tile of queries meets a block of keys
@@ -150,10 +162,11 @@ class Gradients {
     const C* lse = static_cast<const C*>(args_.lse) + lse_row(args_, s.batch, head, s.query_start + i);
     const AttentionOperand *queries[] = {&args_.query, &args_.query_t}, *grads[] = {&args_.grad_out, &args_.grad_out_t};
     for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
-      query_[d] = load(*queries[d], args_.head_dim, s, head, i, count, lse, query_buffer_[d], query_panel_[d]);
-      grad_[d] = load(*grads[d], args_.value_dim, s, head, i, count, lse, grad_buffer_[d], grad_panel_[d]);
+      query_[d] =
+          load_factor<S, P>(*queries[d], args_.head_dim, s, head, i, count, lse, query_buffer_[d], query_panel_[d]);
+      grad_[d] = load_factor<S, P>(*grads[d], args_.value_dim, s, head, i, count, lse, grad_buffer_[d], grad_panel_[d]);
     }
-    const auto against = [&](const Factor& a, const PackedOperand& b, const Matrix<C>& out, bool add) {
+    const auto against = [&](const Factor<P>& a, const PackedOperand& b, const Matrix<C>& out, bool add) {
       if (a.rows.data == nullptr || b.transposed == nullptr) return add;
       multiply_panels<P>(seen, a.rows, b, first_panel_, j, width, out, add);
       return true;
@@ -179,44 +192,11 @@ class Gradients {
     add_products(s, seen, head, part, i, count, j, width);
   }
 
-  // Rows of a tile's queries, or of gradients of its outputs, as both factors of a product.
-  struct Factor {
-    Matrix<const P> rows{nullptr, 0};
-    Matrix<const P> panel{nullptr, 0};  // [rows / kDeep][columns][kDeep]
-  };
-
-  Factor load(const AttentionOperand& t, int64_t columns, const AttentionSequence& s, int64_t head, int64_t i,
-              int64_t count, const C* lse, P* buffer, P* panel) const {
-    if (t.data == nullptr) return {};
-    const int64_t position = s.query_start + i, padded = round_up(columns, kColumnStep);
-    Factor factor;
-    factor.rows = operand_rows<S, P>(t, columns, s.batch, head, position, count, buffer);
-    const bool sees = std::none_of(lse, lse + count, [](C value) { return value == kMinusInfinity<C>; });
-    if (kDeep == 1 && columns == padded && sees) {
-      factor.panel = factor.rows;
-    } else {
-      pack_rows(factor.rows, columns, count, padded, lse, panel);
-      factor.panel = {panel, padded * kDeep};
-    }
-    return factor;
-  }
-
-  // Rows of queries that see nothing are zero, be they NaN, and so are those up to whole steps.
-  void pack_rows(const Matrix<const P>& from, int64_t columns, int64_t count, int64_t padded, const C* lse,
-                 P* panel) const {
-    for (int64_t r = 0; r < round_up(count, kDeep); ++r) {
-      const bool seen = r < count && lse[r] != kMinusInfinity<C>;
-      P* to = panel + r / kDeep * padded * kDeep + r % kDeep;
-      for (int64_t c = 0; c < (seen ? columns : 0); ++c) to[c * kDeep] = from.row(r)[c];
-      for (int64_t c = seen ? columns : 0; c < padded; ++c) to[c * kDeep] = P(0);
-    }
-  }
-
   // What the tile adds to the gradients; scores_ are weights by now, and inner_ gradients of scores.
   void add_products(const AttentionSequence& s, const PanelRows& seen, int64_t head, int64_t part, int64_t i,
                     int64_t count, int64_t j, int64_t width) {
     constexpr int kLast = kTangent ? 1 : 0;  // what the gradients themselves, or their tangents, are made of
-    const auto across = [&](const Matrix<const P>& weights, const Factor& factor, const Matrix<C>& sums,
+    const auto across = [&](const Matrix<const P>& weights, const Factor<P>& factor, const Matrix<C>& sums,
                             int64_t columns) {
       if (factor.panel.data == nullptr) return;
       const int64_t step = seen.whole ? width : kPanelKeys;
@@ -391,7 +371,7 @@ class Gradients {
   Matrix<P> weights_[2], score_grads_[2], query_grads_[2];  // as operands, where they are none as they are
   Matrix<C> key_sums_, value_sums_;
   P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];
-  Factor query_[2], grad_[2];
+  Factor<P> query_[2], grad_[2];
   bool has_inner_ = false, has_score_t_ = false, has_inner_t_ = false;
   C *delta_ = nullptr, *delta_t_ = nullptr;
   int64_t first_panel_ = 0;
