@@ -60,16 +60,16 @@ attention_op::Outputs attend(const at::Tensor& query, const at::Tensor& key, con
                              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                              const OptionalTensor& dropout_key, double dropout_p, std::optional<double> scale,
-                             std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                             bool bottom_right, std::optional<double> softcap) {
+                             std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool bottom_right,
+                             std::optional<double> softcap) {
   return attention_op::call_forward(attention_op::ATTENTION_INPUTS);
 }
 
 at::Tensor attention_weights(const at::Tensor& query, const at::Tensor& key, const at::Tensor& lse,
                              const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                              const OptionalTensor& dropout_key, double dropout_p, std::optional<double> scale,
-                             std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                             bool bottom_right, std::optional<double> softcap, bool average_heads) {
+                             std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool bottom_right,
+                             std::optional<double> softcap, bool average_heads) {
   const OptionalTensor none;
   return attention_op::call_weights(attention_op::ATTENTION_WEIGHTS_INPUTS(none));
 }

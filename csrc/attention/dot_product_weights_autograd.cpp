@@ -72,7 +72,8 @@ struct WeightsNode : autograd::Node {
     const OptionalTensor dropout_key = autograd::optional_of(saved_[5].unpack());
     const WeightsInputs w{{query, key, key, attn_mask, slopes, kNone, kNone, dropout_key, dropout_p_, scale_,
                            window_left_, window_right_, bottom_right_, softcap_},
-                          lse, average_};
+                          lse,
+                          average_};
     const auto [q, k, l, m] = call_weights_backward(grads[0], w, mask);
     return {q, k, l, m};
   }
@@ -118,12 +119,13 @@ Tensor autocast_weights(ATTENTION_WEIGHTS_PARAMETERS) {
   const c10::impl::ExcludeDispatchKeyGuard without(dispatch_key);
   const auto type = query.scalar_type();
   const Tensor same = key.to(type), wide = lse.to(type == at::kDouble ? at::kDouble : at::kFloat);
-  const bool casts_mask = autograd::defined(attn_mask) && attn_mask->scalar_type() != at::kBool &&
-                          attn_mask->scalar_type() != at::kFloat;
+  const bool casts_mask =
+      autograd::defined(attn_mask) && attn_mask->scalar_type() != at::kBool && attn_mask->scalar_type() != at::kFloat;
   const OptionalTensor mask = casts_mask ? OptionalTensor(attn_mask->to(type)) : attn_mask;
   return call_weights({{query, same, same, mask, alibi_slopes, kNone, kNone, dropout_key, dropout_p, scale, window_left,
                         window_right, bottom_right, softcap},
-                       wide, average_heads});
+                       wide,
+                       average_heads});
 }
 
 }  // namespace

@@ -26,7 +26,8 @@ Gradients zero_gradients(const WeightsInputs& w, GradientMask mask) {
   if (mask[0]) std::get<0>(result) = at::zeros_like(w.in.query);
   if (mask[1]) std::get<1>(result) = at::zeros_like(w.in.key);
   if (mask[2]) std::get<2>(result) = at::zeros(w.lse.sizes(), w.lse.options());
-  if (mask[3] && w.in.has_float_mask()) std::get<3>(result) = at::zeros(w.in.attn_mask->sizes(), w.in.attn_mask->options());
+  if (mask[3] && w.in.has_float_mask())
+    std::get<3>(result) = at::zeros(w.in.attn_mask->sizes(), w.in.attn_mask->options());
   return result;
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from .._errors import TENSOR, check_type
@@ -85,7 +86,7 @@ def attention_weights(
         ) from None
     mask = common.canonical_mask(attn_mask, shape)
     slopes = common.canonical_slopes(alibi_slopes, shape)
-    if q.device.type in _OP_DEVICES:
+    if q.device.type in _OP_DEVICES and not is_traceable_wrapper_subclass(q):  # DTensor has no rule for the op
         if slopes is not None and common.has_derivative(slopes):
             mask, slopes = common.with_slopes(mask, slopes, q, shape.keys, options.bottom_right), None
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))

@@ -19,7 +19,8 @@ class WeightsGradients {
         biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0),
         columns_(round_up(args.head_dim, kColumnStep)),
         dropout_(args) {
-    const int64_t sizes[] = {kRows * kKeys,    kRows * kKeys,     kKeys * columns_, kRows * round_up(args.head_dim, kDeepStep),
+    const int64_t sizes[] = {kRows * kKeys,    kRows * kKeys,
+                             kKeys * columns_, kRows * round_up(args.head_dim, kDeepStep),
                              kRows * columns_, kKeys * columns_};
     C** const to[] = {&scores_.data, &bias_.data, &key_sums_.data, &query_buffer_, &query_panel_, &copy_};
     size_t parts[6];
