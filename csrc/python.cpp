@@ -4,7 +4,7 @@
 #include <torch/extension.h>
 
 #include "attention/additive_ops.h"
-#include "attention/dot_product_inputs.h"
+#include "attention/dot_product_weights_inputs.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/capability.h"
@@ -63,6 +63,15 @@ attention_op::Outputs attend(const at::Tensor& query, const at::Tensor& key, con
                              std::optional<int64_t> window_left, std::optional<int64_t> window_right,
                              bool bottom_right, std::optional<double> softcap) {
   return attention_op::call_forward(attention_op::ATTENTION_INPUTS);
+}
+
+at::Tensor attention_weights(const at::Tensor& query, const at::Tensor& key, const at::Tensor& lse,
+                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                             const OptionalTensor& dropout_key, double dropout_p, std::optional<double> scale,
+                             std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+                             bool bottom_right, std::optional<double> softcap, bool average_heads) {
+  const OptionalTensor none;
+  return attention_op::call_weights(attention_op::ATTENTION_WEIGHTS_INPUTS(none));
 }
 
 py::dict build_info() {
@@ -132,6 +141,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       NoGil());
   m.def("attention", &attend, NoGil());
+  m.def("attention_weights", &attention_weights, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

@@ -141,7 +141,7 @@ def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
     """A rule for attention or one of its derivatives: the new dimension becomes part of the batch."""
     names = [a.name for a in arguments]
     # Drawn elements are numbered by the batch, packed sequences lie in one: samples go one by one there.
-    single = [names.index(n) for n in ("dropout_key", "cu_seqlens_q")]
+    single = [names.index(n) for n in ("dropout_key", "cu_seqlens_q") if n in names]
     masks = {"attn_mask", "attn_mask_t"}
     tensors = {i for i, a in enumerate(arguments) if "Tensor" in str(a.type)}
 
@@ -168,7 +168,10 @@ def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
                 folded[i] = x.expand(size, rows, x.size(2)).flatten(0, 1)
             else:
                 folded[i] = _fold(x, in_dims[i], size)
-        outputs = [None if out is None else out.unflatten(0, (size, rows)) for out in op(*folded)]
+        result = op(*folded)
+        if isinstance(result, Tensor):
+            return result.unflatten(0, (size, rows)), 0
+        outputs = [None if out is None else out.unflatten(0, (size, rows)) for out in result]
         if wants_mask and outputs[3] is not None and rows != 1:
             is_shared = _sample(args, in_dims, 0)[names.index("attn_mask")].size(0) == 1
             outputs[3] = outputs[3].sum(1, keepdim=True) if is_shared else outputs[3]
@@ -255,7 +258,14 @@ def register() -> None:
         ops.gru_cell_backward.default,
         _cell_backward(ops.gru_cell_backward, (0, 1, 2, 9), (3, 4, 5, 6), weight_outputs=4),
     )
-    for op in (ops.attention, ops.attention_backward, ops.attention_tangent, ops.attention_backward_tangent):
+    for op in (
+        ops.attention,
+        ops.attention_backward,
+        ops.attention_tangent,
+        ops.attention_backward_tangent,
+        ops.attention_weights,
+        ops.attention_weights_backward,
+    ):
         torch.library.register_vmap(op.default, _attention(op, op.default._schema.arguments))
     torch.library.register_vmap(ops.attention_dropout_mask.default, _each(ops.attention_dropout_mask))
     for op, backward in (

@@ -20,7 +20,7 @@
 
 #include <cmath>
 
-#include "attention/dot_product_inputs.h"
+#include "attention/dot_product_weights_inputs.h"
 
 namespace lect11ext::attention_op {
 namespace {
@@ -243,6 +243,40 @@ Gradients composite_backward_tangent(const Inputs& in, const Directions& along, 
                 plus(product(transposed(raw_t), c.query), product(transposed(raw), query_t)),
                 plus(product(transposed(c.times_kept(p_t)), grad), product(transposed(c.times_kept(c.p)), grad_t)),
                 full_t, mask);
+}
+
+namespace {
+
+// Weights before dropout, [B, H, L, S]: those of the lse that is given, which is an input of its own.
+Tensor given_lse_weights(const Composite& c, const Tensor& lse) {
+  const Tensor given = lse.to(c.lse.scalar_type()).unsqueeze(-1);
+  const Tensor none = at::logical_or(c.lse == -INFINITY, given == -INFINITY);
+  const Tensor zero = at::zeros_like(c.lse), difference = at::where(none, zero, c.lse - given);
+  return at::where(none, at::zeros_like(c.p), c.p * at::exp(difference));
+}
+
+}  // namespace
+
+Tensor composite_weights(const WeightsInputs& w) {
+  const Composite c(w.in);
+  const Tensor weights = c.times_kept(given_lse_weights(c, w.lse));
+  return (w.average ? weights.mean({1}) : weights).to(w.in.query.scalar_type());
+}
+
+Gradients composite_weights_backward(const Tensor& grad, const WeightsInputs& w, GradientMask mask) {
+  const Composite c(w.in);
+  Tensor given = grad.to(c.lse.scalar_type());
+  if (w.average) given = (given / w.in.heads()).unsqueeze(1);
+  const Tensor full = c.times_kept(given_lse_weights(c, w.lse)) * given, raw = c.scaled(c.slope(full));
+  Gradients result;
+  if (mask[0]) std::get<0>(result) = product(raw, c.key).to(w.in.query.scalar_type());
+  if (mask[1]) std::get<1>(result) = c.to_key(product(transposed(raw), c.query), w.in.key);
+  if (mask[2]) std::get<2>(result) = -full.sum({-1});
+  if (mask[3] && w.in.has_float_mask()) {
+    const Tensor& like = *w.in.attn_mask;
+    std::get<3>(result) = at::sum_to(full, like.sym_sizes()).to(like.scalar_type());
+  }
+  return result;
 }
 
 }  // namespace lect11ext::attention_op

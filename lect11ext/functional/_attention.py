@@ -283,3 +283,26 @@ def call(
             error, query=(query, TENSOR), key=(key, TENSOR), value=(value, TENSOR), attn_mask=(mask, OPTIONAL_TENSOR),
             alibi_slopes=(slopes, OPTIONAL_TENSOR), scale=(options.scale, OPTIONAL_NUMBER),
         ) from None  # fmt: skip
+
+
+def call_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    dropout_key: Tensor | None,
+    options: Options,
+    average_heads: bool,
+) -> Tensor:
+    args: tuple[Any, ...] = (query, key, lse, mask, slopes, dropout_key, *options, average_heads)
+    if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, lse, mask):
+        return torch.ops.lect11ext.attention_weights(*args)
+    try:
+        return _C.attention_weights(*args)
+    except TypeError as error:
+        raise wrong_type(
+            error, query=(query, TENSOR), key=(key, TENSOR), attn_mask=(mask, OPTIONAL_TENSOR),
+            alibi_slopes=(slopes, OPTIONAL_TENSOR), dropout_key=(dropout_key, OPTIONAL_TENSOR),
+            scale=(options.scale, OPTIONAL_NUMBER),
+        ) from None  # fmt: skip

@@ -16,6 +16,7 @@ from . import _attention as common
 from ._attention import Options, Window
 from .random import in_functorch
 
+_OP_DEVICES = ("cpu", "meta")  # where there is the op; elsewhere plain PyTorch
 _CHUNK = 2**20  # scores that are held at a time, unless those of one query are more: 4 MiB
 
 
@@ -38,9 +39,9 @@ def attention_weights(
 ) -> Tensor:
     r"""The weights of an attention whose log-sum-exp is known, in a second pass: :math:`e^{t_{ij} - \text{lse}_i}`.
 
-    Where their mean over the heads is asked for, they are made for some queries at a time, and what holds all of
-    ``[*, H, L, S]`` is never there (but in a graph of ``torch.export``, which has one form for all sizes); the
-    backward makes them again.
+    One op on the CPU, ``lect11ext::attention_weights``. Where their mean over the heads is asked for, what holds all of
+    ``[*, H, L, S]`` is never there; the backward makes the weights again. On other devices the same in plain PyTorch,
+    for some queries at a time.
 
     Args:
         query, key, attn_mask, is_causal, scale, enable_gqa, window, alibi_slopes, softcap, causal_alignment: what
@@ -53,8 +54,9 @@ def attention_weights(
     Returns:
         ``[*, L, S]``, or ``[*, H, L, S]``, in the query's type.
 
-    Gradients: to query, key, lse, an additive mask and slopes, of any order; forward-mode AD; ``vmap``. Plain PyTorch,
-    in float32 (float64 for float64).
+    Gradients: to query, key, lse, an additive mask and slopes, of any order; forward-mode AD; ``vmap``. The first order
+    is a kernel of its own on the CPU; tangents and what is beyond hold ``[*, H, L, S]``. Sums are made in float32
+    (float64 for float64), and do not depend on the number of threads.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -83,12 +85,23 @@ def attention_weights(
         ) from None
     mask = common.canonical_mask(attn_mask, shape)
     slopes = common.canonical_slopes(alibi_slopes, shape)
+    if q.device.type in _OP_DEVICES:
+        if slopes is not None and common.has_derivative(slopes):
+            mask, slopes = common.with_slopes(mask, slopes, q, shape.keys, options.bottom_right), None
+        lse = lse.to(torch.promote_types(q.dtype, torch.float32))
+        drop = dropout_key if dropout_p > 0 else None
+        weights = common.call_weights(q, k, lse, mask, slopes, drop, options, average_heads)
+        return _restored(weights, shape, average_heads)
     with _without_autocast(query):
-        weights = _Weights(q, k, lse, mask, slopes, dropout_key, options)
-        if average_heads:
-            mean = weights.mean().to(query.dtype)
-            return mean.reshape(*(shape.batch if shape.rank > 3 else ()), shape.queries, shape.keys)
-        return common.restored(weights.of_rows(0, None).to(query.dtype), shape, 2)
+        plain = _Weights(q, k, lse, mask, slopes, dropout_key, options)
+        weights = plain.mean() if average_heads else plain.of_rows(0, None)
+        return _restored(weights.to(query.dtype), shape, average_heads)
+
+
+def _restored(weights: Tensor, shape: common.Shape, averaged: bool) -> Tensor:
+    if averaged:
+        return weights.reshape(*(shape.batch if shape.rank > 3 else ()), shape.queries, shape.keys)
+    return common.restored(weights, shape, 2)
 
 
 def _without_autocast(like: Tensor) -> Any:
@@ -98,7 +111,7 @@ def _without_autocast(like: Tensor) -> Any:
 
 
 class _Weights:
-    """All that the weights are made of, in canonical shapes."""
+    """All that the weights are made of, in canonical shapes, in plain PyTorch: for devices without the op."""
 
     def __init__(
         self,

@@ -236,9 +236,10 @@ class MultiheadAttention(nn.Module):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = scaled_dot_product_attention(q, k, v, mask, **options)
-        # [N, H, L, head_dim] lies in memory as [N, L, H, head_dim]: with the batch first this is a view.
+        # [N, H, L, head_dim] lies in memory as [N, L, H, head_dim]: with the batch first this is a view. Else it is
+        # copied here: of what is not dense and has a frozen weight, linear makes L small products.
         if batched and not self.batch_first:
-            out = out.permute(2, 0, 1, 3).flatten(2)
+            out = out.permute(2, 0, 1, 3).flatten(2).contiguous()
         else:
             out = out.transpose(1, 2).flatten(2)
             out = out if batched else out.squeeze(0)

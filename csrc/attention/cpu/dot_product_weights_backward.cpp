@@ -1,0 +1,195 @@
+// The backward of dot-product attention's weights: 128 keys at a time meet all queries that see them, a tile after the
+// other, as in dot_product_gradients.h; what multiplies the weights is given here, not a product. Operands are of the
+// type of the sums whatever the storage.
+#include "attention/cpu/dot_product_weights.h"
+#include "attention/dot_product_weights_cpu.h"
+#include "common/workspace.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+namespace {
+
+template <class S>
+class WeightsGradients {
+  using C = Compute<S>;
+  static constexpr int64_t kRows = kTileQueries, kKeys = kBackwardKeys;
+
+ public:
+  explicit WeightsGradients(const AttentionWeightsBackwardCpu& args)
+      : args_(args),
+        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0),
+        columns_(round_up(args.head_dim, kColumnStep)),
+        dropout_(args) {
+    const int64_t sizes[] = {kRows * kKeys,    kRows * kKeys,     kKeys * columns_, kRows * round_up(args.head_dim, kDeepStep),
+                             kRows * columns_, kKeys * columns_};
+    C** const to[] = {&scores_.data, &bias_.data, &key_sums_.data, &query_buffer_, &query_panel_, &copy_};
+    size_t parts[6];
+    for (int p = 0; p < 6; ++p) parts[p] = space_.reserve(sizes[p] * sizeof(C));
+    for (int p = 0; p < 6; ++p) *to[p] = static_cast<C*>(space_.at(parts[p]));
+    scores_.stride = bias_.stride = kKeys;
+    key_sums_.stride = columns_;
+  }
+
+  void run(int64_t item) {
+    const int64_t groups = args_.kv_heads / args_.head_group, part = item % args_.parts;
+    const int64_t head = item / args_.parts % groups * args_.head_group;
+    const int64_t sequence = item / args_.parts / groups * args_.sequence_group;
+    for (int64_t n = sequence; n < sequence + args_.sequence_group; ++n) {
+      for (int64_t h = head; h < head + args_.head_group; ++h) run_head(n, h, part);
+    }
+  }
+
+ private:
+  // A part of the keys of one head.
+  void run_head(int64_t n, int64_t kv_head, int64_t part) {
+    const AttentionSequence s(args_, n);
+    const Band band(args_, s);
+    const int64_t group = args_.heads / args_.kv_heads, blocks = (s.keys + kKeys - 1) / kKeys;
+    first_panel_ = (n * args_.kv_heads + kv_head) * panel_count(s.keys);
+    const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
+      std::fill_n(key_sums_.data, kKeys * columns_, C(0));
+      const int64_t most = tile_rows(s.queries);
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int64_t i = 0; i < s.queries; i += most) {
+          const int64_t count = std::min(most, s.queries - i);
+          if (band.first_row(i, count, j) >= band.end_row(i, count, j, width)) continue;
+          meet(s, band, head, i, count, j, width, part);
+        }
+      }
+      for (int64_t k = 0; k < std::min(kKeys, s.keys - j) && args_.grad_key != nullptr; ++k) {
+        C* const sums = key_sums_.row(k);
+        for (int64_t c = 0; c < columns_; ++c) sums[c] *= static_cast<C>(args_.scale);
+        convert(sums, row_of<S>(args_.grad_key, args_.grad_key_strides, s.batch, kv_head, j + k), args_.head_dim);
+      }
+    }
+  }
+
+  // A tile of queries meets a block of keys.
+  void meet(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t count, int64_t j,
+            int64_t width, int64_t part) {
+    PanelRows seen(band, i, count, j, width);
+    const int64_t n = std::min(width, s.keys - j);
+    for (int64_t r = 0; r < count && biased_; ++r) {
+      bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
+    }
+    if (args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
+    const int64_t at = lse_row(args_, s.batch, head, i), row = part * args_.batch * args_.heads * args_.queries + at;
+    const C* lse = static_cast<const C*>(args_.lse) + at;
+    const auto query = operand_rows<S, C>(args_.query, args_.head_dim, s.batch, head, i, count, query_buffer_);
+    multiply_panels<C>(seen, query, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
+    C* lse_sums = static_cast<C*>(args_.lse_sums) + row;
+    for (int64_t r = 0; r < count; ++r) lse_sums[r] -= weigh(s, band, head, i + r, r, j, width, lse[r]);
+    if (args_.grad_key != nullptr) {
+      const auto panel = without_unseen(query, count, lse);
+      const int64_t step = seen.whole ? width : kPanelKeys;
+      for (int64_t p = 0; p < width; p += step) {
+        const int64_t first = seen.whole ? 0 : seen.first[p / kPanelKeys];
+        const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
+        if (first >= last) continue;
+        multiply<Order::Across, C>({scores_.row(first) + p, kKeys}, std::min(step, width - p), last - first,
+                                   {panel.row(first), panel.stride}, {key_sums_.row(p), columns_}, columns_, true);
+      }
+    }
+    if (args_.grad_query != nullptr) {
+      const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
+      add_panels<C>(seen, count, scores_, args_.packed_key, first_panel_, j, width, sums, copy_);
+    }
+  }
+
+  // The tile's queries in whole steps of columns. Those that see nothing are zero, be they NaN.
+  Matrix<const C> without_unseen(const Matrix<const C>& query, int64_t count, const C* lse) const {
+    const bool all_see = std::none_of(lse, lse + count, [](C value) { return value == kMinusInfinity<C>; });
+    if (args_.head_dim == columns_ && all_see) return query;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t columns = lse[r] == kMinusInfinity<C> ? 0 : args_.head_dim;
+      std::copy_n(query.row(r), columns, query_panel_ + r * columns_);
+      std::fill_n(query_panel_ + r * columns_ + columns, columns_ - columns, C(0));
+    }
+    return {query_panel_, columns_};
+  }
+
+  // Of query i, row r: scores become their gradients. Returns the sum of the gradients of t.
+  C weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j, int64_t width,
+          C lse) {
+    constexpr int kWidth = kLanes<C>;
+    C* const scores = scores_.row(r);
+    const int64_t begin = std::max<int64_t>(band.first_key(i) - j, 0);
+    const int64_t end = lse == kMinusInfinity<C> ? 0 : std::min(band.end_key(i) - j, width);
+    if (begin >= end) {
+      std::fill_n(scores, width, C(0));
+      return 0;
+    }
+    C given[kKeys], full[kKeys];
+    load_gradient(s.batch, head, i, j, begin, end, given);
+    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
+    const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
+    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
+    const Vec<C> base(kLogBase<C>);
+    const Shift<C> shift(lse);
+    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
+    C z[kKeys + kPanelKeys];
+    if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
+    for (int64_t e = from; e < to; e += kWidth) {
+      Vec<C> t = Vec<C>::loadu(scores + e) * scale, slope(C(1));
+      if (args_.softcap != 0) {
+        const Vec<C> ratio = tanh(t * steep);
+        t = ratio * cap;
+        slope = Vec<C>(C(1)) - ratio * ratio;
+      }
+      if (biased_) {
+        const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
+        t = select_equal(b, low, low, greater(t + b, lowest));
+      }
+      const Vec<C> weight = shift.weight(t, base);
+      Vec<C> gradient = weight * Vec<C>::loadu(given + e);
+      if (dropout_.acts()) gradient = gradient * Vec<C>::loadu(z + e - from);
+      // A barred key's gradient is none, be it NaN.
+      select_equal(weight, zero, zero, gradient).store(full + e);
+      select_equal(weight, zero, zero, gradient * slope).store(scores + e);
+    }
+    std::fill(scores, scores + begin, C(0));
+    std::fill(scores + end, scores + width, C(0));
+    std::fill(full + from, full + begin, C(0));
+    std::fill(full + end, full + to, C(0));
+    Vec<C> sum = zero;
+    for (int64_t k = from; k < to; k += kWidth) sum = sum + Vec<C>::loadu(full + k);
+    if (args_.grad_mask != nullptr) {
+      const int64_t* strides = args_.grad_mask_strides;
+      C* mask = static_cast<C*>(args_.grad_mask) + s.batch * strides[0] + head * strides[1] + i * strides[2] + j;
+      for (int64_t k = begin; k < end; ++k) mask[k] += full[k];
+    }
+    return sum_of_lanes(sum);
+  }
+
+  // ∂L/∂w of keys j + begin … j + end − 1, zero around them.
+  void load_gradient(int64_t batch, int64_t head, int64_t i, int64_t j, int64_t begin, int64_t end, C* to) const {
+    const int64_t* strides = args_.gradient.strides;
+    const S* from = static_cast<const S*>(args_.gradient.data) + batch * strides[0] + head * strides[1] +
+                    i * strides[2] + (j + begin) * strides[3];
+    std::fill_n(to, kKeys, C(0));
+    if (strides[3] == 1) convert(from, to + begin, end - begin);
+    else lect11ext::CPU_CAPABILITY::load_bias(from, strides[3], end - begin, to + begin);
+    for (int64_t k = begin; k < end; ++k) to[k] *= static_cast<C>(args_.share);
+  }
+
+  const AttentionWeightsBackwardCpu& args_;
+  const bool biased_;
+  const int64_t columns_;
+  const Dropout<C> dropout_;
+  Workspace space_;
+  Matrix<C> scores_, bias_, key_sums_;
+  C *query_buffer_, *query_panel_, *copy_;
+  int64_t first_panel_ = 0;
+};
+
+}  // namespace
+
+void attention_weights_backward_kernel(const AttentionWeightsBackwardCpu& args, int64_t begin, int64_t end) {
+  with_type(args.dtype, [&](auto* type) {
+    WeightsGradients<std::remove_pointer_t<decltype(type)>> gradients(args);
+    for (int64_t item = begin; item < end; ++item) gradients.run(item);
+  });
+}
+
+}  // namespace lect11ext::CPU_CAPABILITY
