@@ -57,7 +57,6 @@ struct Unpacked {
   OptionalTensor optional[5];
   Inputs in;
 
-  Unpacked(const SavedInputs& s, const std::shared_ptr<torch::autograd::Node>& owner) = delete;
   template <class Node>
   Unpacked(const SavedInputs& s, const Node& owner)
       : query(s.tensors[0].unpack()),

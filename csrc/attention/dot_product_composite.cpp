@@ -73,7 +73,8 @@ class Composite {
     if (in.has_float_mask()) scores = scores + without_bars(in.attn_mask->to(type_));
     const Tensor low = at::scalar_tensor(-INFINITY, scores.options());
     scores = at::where(barred_, low, scores);
-    const Tensor top = scores.detach().amax({-1}, /*keepdim=*/true);
+    const bool no_keys = in.keys() == 0;
+    const Tensor top = no_keys ? sum_rows(scores) : scores.detach().amax({-1}, /*keepdim=*/true);
     const Tensor shift = at::where(top.isfinite(), top, at::zeros_like(top));
     const Tensor weights = at::where(barred_, at::zeros_like(scores), at::exp(scores - shift));
     const Tensor sum = sum_rows(weights);

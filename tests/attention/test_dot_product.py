@@ -264,5 +264,5 @@ def test_every_length(name: str, dtype: torch.dtype) -> None:
     for queries in lengths:
         for keys in lengths:
             args, options = build(Sizes(1, 1, 1, queries, keys, 16, 16), OPTIONS[name], dtype)
-            # Among so many some see one key alone: gradients cancel there, and LSEs may happen to be next to zero.
-            compare(args, low_slack=8.0, terms=2**16, **options)
+            # Where many queries see one key alone, its gradients are the sum of their roundings.
+            compare(args, least=1.0, low_slack=8.0, **options)

@@ -153,8 +153,10 @@ def test_opcheck(name: str, average: bool) -> None:
     mask = args[3] if len(args) > 3 else None
     slopes, key = options.get("alibi_slopes"), options.get("dropout_key")
     right = 0 if options.get("is_causal") else None
-    dropout_p, softcap = options.get("dropout_p", 0.0), options.get("softcap")
-    arguments = (*args[:3], mask, slopes, key, dropout_p, None, 5, right, False, softcap, average)
+    arguments = (
+        *args[:3], mask, slopes, key, options.get("dropout_p", 0.0), None, 5, right, False, options.get("softcap"),
+        average,
+    )  # fmt: skip
     torch.library.opcheck(ops.attention_weights.default, arguments)
     grad = torch.randn(2, 5, 7) if average else torch.randn(2, 4, 5, 7)
     for leaf in (False, True):

@@ -303,13 +303,14 @@ class Gradients {
     const Vec<C> delta(delta_[g * args_.queries + i + r]),
         delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
+    const bool fast = !biased_ && std::abs(lse) < kLargeExponent<C> / 2;
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
     for (int64_t k = from; k < to; k += kKeyStep) {
 #pragma GCC unroll 4
       for (int64_t e = k; e < k + kKeyStep; e += kWidth) {
         Vec<C> weight, slope(C(1)), bend = zero;
-        if (!biased_) {
+        if (fast) {
           weight = power(at::vec::fmadd(Vec<C>::loadu(p + e), factor, shift));
         } else {
           Vec<C> t = Vec<C>::loadu(p + e) * scale;
@@ -319,9 +320,11 @@ class Gradients {
             slope = Vec<C>(C(1)) - ratio * ratio;
             if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
           }
-          const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-          t = select_equal(b, low, low, greater(t + b, lowest));
-          weight = power(at::vec::fmadd(t, base, shift));
+          if (biased_) {
+            const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
+            t = select_equal(b, low, low, greater(t + b, lowest));
+          }
+          weight = power((t - Vec<C>(lse)) * base);
         }
         const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1));
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.

@@ -85,7 +85,11 @@ class RunningSoftmax {
     if (k < to) compare.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) best[0] = greater(best[v], best[0]);
     const C before = top_[r], top = std::max(before, greatest_lane(best[0]));
-    const C shift = top == kMinusInfinity<C> ? C(0) : top * factor_;
+    C shift = top == kMinusInfinity<C> ? C(0) : top * factor_;
+    if (std::abs(shift) > kLargeExponent<C>) {  // the rounding of the shift alone would be too much of an exponent
+      for (k = from; k < to; k += kWidth) (Vec<C>::loadu(scores + k) - Vec<C>(top)).store(scores + k);
+      shift = 0;
+    }
     if (before != top) {
       top_[r] = top;
       const Vec<C> shrink = before == kMinusInfinity<C> ? Vec<C>(C(0)) : power(Vec<C>((before - top) * factor_));

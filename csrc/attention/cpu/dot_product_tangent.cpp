@@ -98,7 +98,7 @@ class TangentPass {
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
-    const Vec<C> base(kLogBase<C>), shift(-lse * kLogBase<C>), one(C(1));
+    const Vec<C> base(kLogBase<C>), one(C(1));
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     Vec<C> mean = zero;
     C z[kBlockKeys + kPanelKeys];
@@ -121,7 +121,7 @@ class TangentPass {
           Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
           if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
           C lane[kLanes<C>];
-          const Vec<C> weight = power(at::vec::fmadd(t, base, shift));
+          const Vec<C> weight = power((t - Vec<C>(lse)) * base);
           Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
           if (c < begin || c + kWidth > end) {  // the edges
             for (Vec<C>* v : {&product, &kept}) {

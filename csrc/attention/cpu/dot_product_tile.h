@@ -24,6 +24,10 @@ inline constexpr C kLogBase = std::is_same_v<C, float> ? C(1.44269504088896341) 
 inline Vec<float> power(Vec<float> x) { return exp2(x); }
 inline Vec<double> power(Vec<double> x) { return x.exp(); }
 
+// Beyond this exponents are differences of scores, not of products of scores with a factor.
+template <class C>
+inline constexpr C kLargeExponent = 4096;
+
 // The greater one; acc where x is NaN, which shows in the weights anyway.
 inline Vec<float> greater(Vec<float> x, Vec<float> acc) {
 #if defined(CPU_CAPABILITY_AVX512)
