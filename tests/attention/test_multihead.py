@@ -77,7 +77,8 @@ def to_double(x: Any) -> Any:
 
 
 def compare(ours: Any, torchs: Any, tensors: list[Tensor], torch_kwargs: Any = None, **kwargs: Any) -> None:
-    """By the rule. Three products in a row with few terms each: torch.nn's error may be zero by luck."""
+    """By the rule. Three products in a row with few terms each, and gradients by way of the weights, which have two
+    parts that cancel, one by the LSE: torch.nn's error may be zero by luck."""
     got = call(ours, tensors, **kwargs)
     given = kwargs if torch_kwargs is None else torch_kwargs
     plain = call(torchs, tensors, **given)
@@ -85,7 +86,7 @@ def compare(ours: Any, torchs: Any, tensors: list[Tensor], torch_kwargs: Any = N
     exact = call(copy.deepcopy(torchs).double(), [t.double() for t in tensors], **wide)
     for part in range(2):
         for triple in zip(got[part], plain[part], exact[part], strict=True):
-            assert_within_rule(*triple, slack=chain(3, triple[0].dtype))
+            assert_within_rule(*triple, slack=chain(4, triple[0].dtype))
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
