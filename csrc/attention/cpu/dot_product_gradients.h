@@ -332,7 +332,7 @@ class Gradients {
         const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
         const Vec<C> full = seen(weight * first);
         (weight * kept).store(p + e);
-        (full * slope).store(inner + e);
+        (biased_ ? seen(full * slope) : full).store(inner + e);  // a slope of a barred NaN is NaN too
         if constexpr (kTangent) {
           const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * scale : zero;
           Vec<C> score = raw * slope;
