@@ -93,6 +93,10 @@ class Decode : RunningSoftmax<S, Compute<S>> {
       for (int64_t r = 0; r < rows && !used[k]; ++r) used[k] = scores_.row(r)[p + k] != 0;
       all = all && used[k];
     }
+    if (all && rows <= kRowsInRegisters && args_.value_dim % kChunk == 0) {
+      for (int64_t r = 0; r < rows; ++r) add_row(values, stride, scores_.row(r) + p, n, sums_.row(r));
+      return;
+    }
     Matrix<const C> from{values_, columns_};
     bool in_place = false;
     if constexpr (std::is_same_v<S, C>) {
@@ -107,6 +111,43 @@ class Decode : RunningSoftmax<S, Compute<S>> {
       }
     }
     multiply<Order::Along, C>({scores_.row(0) + p, kBlockKeys}, rows, n, from, sums_, columns_, true);
+  }
+
+  // sums += Σ_k weights[k] · values[k], straight from the storage: what a panel would cost is more than the arithmetic.
+  // Two keys at a time, so that a sum waits for every other one.
+  static constexpr int64_t kRowsInRegisters = 2, kChunk = 64;
+  void add_row(const S* values, int64_t stride, const C* weights, int64_t n, C* sums) const {
+    constexpr int kVectors = kChunk / kLanes<C>;
+    const auto load = [](const S* from, Vec<C>(&row)[kVectors]) {
+      if constexpr (std::is_same_v<S, C>) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) row[v] = Vec<C>::loadu(from + v * kLanes<C>);
+      } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; v += 2) {
+          const auto [low, high] = at::vec::convert_to_float<S>(Vec<S>::loadu(from + v * kLanes<C>));
+          row[v] = low, row[v + 1] = high;
+        }
+      }
+    };
+    for (int64_t c = 0; c < args_.value_dim; c += kChunk) {
+      Vec<C> even[kVectors], odd[kVectors], row[kVectors];
+      for (int v = 0; v < kVectors; ++v) even[v] = Vec<C>::loadu(sums + c + v * kLanes<C>), odd[v] = Vec<C>(C(0));
+      int64_t k = 0;
+      for (; k + 2 <= n; k += 2) {
+        load(values + k * stride + c, row);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) even[v] = at::vec::fmadd(row[v], Vec<C>(weights[k]), even[v]);
+        load(values + (k + 1) * stride + c, row);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) odd[v] = at::vec::fmadd(row[v], Vec<C>(weights[k + 1]), odd[v]);
+      }
+      if (k < n) {
+        load(values + k * stride + c, row);
+        for (int v = 0; v < kVectors; ++v) even[v] = at::vec::fmadd(row[v], Vec<C>(weights[k]), even[v]);
+      }
+      for (int v = 0; v < kVectors; ++v) (even[v] + odd[v]).store(sums + c + v * kLanes<C>);
+    }
   }
 
   void keep(int64_t part, int64_t row, int64_t r) const {

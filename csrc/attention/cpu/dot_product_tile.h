@@ -145,6 +145,15 @@ inline void load_bias(const double* mask, int64_t stride, int64_t n, double* bia
   for (int64_t j = 0; j < n; ++j) bias[j] = mask[j * stride];
 }
 
+// 0 where a key is allowed, else −∞. Masks often bar whole panels, which a look at their bytes tells.
+template <class C>
+inline void load_allowed(const uint8_t* allowed, int64_t n, C* bias) {
+  uint8_t any = 0;
+  for (int64_t k = 0; k < n; ++k) any |= allowed[k];
+  if (any == 0) return std::fill(bias, bias + n, kMinusInfinity<C>);
+  for (int64_t k = 0; k < n; ++k) bias[k] = allowed[k] != 0 ? C(0) : kMinusInfinity<C>;
+}
+
 // mask_ij − slope · |i + diagonal − j| for keys j … j + n − 1 of query i: −∞ where the mask bars one.
 template <class S, class C>
 inline void bias_row(const Attention& args, const AttentionMask& mask, bool with_slopes, int64_t batch, int64_t head,
@@ -156,7 +165,7 @@ inline void bias_row(const Attention& args, const AttentionMask& mask, bool with
     case MaskType::Bool: {
       const uint8_t* from = static_cast<const uint8_t*>(mask.data) + at;
       if (stride == 1) {
-        for (int64_t k = 0; k < n; ++k) bias[k] = from[k] != 0 ? C(0) : kMinusInfinity<C>;
+        for (int64_t k = 0; k < n; k += kPanelKeys) load_allowed(from + k, std::min(kPanelKeys, n - k), bias + k);
       } else {
         for (int64_t k = 0; k < n; ++k) bias[k] = from[k * stride] != 0 ? C(0) : kMinusInfinity<C>;
       }
@@ -246,7 +255,14 @@ struct PanelRows {
     for (int64_t p = 0; p * kPanelKeys < n; ++p) {
       const int64_t begin = p * kPanelKeys, end = std::min(begin + kPanelKeys, n);
       const auto barred = [&](int64_t r) {
-        return std::all_of(bias.row(r) + begin, bias.row(r) + end, [](C b) { return b == kMinusInfinity<C>; });
+        const Vec<C> low(kMinusInfinity<C>), zero(C(0)), one(C(1));
+        Vec<C> others = zero;  // biases that are not −∞; NaN is none
+        int64_t k = begin;
+        for (; k + kLanes<C> <= end; k += kLanes<C>) {
+          others = others + select_equal(Vec<C>::loadu(bias.row(r) + k), low, zero, one);
+        }
+        if (greatest_lane(others) != 0) return false;
+        return std::all_of(bias.row(r) + k, bias.row(r) + end, [](C b) { return b == kMinusInfinity<C>; });
       };
       const int64_t top = first[p], bottom = last[p];
       while (first[p] < last[p] && barred(first[p])) ++first[p];
