@@ -112,7 +112,7 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
     args.query_sums = space.at(space.reserve(bytes));
     std::memset(args.query_sums, 0, bytes);
   }
-  const int64_t groups = args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
+  const int64_t groups = backward_groups(args);
   const int64_t cost = tile_cost(args) * (tangent ? 6 : 3);
   run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts,
                cost);

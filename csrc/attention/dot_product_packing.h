@@ -85,6 +85,11 @@ inline int64_t tile_cost(const Attention& args) {
   return std::max<int64_t>(1, rows * args.keys / 32 * (args.head_dim + args.value_dim + 32));
 }
 
+// What a backward's parts are counted within: sequences and heads that are not together in an item.
+inline int64_t backward_groups(const AttentionBackwardCpu& args) {
+  return args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
+}
+
 // Items enough for many threads, however few heads there are; each part has its own sums of the queries' gradients.
 inline void choose_parts(const Inputs& in, AttentionBackwardCpu& args) {
   constexpr int64_t kItems = 16, kLeastKeys = 512;
@@ -93,7 +98,7 @@ inline void choose_parts(const Inputs& in, AttentionBackwardCpu& args) {
     if (in.attn_mask->size(0) == 1) args.sequence_group = args.sequences;
     if (in.attn_mask->size(1) == 1) args.head_group = args.kv_heads;
   }
-  const int64_t items = args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
+  const int64_t items = backward_groups(args);
   const int64_t wanted = items == 0 ? 1 : (kItems + items - 1) / items;
   args.parts = std::clamp<int64_t>(args.keys / kLeastKeys, 1, wanted);
 }

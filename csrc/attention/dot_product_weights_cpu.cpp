@@ -78,7 +78,7 @@ Gradients weights_backward(const Tensor& grad, const WeightsInputs& w, GradientM
   }
   const Tensor lse_sums = at::zeros({args.parts, args.batch, args.heads, args.queries}, w.lse.options());
   args.lse_sums = lse_sums.mutable_data_ptr();
-  const int64_t groups = args.sequences / args.sequence_group * (args.kv_heads / args.head_group);
+  const int64_t groups = backward_groups(args);
   run_parallel(attention_weights_backward_kernel, args, groups * args.parts, 2 * tile_cost(args));
   if (mask[0]) {
     run_parallel(attention_query_gradient_kernel, static_cast<const AttentionBackwardCpu&>(args), rows,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from lect11ext import functional
 from tests.helpers import assert_within_rule, room
 
 from .cases import KEY, Sizes, bool_mask, compare, judge, operands, plain_sdpa, sdpa, wide, with_gradients
@@ -310,3 +311,12 @@ def test_dropout_beyond_2_to_the_31_pairs() -> None:
     start = KEY + torch.tensor([0, (queries - last) * keys // 4])
     alone = sdpa(query[:, :, -last:], key, value, dropout_key=start, **options)
     torch.testing.assert_close(whole[:, :, -last:], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"attn_mask": torch.zeros(1, 40)}], ids=lambda o: str([*o]))
+@pytest.mark.parametrize("queries", [1, 40])
+def test_nan_of_a_key_that_is_seen_shows(queries: int, options: dict[str, Any], capability: str) -> None:
+    value = torch.randn(1, 1, 40, 8)
+    key = value.clone()
+    key[..., 3, :] = math.nan
+    assert functional.scaled_dot_product_attention(value[:, :, :queries], key, value, **options).isnan().all()

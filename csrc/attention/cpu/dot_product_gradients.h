@@ -303,6 +303,7 @@ class Gradients {
     const Vec<C> delta(delta_[g * args_.queries + i + r]),
         delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
+    const bool keeps_bias = args_.grad_mask != nullptr;
     const bool fast = !biased_ && std::abs(lse) < kLargeExponent<C> / 2;
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
@@ -322,7 +323,7 @@ class Gradients {
           }
           if (biased_) {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-            t = select_equal(b, low, low, greater(t + b, lowest));
+            t = select_equal(b, low, low, greater(lowest, t + b));
           }
           weight = power((t - Vec<C>(lse)) * base);
         }
@@ -342,15 +343,15 @@ class Gradients {
           const Vec<C> full_t = seen(weight_t * first + weight * second);
           (weight_t * kept).store(p_t + e);
           seen(full_t * slope + full * bend * raw).store(inner_t + e);
-          if (biased_) full_t.store(mask_grads_.row(r) + e);
+          if (keeps_bias) full_t.store(mask_grads_.row(r) + e);
         } else {
-          if (biased_) full.store(mask_grads_.row(r) + e);
+          if (keeps_bias) full.store(mask_grads_.row(r) + e);
         }
       }
     }
     clear(0, begin);
     clear(end, width);
-    if (args_.grad_mask != nullptr) add_to_mask(s, head, i + r, j, begin, end, mask_grads_.row(r));
+    if (keeps_bias) add_to_mask(s, head, i + r, j, begin, end, mask_grads_.row(r));
   }
 
   void add_to_mask(const AttentionSequence& s, int64_t head, int64_t i, int64_t j, int64_t begin, int64_t end,

@@ -116,7 +116,7 @@ class TangentPass {
           }
           if (biased_) {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + c);
-            t = select_equal(b, low, low, greater(t + b, lowest));
+            t = select_equal(b, low, low, greater(lowest, t + b));
           }
           Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
           if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);

@@ -112,7 +112,7 @@ class Weights {
       Vec<C> t = Vec<C>::loadu(scores + k) * scale;
       if (args_.softcap != 0) t = tanh(t * steep) * cap;
       const Vec<C> b = Vec<C>::loadu(bias + k);
-      select_equal(b, low, low, greater(t + b, lowest)).store(scores + k);
+      select_equal(b, low, low, greater(lowest, t + b)).store(scores + k);
     }
   }
 

@@ -140,7 +140,7 @@ class WeightsGradients {
       }
       if (biased_) {
         const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-        t = select_equal(b, low, low, greater(t + b, lowest));
+        t = select_equal(b, low, low, greater(lowest, t + b));
       }
       const Vec<C> weight = shift.weight(t, base);
       Vec<C> gradient = weight * Vec<C>::loadu(given + e);
