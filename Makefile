@@ -17,7 +17,7 @@ BUILT := .venv/built-$(call tag,$(TORCH))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo dates sunspots test nightly bench cuda lint format wheel compat link clean
+.PHONY: help demo dates sunspots test nightly bench cuda lint format wheel compat oldest newest link clean
 .SILENT:
 
 help:  ## this list
@@ -86,11 +86,18 @@ define try
 	cd build/try/lib && ../venv/bin/python -m lect11ext && ../venv/bin/python -c "$(CALL)"
 endef
 
-compat:  ## compiles the C++ side against the oldest and the newest torch
+compat: oldest newest  ## compiles the C++ side against the oldest and the newest torch
+
+oldest:
 	$(call try,torch==2.11.0,0)
+	rm -rf build/try
+
+newest:
 	$(call try,torch,0)
 	rm -rf build/try
 
+# For one architecture: `make cuda` compiles all of them.
+link: export LECT11EXT_CUDA_ARCHITECTURES ?= 90a
 link:  ## compiles and links the whole CUDA extension against a CUDA build of torch; needs nvcc, no GPU
 	$(call try,$(CUDA_TORCH),1)
 	cd build/try/lib && ../venv/bin/python -m lect11ext --json | grep -q '"cuda": true'
