@@ -74,6 +74,15 @@ at::Tensor attention_weights(const at::Tensor& query, const at::Tensor& key, con
   return attention_op::call_weights(attention_op::ATTENTION_WEIGHTS_INPUTS(none));
 }
 
+attention_op::OutputsAndWeights attend_with_weights(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& dropout_key, double dropout_p,
+    std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    bool bottom_right, std::optional<double> softcap, bool average_heads) {
+  const OptionalTensor none;
+  return attention_op::call_with_weights(attention_op::WITH_WEIGHTS_INPUTS(none), average_heads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = LECT11EXT_TORCH_VERSION;
@@ -142,6 +151,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       NoGil());
   m.def("attention", &attend, NoGil());
   m.def("attention_weights", &attention_weights, NoGil());
+  m.def("attention_with_weights", &attend_with_weights, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

@@ -153,6 +153,22 @@ def attention_weights(
     average_heads: bool,
     /,
 ) -> Tensor: ...
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_key: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    bottom_right: bool,
+    softcap: float | None,
+    average_heads: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def best_cpu_capability() -> str: ...

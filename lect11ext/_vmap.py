@@ -264,6 +264,7 @@ def register() -> None:
         ops.attention_tangent,
         ops.attention_backward_tangent,
         ops.attention_weights,
+        ops.attention_with_weights,
         ops.attention_weights_backward,
     ):
         torch.library.register_vmap(op.default, _attention(op, op.default._schema.arguments))

@@ -10,7 +10,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "attention/dot_product_inputs.h"
+#include "attention/dot_product_autograd.h"
 
 namespace lect11ext {
 namespace {
@@ -121,19 +121,6 @@ struct Carried {
 };
 
 bool inputs_need_grad(const Inputs& in) { return autograd::needs_grad(in.query, in.key, in.value, in.attn_mask); }
-bool inputs_have_tangents(const Inputs& in) {
-  return autograd::has_tangent(in.query, in.key, in.value) ||
-         (in.has_float_mask() && autograd::has_tangent(*in.attn_mask));
-}
-
-void check_constants(const Inputs& in) {
-  const bool active = autograd::needs_grad(in.alibi_slopes) ||
-                      (autograd::defined(in.alibi_slopes) && autograd::has_tangent(*in.alibi_slopes));
-  TORCH_CHECK_NOT_IMPLEMENTED(!active,
-                              "alibi_slopes have no derivative here: give -slope * distance as an additive attn_mask, "
-                              "as functional.scaled_dot_product_attention does");
-}
-
 torch::autograd::Edge edge(const Tensor& t) {
   return t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge();
 }
@@ -167,15 +154,24 @@ struct AttentionNode : autograd::Node {
   }
 };
 
-Outputs autograd_forward(ATTENTION_PARAMETERS) {
-  const Inputs in = ATTENTION_INPUTS;
-  check_constants(in);
-  Outputs out;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    out = call_forward(in);
-  }
-  auto& [output, lse] = out;
+}  // namespace
+
+namespace attention_op {
+
+bool inputs_have_tangents(const Inputs& in) {
+  return autograd::has_tangent(in.query, in.key, in.value) ||
+         (in.has_float_mask() && autograd::has_tangent(*in.attn_mask));
+}
+
+void check_constants(const Inputs& in) {
+  const bool active = autograd::needs_grad(in.alibi_slopes) ||
+                      (autograd::defined(in.alibi_slopes) && autograd::has_tangent(*in.alibi_slopes));
+  TORCH_CHECK_NOT_IMPLEMENTED(!active,
+                              "alibi_slopes have no derivative here: give -slope * distance as an additive attn_mask, "
+                              "as functional.scaled_dot_product_attention does");
+}
+
+void record_attention(const Inputs& in, const Tensor& output, const Tensor& lse) {
   decltype(autograd::make_node<AttentionNode>()) node;
   if (inputs_need_grad(in)) {
     node = autograd::make_node<AttentionNode>();
@@ -191,6 +187,21 @@ Outputs autograd_forward(ATTENTION_PARAMETERS) {
     lse._set_fw_grad(lse_t, /*level=*/0, /*is_inplace_op=*/false);
   }
   if (node != nullptr) node->saved_ = SavedInputs(in, output, lse, /*own_outputs=*/true);
+}
+
+}  // namespace attention_op
+
+namespace {
+
+Outputs autograd_forward(ATTENTION_PARAMETERS) {
+  const Inputs in = ATTENTION_INPUTS;
+  check_constants(in);
+  Outputs out;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    out = call_forward(in);
+  }
+  record_attention(in, std::get<0>(out), std::get<1>(out));
   return out;
 }
 

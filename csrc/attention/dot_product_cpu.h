@@ -48,9 +48,10 @@ inline int64_t panel_count(int64_t keys) { return (keys + kPanelKeys - 1) / kPan
 struct PackedOperand {
   AttentionOperand from;
   int64_t columns;
-  void* transposed;  // [panels][columns rounded to kDeepStep][64]; null where it is not needed
-  void* rows;        // [panels][64][columns rounded to kColumnStep]; the same
-  bool* finite;      // [panels]: whether all elements are
+  void* transposed;   // [panels][columns rounded to kDeepStep][64]; null where it is not needed
+  void* rows;         // [panels][64][columns rounded to kColumnStep]; the same
+  bool rows_are_own;  // rows are the operand itself, which lies that way
+  bool* finite;       // [panels]: whether all elements are
 };
 
 inline int64_t transposed_panel(int64_t columns) { return round_up(columns, kDeepStep) * kPanelKeys; }

@@ -27,12 +27,12 @@ class Packing {
 
   // Announces an operand before anything is packed. Its pointers are set by run().
   void add(const AttentionOperand& from, int64_t columns, bool transposed, bool rows, PackedOperand& to) {
-    to = {from, columns, nullptr, nullptr, nullptr};
+    to = {from, columns, nullptr, nullptr, rows && lies_packed(from, columns), nullptr};
     if (from.data == nullptr) return;
     const int64_t panels = panel_total_ * args_.kv_heads, element = compute_size(args_.dtype);
     Part part{&to, transposed, rows, 0, 0, space_.reserve(panels)};
     if (transposed) part.transposed_at = space_.reserve(panels * transposed_panel(columns) * element);
-    if (rows) part.rows_at = space_.reserve(panels * rows_panel(columns) * element);
+    if (rows && !to.rows_are_own) part.rows_at = space_.reserve(panels * rows_panel(columns) * element);
     parts_.push_back(part);
   }
 
@@ -54,7 +54,8 @@ class Packing {
       const Part& part = parts_[i];
       part.to->finite = static_cast<bool*>(space_.at(part.finite_at));
       if (part.transposed) part.to->transposed = space_.at(part.transposed_at);
-      if (part.rows) part.to->rows = space_.at(part.rows_at);
+      if (part.to->rows_are_own) part.to->rows = const_cast<void*>(part.to->from.data);
+      else if (part.rows) part.to->rows = space_.at(part.rows_at);
       *slots[i] = *part.to;
       columns += part.to->columns;
     }
@@ -65,6 +66,14 @@ class Packing {
   int64_t tiles() const { return tile_total_ * args_.heads; }
 
  private:
+  // Whether an operand has the rows of panels already: dense, whole panels, and elements that are not paired.
+  bool lies_packed(const AttentionOperand& from, int64_t columns) const {
+    const int64_t head = args_.keys * columns;
+    return (args_.dtype == DType::Float || args_.dtype == DType::Double) && args_.key_starts == nullptr &&
+           args_.keys % kPanelKeys == 0 && columns % kColumnStep == 0 && from.strides.position == columns &&
+           from.strides.head == head && from.strides.batch == args_.kv_heads * head;
+  }
+
   struct Part {
     PackedOperand* to;
     bool transposed, rows;

@@ -18,6 +18,12 @@ struct AttentionWeights : Attention {
   void* weights;  // S, written: [batch, queries, keys] of averages, else [batch, heads, queries, keys]; dense
 };
 
+// Attention and its weights in one pass: the weights as dropout left them, as the output has them.
+struct AttentionWithWeights : AttentionForward {
+  bool average;
+  void* weights;  // S, written: as AttentionWeights has it
+};
+
 // ∂L/∂w over [batch, heads, queries, keys], with any strides: 0 over the heads of averages.
 struct AttentionWeightsGradient {
   const void* data;  // S

@@ -3,7 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "attention/dot_product_weights_inputs.h"
+#include "attention/dot_product_autograd.h"
 
 namespace lect11ext {
 namespace {
@@ -18,14 +18,6 @@ bool is_differentiated(const WeightsInputs& w) {
 bool has_tangents(const WeightsInputs& w) {
   return autograd::has_tangent(w.in.query, w.in.key, w.lse) ||
          (w.in.has_float_mask() && autograd::has_tangent(*w.in.attn_mask));
-}
-
-void check_constants(const WeightsInputs& w) {
-  const OptionalTensor& slopes = w.in.alibi_slopes;
-  const bool active = autograd::needs_grad(slopes) || (autograd::defined(slopes) && autograd::has_tangent(*slopes));
-  TORCH_CHECK_NOT_IMPLEMENTED(!active,
-                              "alibi_slopes have no derivative here: give -slope * distance as an additive attn_mask, "
-                              "as functional.attention_weights does");
 }
 
 torch::autograd::Edge edge(const Tensor& t) {
@@ -79,9 +71,26 @@ struct WeightsNode : autograd::Node {
   }
 };
 
+}  // namespace
+
+namespace attention_op {
+
+void record_weights(const WeightsInputs& w, const Tensor& weights) {
+  if (!is_differentiated(w)) return;
+  auto node = autograd::make_node<WeightsNode>();
+  const Tensor mask = w.in.has_float_mask() ? *w.in.attn_mask : Tensor();
+  node->set_next_edges({edge(w.in.query), edge(w.in.key), edge(w.lse), edge(mask)});
+  node->keep(w);
+  torch::autograd::set_history(weights, node);
+}
+
+}  // namespace attention_op
+
+namespace {
+
 Tensor autograd_weights(ATTENTION_WEIGHTS_PARAMETERS) {
   const WeightsInputs w = ATTENTION_WEIGHTS_INPUTS(kNone);
-  check_constants(w);
+  check_constants(w.in);
   if (has_tangents(w)) {
     w.check();
     return composite_weights(w);
@@ -91,19 +100,13 @@ Tensor autograd_weights(ATTENTION_WEIGHTS_PARAMETERS) {
     const at::AutoDispatchBelowADInplaceOrView below;
     out = call_weights(w);
   }
-  if (is_differentiated(w)) {
-    auto node = autograd::make_node<WeightsNode>();
-    const Tensor mask = w.in.has_float_mask() ? *attn_mask : Tensor();
-    node->set_next_edges({edge(query), edge(key), edge(lse), edge(mask)});
-    node->keep(w);
-    torch::autograd::set_history(out, node);
-  }
+  record_weights(w, out);
   return out;
 }
 
 Gradients autograd_weights_backward(const Tensor& grad, ATTENTION_WEIGHTS_PARAMETERS, GradientMask mask) {
   const WeightsInputs w = ATTENTION_WEIGHTS_INPUTS(kNone);
-  check_constants(w);
+  check_constants(w.in);
   if (is_differentiated(w) || has_tangents(w) || autograd::needs_grad(grad) || autograd::has_tangent(grad)) {
     w.check();
     w.check_gradient(grad);

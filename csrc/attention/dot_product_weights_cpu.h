@@ -13,6 +13,16 @@ struct AttentionWeightsCpu : AttentionWeights {
   PackedOperand packed_key;
 };
 
+// The scores of so many keys stay in the cache, for all rows of a tile, until the sum of weights is known.
+inline constexpr int64_t kOnePassKeys = 1024;
+
+// A work item is `rows` queries with all heads of a sequence.
+struct AttentionWithWeightsCpu : AttentionWithWeights {
+  AttentionPlan plan;
+  PackedOperand packed_key, packed_value;
+  int64_t rows;
+};
+
 inline int64_t key_block_count(int64_t keys) { return (keys + kBlockKeys - 1) / kBlockKeys; }
 
 // Work items as AttentionBackwardCpu has them; there are no values, and operands are of the type of the sums.
@@ -23,6 +33,7 @@ struct AttentionWeightsBackwardCpu : AttentionBackwardCpu {
 };
 
 LECT11EXT_CPU_KERNEL(attention_weights_kernel, AttentionWeightsCpu)
+LECT11EXT_CPU_KERNEL(attention_with_weights_kernel, AttentionWithWeightsCpu)
 LECT11EXT_CPU_KERNEL(attention_weights_backward_kernel, AttentionWeightsBackwardCpu)
 
 }  // namespace lect11ext

@@ -37,12 +37,31 @@ struct WeightsInputs {
   w.in.query, w.in.key, w.lse, w.in.attn_mask, w.in.alibi_slopes, w.in.dropout_key, w.in.dropout_p, w.in.scale,     \
       w.in.window_left, w.in.window_right, w.in.bottom_right, w.in.softcap, w.average
 
+// Of attention and its weights in one op.
+using OutputsAndWeights = std::tuple<Tensor, Tensor, Tensor>;  // output, lse, weights
+#define WITH_WEIGHTS_SCHEMA                                                                                         \
+  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_key, "          \
+  "float dropout_p, float? scale, int? window_left, int? window_right, bool bottom_right, float? softcap, "         \
+  "bool average_heads"
+#define WITH_WEIGHTS_PARAMETERS                                                                                     \
+  const Tensor &query, const Tensor &key, const Tensor &value, const OptionalTensor &attn_mask,                     \
+      const OptionalTensor &alibi_slopes, const OptionalTensor &dropout_key, double dropout_p,                      \
+      std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,         \
+      bool bottom_right, std::optional<double> softcap, bool average_heads
+#define WITH_WEIGHTS_INPUTS(none)                                                                                   \
+  Inputs {                                                                                                          \
+    query, key, value, attn_mask, alibi_slopes, none, none, dropout_key, dropout_p, scale, window_left, window_right, \
+        bottom_right, softcap                                                                                       \
+  }
+
+using WithWeightsSignature = OutputsAndWeights(WITH_WEIGHTS_PARAMETERS);
 using WeightsSignature = Tensor(ATTENTION_WEIGHTS_PARAMETERS);
 // The gradients of query, key, lse and attn_mask.
 using WeightsBackwardSignature = Gradients(const Tensor& grad, ATTENTION_WEIGHTS_PARAMETERS, GradientMask mask);
 
 // The ops through the dispatcher.
 Tensor call_weights(const WeightsInputs& w);
+OutputsAndWeights call_with_weights(const Inputs& in, bool average);
 Gradients call_weights_backward(const Tensor& grad, const WeightsInputs& w, GradientMask mask);
 
 // The ops' definitions in differentiable ATen. They hold [B, H, L, S].

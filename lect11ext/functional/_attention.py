@@ -306,3 +306,19 @@ def call_weights(
             alibi_slopes=(slopes, OPTIONAL_TENSOR), dropout_key=(dropout_key, OPTIONAL_TENSOR),
             scale=(options.scale, OPTIONAL_NUMBER),
         ) from None  # fmt: skip
+
+
+def call_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    dropout_key: Tensor | None,
+    options: Options,
+    average_heads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args: tuple[Any, ...] = (query, key, value, mask, slopes, dropout_key, *options, average_heads)
+    if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, value, mask):
+        return torch.ops.lect11ext.attention_with_weights(*args)
+    return _C.attention_with_weights(*args)

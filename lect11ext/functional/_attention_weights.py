@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .._errors import TENSOR, check_type
 from . import _attention as common
 from ._attention import Options, Window
+from .attention import scaled_dot_product_attention
 from .random import in_functorch
 
 _OP_DEVICES = ("cpu", "meta")  # where there is the op; elsewhere plain PyTorch
@@ -97,6 +98,38 @@ def attention_weights(
         plain = _Weights(q, k, lse, mask, slopes, dropout_key, options)
         weights = plain.mean() if average_heads else plain.of_rows(0, None)
         return _restored(weights.to(query.dtype), shape, average_heads)
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+    window: Window | None = None,
+    dropout_key: Tensor | None = None,
+    average_heads: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``(output, weights)`` in one pass where there is the op for it: as the two functions give them, for a module."""
+    given: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+        "window": window,
+        "dropout_key": dropout_key,
+    }
+    if query.device.type not in _OP_DEVICES or is_traceable_wrapper_subclass(query):
+        output, lse = scaled_dot_product_attention(query, key, value, attn_mask, **given, return_lse=True)
+        return output, attention_weights(query, key, lse, attn_mask, **given, average_heads=average_heads)
+    options = common.check_options(dropout_p, is_causal, None, enable_gqa, window, None, "top_left")
+    q, k, v, shape = common.canonical(query, key, value, enable_gqa)
+    mask = common.canonical_mask(attn_mask, shape)
+    drop = dropout_key if dropout_p > 0 else None
+    output, _, weights = common.call_with_weights(q, k, v, mask, None, drop, options, average_heads)
+    return common.restored(output, shape, 2), _restored(weights, shape, average_heads)
 
 
 def _restored(weights: Tensor, shape: common.Shape, averaged: bool) -> Tensor:

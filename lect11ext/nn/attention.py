@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter
 from .._errors import OPTIONAL_INT, TENSOR, check_type
 from ..functional import attention_weights, scaled_dot_product_attention, varlen_attention
 from ..functional._attention import check_window, dropout_key_for
+from ..functional._attention_weights import attention_with_weights
 from ..functional.attention import jagged_parts
 from ._attention_inputs import merged_masks, padded, rotate
 
@@ -231,8 +232,7 @@ class MultiheadAttention(nn.Module):
         weights = None
         if need_weights:
             options["dropout_key"] = dropout_key_for(q, k.size(2), dropout_p, None, None)
-            out, lse = scaled_dot_product_attention(q, k, v, mask, **options, return_lse=True)
-            weights = attention_weights(q, k, lse, mask, **options, average_heads=bool(average_attn_weights))
+            out, weights = attention_with_weights(q, k, v, mask, **options, average_heads=bool(average_attn_weights))
             weights = weights if batched else weights.squeeze(0)
         else:
             out = scaled_dot_product_attention(q, k, v, mask, **options)

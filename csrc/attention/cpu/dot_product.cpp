@@ -34,7 +34,7 @@ class Forward : RunningSoftmax<S, P> {
     for (int64_t j = begin; j < end; j += kBlockKeys) {
       block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep)));
     }
-    for (int64_t r = 0; r < rows; ++r) this->finish(s, where.head, i + r, r);
+    this->finish_all(s, where.head, i, rows);
   }
 
  private:
@@ -42,10 +42,7 @@ class Forward : RunningSoftmax<S, P> {
   void block(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
              int64_t width) {
     PanelRows seen(band, i, rows, j, width);
-    if (biased_) {
-      for (int64_t r = 0; r < rows; ++r) this->load_bias(s, band, head, i + r, r, j, width);
-      if (args_.mask.type != MaskType::None && !seen.narrow(this->bias_, std::min(width, s.keys - j))) return;
-    }
+    if (biased_ && !this->load_biases(s, band, head, i, rows, j, width, seen)) return;
     multiply_panels<P>(seen, query_, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) this->weigh(s, band, head, i + r, r, j, width);
     this->start_sums(rows);

@@ -6,12 +6,60 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
+// How far ahead rows are asked for: what memory delivers in its latency, 13 GB/s for 100 ns, and as much again. The
+// hardware's own prefetching stops at every page.
+constexpr int64_t kBytesAhead = 4096;
+
+// Two vectors of a row. Of bfloat16 they are its even and its odd elements, which a shift and a mask give, where the
+// natural order takes two shuffles more.
+template <class S>
+struct TwoVectors {
+  using C = Compute<S>;
+  static constexpr int64_t kElements = 2 * kLanes<C>;
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr bool kInterleaved = std::is_same_v<S, at::BFloat16>;
+#else
+  static constexpr bool kInterleaved = false;
+#endif
+  Vec<C> first, second;
+
+  static TwoVectors load(const S* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (kInterleaved) {
+      const __m512i pairs = _mm512_loadu_si512(from), high_halves = _mm512_set1_epi32(-0x10000);
+      return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+              _mm512_castsi512_ps(_mm512_and_si512(pairs, high_halves))};
+    }
+#endif
+    if constexpr (std::is_same_v<S, C>) {
+      return {Vec<C>::loadu(from), Vec<C>::loadu(from + kLanes<C>)};
+    } else {
+      const auto [low, high] = at::vec::convert_to_float<S>(Vec<S>::loadu(from));
+      return {low, high};
+    }
+  }
+
+  // Sums, which lie in the natural order.
+  static TwoVectors load_sums(const C* from) {
+    const Vec<C> low = Vec<C>::loadu(from), high = Vec<C>::loadu(from + kLanes<C>);
+    if constexpr (!kInterleaved) return {low, high};
+    const auto [even, odd] = at::vec::deinterleave2(low, high);
+    return {even, odd};
+  }
+  void store_sums(C* to) const {
+    auto [low, high] = kInterleaved ? at::vec::interleave2(first, second) : std::pair(first, second);
+    low.store(to);
+    high.store(to + kLanes<C>);
+  }
+};
+
 // Weights are floats (or doubles) whatever the storage: arithmetic is not what binds.
 template <class S>
 class Decode : RunningSoftmax<S, Compute<S>> {
   using C = Compute<S>;
   using Softmax = RunningSoftmax<S, C>;
-  using Softmax::biased_, Softmax::columns_, Softmax::scores_, Softmax::sums_, Softmax::top_, Softmax::total_;
+  using Softmax::biased_, Softmax::columns_, Softmax::has_bias_, Softmax::scores_, Softmax::sums_, Softmax::top_,
+      Softmax::total_;
 
  public:
   explicit Decode(const AttentionDecodeCpu& args) : Softmax(args), args_(args), group_(args.heads / args.kv_heads) {
@@ -49,29 +97,46 @@ class Decode : RunningSoftmax<S, Compute<S>> {
   void block(const AttentionSequence& s, const Band& band, int64_t kv_head, int64_t rows, int64_t j, int64_t n) {
     const int64_t width = round_up(n, kKeyStep);
     const auto head = [&](int64_t r) { return kv_head * group_ + r / s.queries; };
-    for (int64_t r = 0; r < rows && biased_; ++r) this->load_bias(s, band, head(r), r % s.queries, r, j, width);
+    if (biased_ && !load_biases(s, band, kv_head, rows, j, n)) return;
     score(row_of<S>(args_.key, s.batch, kv_head, s.key_start + j), rows, n);
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(scores_.row(r) + n, scores_.row(r) + width, kMinusInfinity<C>);
       this->weigh(s, band, head(r), r % s.queries, r, j, width);
     }
     this->start_sums(rows);
-    for (int64_t p = 0; p < n; p += kPanelKeys) {
-      add_values(row_of<S>(args_.value, s.batch, kv_head, s.key_start + j + p), rows, p, std::min(kPanelKeys, n - p));
+    add_values(row_of<S>(args_.value, s.batch, kv_head, s.key_start + j), rows, n);
+  }
+
+  // Returns whether any row may see any of the keys. A mask that heads and queries share is looked at as a whole.
+  bool load_biases(const AttentionSequence& s, const Band& band, int64_t kv_head, int64_t rows, int64_t j, int64_t n) {
+    const bool shared = args_.mask.strides[1] == 0 && (args_.mask.strides[2] == 0 || s.queries == 1);
+    const BlockMask kind = shared ? block_mask(args_, s.batch, kv_head * group_, 0, 1, j, n) : BlockMask::Some;
+    has_bias_ = kind == BlockMask::Some;
+    for (int64_t r = 0; r < rows && has_bias_; ++r) {
+      this->load_bias(s, band, kv_head * group_ + r / s.queries, r % s.queries, r, j, round_up(n, kKeyStep));
     }
+    return kind != BlockMask::AllBarred;
   }
 
   // Inner products of all rows with n keys, four at a time.
   void score(const S* keys, int64_t rows, int64_t n) {
-    constexpr int kFour = 4;
-    const RowProduct<S> product{keys, args_.key.strides.position, query_, args_.head_dim, args_.head_dim};
-    for (int64_t k = 0; k < n; k += kFour) {
+    constexpr int kFour = 4, kElements = Step<S>::kElements;
+    const int64_t stride = args_.key.strides.position, ahead = rows_ahead(stride);
+    int64_t k = 0;
+    if (rows == 1) {
+      switch (args_.head_dim) {
+        case kElements: k = score_row<1>(keys, n); break;
+        case 2 * kElements: k = score_row<2>(keys, n); break;
+        case 4 * kElements: k = score_row<4>(keys, n); break;
+        case 8 * kElements: k = score_row<8>(keys, n); break;
+      }
+    }
+    const RowProduct<S> product{keys, stride, query_, args_.head_dim, args_.head_dim};
+    for (; k < n; k += kFour) {
       for (int64_t r = 0, count; r < rows; r += count) {
         count = next_rows_of_x(rows - r);
         C* out = scores_.row(r) + k;
-        const auto run = [&]<int B>() {
-          dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, /*next_rows=*/8);
-        };
+        const auto run = [&]<int B>() { dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, ahead); };
         switch (count) {
           case 1: run.template operator()<1>(); break;
           case 2: run.template operator()<2>(); break;
@@ -84,30 +149,80 @@ class Decode : RunningSoftmax<S, Compute<S>> {
     }
   }
 
-  // Values p … p + n − 1 of the block: in place where they lie as the product wants them, and all have a weight.
-  void add_values(const S* values, int64_t rows, int64_t p, int64_t n) {
-    const int64_t stride = args_.value.strides.position;
-    bool used[kPanelKeys], all = true;
-    for (int64_t k = 0; k < n; ++k) {
-      used[k] = false;
-      for (int64_t r = 0; r < rows && !used[k]; ++r) used[k] = scores_.row(r)[p + k] != 0;
-      all = all && used[k];
+  // Of one query, which stays in registers: all fours of the n keys. Returns how many keys these are.
+  template <int kSteps>
+  int64_t score_row(const S* keys, int64_t n) {
+    using Loader = Step<S>;
+    const int64_t stride = args_.key.strides.position, ahead = rows_ahead(stride) * stride;
+    typename Loader::Loaded query[kSteps];
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) query[s] = Loader::load(query_ + s * Loader::kElements);
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4, keys += 4 * stride) {
+      Vec<C> sums[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const S* key = keys + r * stride;
+        sums[r] = Vec<C>(C(0));
+#pragma GCC unroll 8
+        for (int s = 0; s < kSteps; ++s) {
+          __builtin_prefetch(key + ahead + s * Loader::kElements);
+          sums[r] = Loader::madd(Loader::load(key + s * Loader::kElements), query[s], sums[r]);
+        }
+      }
+      sum_lanes4(sums, scores_.row(0) + k);
     }
+    return k;
+  }
+
+  static int64_t rows_ahead(int64_t stride) {
+    return stride == 0 ? 0 : std::max<int64_t>(1, kBytesAhead / (std::abs(stride) * static_cast<int64_t>(sizeof(S))));
+  }
+
+  // Values of the block's n keys, whose weights are zero beyond n.
+  void add_values(const S* values, int64_t rows, int64_t n) {
+    const int64_t stride = args_.value.strides.position;
+    C used[kBlockKeys];  // how many rows use a key
+    const bool all = count_uses(rows, n, used);
     if (all && rows <= kRowsInRegisters && args_.value_dim % kChunk == 0) {
-      for (int64_t r = 0; r < rows; ++r) add_row(values, stride, scores_.row(r) + p, n, sums_.row(r));
+      for (int64_t r = 0; r < rows; ++r) add_row(values, stride, scores_.row(r), n, sums_.row(r));
       return;
     }
+    for (int64_t p = 0; p < n; p += kPanelKeys) {
+      add_panel(values + p * stride, rows, p, std::min(kPanelKeys, n - p), all ? nullptr : used + p);
+    }
+  }
+
+  // Returns whether all n keys are used.
+  bool count_uses(int64_t rows, int64_t n, C* used) const {
+    const Vec<C> zero(C(0)), one(C(1));
+    Vec<C> unused = zero;
+    const int64_t width = round_up(n, kLanes<C>);
+    for (int64_t k = 0; k < width; k += kLanes<C>) {
+      Vec<C> uses = zero;
+      for (int64_t r = 0; r < rows; ++r) uses = uses + select_equal(Vec<C>::loadu(scores_.row(r) + k), zero, zero, one);
+      uses.store(used + k);
+      unused = unused + select_equal(uses, zero, one, zero);
+    }
+    return sum_of_lanes(unused) == static_cast<C>(width - n);
+  }
+
+  // Values p … p + n − 1 of the block, by their panel: in place where they lie as the product wants them, and all have
+  // a weight.
+  void add_panel(const S* values, int64_t rows, int64_t p, int64_t n, const C* used) {
+    const int64_t stride = args_.value.strides.position;
     Matrix<const C> from{values_, columns_};
     bool in_place = false;
     if constexpr (std::is_same_v<S, C>) {
-      in_place = all && args_.value_dim == columns_;
+      in_place = used == nullptr && args_.value_dim == columns_;
       if (in_place) from = {values, stride};
     }
     if (!in_place) {
       for (int64_t k = 0; k < n; ++k) {
+        const bool uses = used == nullptr || used[k] != 0;
         C* row = values_ + k * columns_;
-        if (used[k]) convert(values + k * stride, row, args_.value_dim);
-        std::fill(row + (used[k] ? args_.value_dim : 0), row + columns_, C(0));
+        if (uses) convert(values + k * stride, row, args_.value_dim);
+        std::fill(row + (uses ? args_.value_dim : 0), row + columns_, C(0));
       }
     }
     multiply<Order::Along, C>({scores_.row(0) + p, kBlockKeys}, rows, n, from, sums_, columns_, true);
@@ -117,36 +232,37 @@ class Decode : RunningSoftmax<S, Compute<S>> {
   // Two keys at a time, so that a sum waits for every other one.
   static constexpr int64_t kRowsInRegisters = 2, kChunk = 64;
   void add_row(const S* values, int64_t stride, const C* weights, int64_t n, C* sums) const {
-    constexpr int kVectors = kChunk / kLanes<C>;
-    const auto load = [](const S* from, Vec<C>(&row)[kVectors]) {
-      if constexpr (std::is_same_v<S, C>) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) row[v] = Vec<C>::loadu(from + v * kLanes<C>);
-      } else {
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; v += 2) {
-          const auto [low, high] = at::vec::convert_to_float<S>(Vec<S>::loadu(from + v * kLanes<C>));
-          row[v] = low, row[v + 1] = high;
-        }
+    using Two = TwoVectors<S>;
+    constexpr int kPairs = kChunk / Two::kElements;
+    const int64_t ahead = rows_ahead(stride) * stride;
+    const auto add = [&](const S* from, C weight, Two(&to)[kPairs]) {
+      const Vec<C> w(weight);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPairs; ++p) {
+        const Two row = Two::load(from + p * Two::kElements);
+        __builtin_prefetch(from + ahead + p * Two::kElements);
+        to[p].first = at::vec::fmadd(row.first, w, to[p].first);
+        to[p].second = at::vec::fmadd(row.second, w, to[p].second);
       }
     };
     for (int64_t c = 0; c < args_.value_dim; c += kChunk) {
-      Vec<C> even[kVectors], odd[kVectors], row[kVectors];
-      for (int v = 0; v < kVectors; ++v) even[v] = Vec<C>::loadu(sums + c + v * kLanes<C>), odd[v] = Vec<C>(C(0));
+      Two even[kPairs], odd[kPairs];
+      for (int p = 0; p < kPairs; ++p) {
+        even[p] = Two::load_sums(sums + c + p * Two::kElements);
+        odd[p] = {Vec<C>(C(0)), Vec<C>(C(0))};
+      }
+      const S* from = values + c;
       int64_t k = 0;
-      for (; k + 2 <= n; k += 2) {
-        load(values + k * stride + c, row);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) even[v] = at::vec::fmadd(row[v], Vec<C>(weights[k]), even[v]);
-        load(values + (k + 1) * stride + c, row);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) odd[v] = at::vec::fmadd(row[v], Vec<C>(weights[k + 1]), odd[v]);
+      for (; k + 2 <= n; k += 2, from += 2 * stride) {
+        add(from, weights[k], even);
+        add(from + stride, weights[k + 1], odd);
       }
-      if (k < n) {
-        load(values + k * stride + c, row);
-        for (int v = 0; v < kVectors; ++v) even[v] = at::vec::fmadd(row[v], Vec<C>(weights[k]), even[v]);
+      if (k < n) add(from, weights[k], even);
+      for (int p = 0; p < kPairs; ++p) {
+        even[p].first = even[p].first + odd[p].first;
+        even[p].second = even[p].second + odd[p].second;
+        even[p].store_sums(sums + c + p * Two::kElements);
       }
-      for (int v = 0; v < kVectors; ++v) (even[v] + odd[v]).store(sums + c + v * kLanes<C>);
     }
   }
 

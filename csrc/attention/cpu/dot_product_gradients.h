@@ -157,8 +157,12 @@ class Gradients {
   void meet(const AttentionSequence& s, const Band& band, int64_t head, int64_t g, int64_t i, int64_t count, int64_t j,
             int64_t width, int64_t part) {
     PanelRows seen(band, i, count, j, width);
-    if (biased_) load_biases(s, band, head, i, count, j);
-    if (args_.mask.type != MaskType::None && !seen.narrow(bias_, std::min(width, s.keys - j))) return;
+    const int64_t n = std::min(width, s.keys - j);
+    const BlockMask kind = block_mask(args_, s.batch, head, i, count, j, n);
+    if (kind == BlockMask::AllBarred) return;
+    has_bias_ = biased_ && kind == BlockMask::Some;
+    if (has_bias_) load_biases(s, band, head, i, count, j);
+    if (has_bias_ && args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
     const C* lse = static_cast<const C*>(args_.lse) + lse_row(args_, s.batch, head, s.query_start + i);
     const AttentionOperand *queries[] = {&args_.query, &args_.query_t}, *grads[] = {&args_.grad_out, &args_.grad_out_t};
     for (int d = 0; d < (kTangent ? 2 : 1); ++d) {
@@ -304,7 +308,7 @@ class Gradients {
         delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     const bool keeps_bias = args_.grad_mask != nullptr;
-    const bool fast = !biased_ && std::abs(lse) < kLargeExponent<C> / 2;
+    const bool fast = !has_bias_ && std::abs(lse) < kLargeExponent<C> / 2;
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
     for (int64_t k = from; k < to; k += kKeyStep) {
@@ -321,7 +325,7 @@ class Gradients {
             slope = Vec<C>(C(1)) - ratio * ratio;
             if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
           }
-          if (biased_) {
+          if (has_bias_) {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
             t = select_equal(b, low, low, greater(lowest, t + b));
           }
@@ -333,7 +337,7 @@ class Gradients {
         const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
         const Vec<C> full = seen(weight * first);
         (weight * kept).store(p + e);
-        (biased_ ? seen(full * slope) : full).store(inner + e);  // a slope of a barred NaN is NaN too
+        (has_bias_ ? seen(full * slope) : full).store(inner + e);  // a slope of a barred NaN is NaN too
         if constexpr (kTangent) {
           const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * scale : zero;
           Vec<C> score = raw * slope;
@@ -376,6 +380,7 @@ class Gradients {
   Matrix<C> key_sums_, value_sums_;
   P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];
   Factor<P> query_[2], grad_[2];
+  bool has_bias_ = false;  // whether the block has biases; where not, they are zero
   bool has_inner_ = false, has_score_t_ = false, has_inner_t_ = false;
   C *delta_ = nullptr, *delta_t_ = nullptr;
   int64_t first_panel_ = 0;

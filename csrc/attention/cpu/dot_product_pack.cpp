@@ -57,9 +57,17 @@ void interleave(const Matrix<const P>& from, int64_t keys, int64_t columns, P* t
   }
 }
 
+// Whether every query sees every key, so that what is not finite shows wherever it stands.
+bool sees_all(const Attention& args) {
+  return args.mask.type == MaskType::None && args.window_left == kOpen && args.window_right == kOpen &&
+         args.dropout_p <= 0;
+}
+
 template <class S, class P>
 void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand& to, int64_t begin, int64_t end) {
   if (to.from.data == nullptr) return;
+  if (to.rows_are_own && to.transposed == nullptr && sees_all(args))
+    return std::fill(to.finite + begin, to.finite + end, true);
   const int64_t wide = round_up(to.columns, kDeepStep), narrow = round_up(to.columns, kColumnStep);
   Workspace space;
   const auto part = space.reserve(kPanelKeys * wide * sizeof(P));
@@ -93,7 +101,8 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
     const int64_t columns = in_place ? to.columns : wide;
     if (to.transposed != nullptr)
       transpose(from, keys, columns, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
-    if (to.rows != nullptr) interleave(from, keys, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
+    if (to.rows != nullptr && !to.rows_are_own)
+      interleave(from, keys, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
   }
 }
 

@@ -24,18 +24,19 @@ class RunningSoftmax {
         columns_(round_up(args.value_dim, kColumnStep)),
         dropout_(args) {}
 
-  // Before anything is placed in `space`; place() then hands out what was reserved.
-  void reserve(Workspace& space) {
-    constexpr int64_t kTile = kTileQueries * kBlockKeys;
-    at_[0] = space.reserve(kTile * sizeof(C));
-    at_[1] = space.reserve(kInPlace ? 0 : kTile * sizeof(P));
-    at_[2] = space.reserve(biased_ ? kTile * sizeof(C) : 0);
+  // Before anything is placed in `space`; place() then hands out what was reserved. Of scores and weights `width`
+  // columns are kept.
+  void reserve(Workspace& space, int64_t width = kBlockKeys) {
+    width_ = width;
+    at_[0] = space.reserve(kTileQueries * width * sizeof(C));
+    at_[1] = space.reserve(kInPlace ? 0 : kTileQueries * width * sizeof(P));
+    at_[2] = space.reserve(biased_ ? kTileQueries * kBlockKeys * sizeof(C) : 0);
     at_[3] = space.reserve(kTileQueries * columns_ * sizeof(C));
   }
   void place(Workspace& space) {
-    scores_ = {static_cast<C*>(space.at(at_[0])), kBlockKeys};
+    scores_ = {static_cast<C*>(space.at(at_[0])), width_};
     if constexpr (kInPlace) weights_ = scores_;
-    else weights_ = {static_cast<P*>(space.at(at_[1])), kBlockKeys};
+    else weights_ = {static_cast<P*>(space.at(at_[1])), width_};
     bias_ = {static_cast<C*>(space.at(at_[2])), kBlockKeys};
     sums_ = {static_cast<C*>(space.at(at_[3])), columns_};
   }
@@ -60,6 +61,18 @@ class RunningSoftmax {
                 std::min(width, s.keys - j), bias_.row(r));
   }
 
+  // Those of `rows` queries from i on, in rows 0 …. Returns whether any of these may see any of the keys; `seen` is
+  // narrowed to what may.
+  bool load_biases(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
+                   int64_t width, PanelRows& seen) {
+    const int64_t n = std::min(width, s.keys - j);
+    const BlockMask kind = block_mask(args_, s.batch, head, i, rows, j, n);
+    has_bias_ = kind == BlockMask::Some;
+    if (!has_bias_) return kind == BlockMask::AllAllowed;
+    for (int64_t r = 0; r < rows; ++r) load_bias(s, band, head, i + r, r, j, width);
+    return args_.mask.type == MaskType::None || seen.narrow(bias_, n);
+  }
+
   // Scores of row r become weights.
   void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
              int64_t width) {
@@ -69,7 +82,8 @@ class RunningSoftmax {
     if (begin >= end) return std::fill(weights, weights + width, P(0));
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     C* const scores = scores_.row(r);
-    if (biased_) apply_bias(scores, bias_.row(r), from, to);
+    if (biased_ && has_bias_) apply_bias(scores, bias_.row(r), from, to);
+    else if (biased_) apply_scale(scores, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
 
@@ -129,6 +143,14 @@ class RunningSoftmax {
     std::fill(weights + to, weights + width, P(0));
   }
 
+  // t = u of raw scores, as apply_bias has it where a mask allows all.
+  void apply_scale(C* scores, int64_t from, int64_t to) const {
+    const Vec<C> scale(static_cast<C>(args_.scale)), lowest(std::numeric_limits<C>::lowest() / 2);
+    for (int64_t k = from; k < to; k += kLanes<C>) {
+      greater(lowest, Vec<C>::loadu(scores + k) * scale).store(scores + k);
+    }
+  }
+
   // t = u + bias of raw scores, and −∞ where a key is barred, whatever its score.
   void apply_bias(C* scores, const C* bias, int64_t from, int64_t to) const {
     const Vec<C> scale(static_cast<C>(args_.scale)), low(kMinusInfinity<C>);
@@ -144,20 +166,22 @@ class RunningSoftmax {
 
   // Output and lse of query i, row r.
   void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t r) {
-    C& lse = static_cast<C*>(args_.lse)[lse_row(args_, s.batch, head, s.query_start + i)];
-    S* out = row_of<S>(args_.out, args_.out_strides, s.batch, head, s.query_start + i);
-    const C total = sum_of_lanes(Vec<C>::loadu(total_[r]));
-    if (!started_ || total == 0) {
-      lse = kMinusInfinity<C>;
-      std::fill(out, out + args_.value_dim, S(0));
-      return;
-    }
-    lse = top_[r] * (factor_ / kLogBase<C>)+std::log(total);
-    const Vec<C> inverse(C(1) / total);
-    for (int64_t c = 0; c < columns_; c += kLanes<C>)
-      (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
-    convert(sums_.row(r), out, args_.value_dim);
+    const C total = total_of(r);
+    finish(s, head, i, r, total, std::log(total));
   }
+  // Of queries i …, rows 0 …: their logarithms a vector at a time.
+  void finish_all(const AttentionSequence& s, int64_t head, int64_t i, int64_t rows) {
+    static_assert(kTileQueries % kLanes<C> == 0);
+    C totals[kTileQueries], logs[kTileQueries];
+    for (int64_t r = 0; r < rows; ++r) totals[r] = total_of(r);
+    for (int64_t r = 0; r < rows; r += kLanes<C>) {
+      const int64_t n = std::min<int64_t>(kLanes<C>, rows - r);
+      Vec<C>::loadu(totals + r, n).log().store(logs + r, n);
+    }
+    for (int64_t r = 0; r < rows; ++r) finish(s, head, i + r, r, totals[r], logs[r]);
+  }
+
+  C total_of(int64_t r) const { return started_ ? sum_of_lanes(Vec<C>::loadu(total_[r])) : C(0); }
 
   const AttentionForward& args_;
   const bool biased_;  // whether scores are changed before they are weighed; factor_ is the scale else
@@ -169,9 +193,26 @@ class RunningSoftmax {
   C top_[kTileQueries];               // greatest score so far
   C total_[kTileQueries][kLanes<C>];  // sum of weights so far, in lanes
   bool started_ = false;              // whether sums_ hold anything
+  bool has_bias_ = true;              // whether the block's biases are in bias_, where biased_; else they are zero
 
  private:
+  void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t r, C total, C log_of_total) {
+    C& lse = static_cast<C*>(args_.lse)[lse_row(args_, s.batch, head, s.query_start + i)];
+    S* out = row_of<S>(args_.out, args_.out_strides, s.batch, head, s.query_start + i);
+    if (total == 0) {
+      lse = kMinusInfinity<C>;
+      std::fill(out, out + args_.value_dim, S(0));
+      return;
+    }
+    lse = top_[r] * (factor_ / kLogBase<C>)+log_of_total;
+    const Vec<C> inverse(C(1) / total);
+    for (int64_t c = 0; c < columns_; c += kLanes<C>)
+      (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);
+    convert(sums_.row(r), out, args_.value_dim);
+  }
+
   size_t at_[4];
+  int64_t width_ = 0;
 };
 
 }  // namespace lect11ext::CPU_CAPABILITY

@@ -63,13 +63,16 @@ class TangentPass {
   void block(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
              int64_t width) {
     const int64_t n = std::min(width, s.keys - j);
-    for (int64_t r = 0; r < rows && biased_; ++r) {
+    const BlockMask kind = block_mask(args_, s.batch, head, i, rows, j, n);
+    if (kind == BlockMask::AllBarred) return;
+    has_bias_ = biased_ && kind == BlockMask::Some;
+    for (int64_t r = 0; r < rows && has_bias_; ++r) {
       bias_row<S>(args_, args_.mask, /*with_slopes=*/true, s.batch, head, i + r, band.diagonal, j, n, bias_.row(r));
       if (has_mask_t())
         bias_row<S>(args_, args_.mask_t, false, s.batch, head, i + r, band.diagonal, j, n, bias_t_.row(r));
     }
     PanelRows seen(band, i, rows, j, width);
-    if (args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
+    if (has_bias_ && args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
     const auto against = [&](const Matrix<const P>& a, const PackedOperand& keys, const Matrix<C>& out, bool add) {
       multiply_panels<P>(seen, a, keys, first_panel_, j, width, out, add);
     };
@@ -114,7 +117,7 @@ class TangentPass {
             t = ratio * cap;
             slope = one - ratio * ratio;
           }
-          if (biased_) {
+          if (has_bias_) {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + c);
             t = select_equal(b, low, low, greater(lowest, t + b));
           }
@@ -163,6 +166,7 @@ class TangentPass {
 
   const AttentionTangentCpu& args_;
   const bool biased_;
+  bool has_bias_ = false;  // whether the block has biases; where not, they are zero
   const int64_t columns_;
   const Dropout<C> dropout_;
   Workspace space_;

@@ -42,6 +42,9 @@ inline Vec<double> greater(Vec<double> x, Vec<double> acc) { return at::vec::max
 
 template <class C>
 inline C sum_of_lanes(const Vec<C>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<C, float>) return _mm512_reduce_add_ps(v);
+#endif
   C lanes[kLanes<C>], sum = 0;
   v.store(lanes);
   for (C lane : lanes) sum += lane;
@@ -184,6 +187,30 @@ inline void bias_row(const Attention& args, const AttentionMask& mask, bool with
   if (!with_slopes || args.alibi_slopes == nullptr) return;
   const C slope = args.alibi_slopes[batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
   for (int64_t k = 0; k < n; ++k) bias[k] -= slope * static_cast<C>(std::abs(i + diagonal - j - k));
+}
+
+// What a boolean mask alone makes of a block of keys for some queries, as its bytes tell; Some where anything else
+// changes scores too. Most blocks of most masks, and all but one of padding, are of one kind.
+enum class BlockMask { AllAllowed, AllBarred, Some };
+
+inline BlockMask block_mask(const Attention& args, int64_t batch, int64_t head, int64_t i, int64_t rows, int64_t j,
+                            int64_t n) {
+  const int64_t* strides = args.mask.strides;
+  if (args.mask.type != MaskType::Bool || args.alibi_slopes != nullptr || args.softcap != 0 || strides[3] > 1) {
+    return BlockMask::Some;
+  }
+  const uint8_t* row = static_cast<const uint8_t*>(args.mask.data) + batch * strides[0] + head * strides[1] +
+                       i * strides[2] + j * strides[3];
+  const int64_t columns = strides[3] == 0 ? 1 : n;
+  uint8_t any = 0, all = 1;
+  for (int64_t r = 0; r < (strides[2] == 0 ? 1 : rows); ++r, row += strides[2]) {
+    for (int64_t k = 0; k < columns; ++k) {
+      any |= row[k];
+      all &= row[k] != 0;
+    }
+    if (any != 0 && all == 0) return BlockMask::Some;
+  }
+  return all != 0 ? BlockMask::AllAllowed : BlockMask::AllBarred;
 }
 
 // Multiplies the weights of keys j … j + n − 1 of a row by z; j is a multiple of four.
