@@ -78,6 +78,8 @@ struct Inputs {
     check();
     const auto output = output_size(), kept = weights_size();
     check_shape("grad_output", grad_output.sym_sizes(), output, "that of the output");
+    TORCH_CHECK_TYPE(grad_output.scalar_type() == query.scalar_type(), "grad_output must have the type of query, ",
+                     query.scalar_type(), ", but got ", grad_output.scalar_type());
     TORCH_CHECK_VALUE(weights.defined(), "weights must be those of a forward with save_weights, but got none");
     check_shape("weights", weights.sym_sizes(), kept, "queries and keys");
     TORCH_CHECK_TYPE(weights.scalar_type() == compute_dtype(), "weights must be ", compute_dtype(), ", but got ",

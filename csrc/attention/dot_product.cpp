@@ -102,6 +102,13 @@ Gradients meta_backward_tangent(const Inputs& in, const Tensor&, const Tensor&, 
   return empty_gradients(in, mask);
 }
 
+using DropoutMaskKernel = Tensor (*)(const Tensor&, c10::SymIntArrayRef, double);
+template <DropoutMaskKernel kernel>
+Tensor dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p) {
+  check_dropout_mask(key, size, p);
+  return kernel(key, size, p);
+}
+
 Tensor meta_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p) {
   return at::empty_symint(size, key.options().dtype(at::kBool));
 }
@@ -130,7 +137,7 @@ TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
   m.impl("attention_backward", backward<on_cpu::backward>);
   m.impl("attention_tangent", tangent<on_cpu::tangent>);
   m.impl("attention_backward_tangent", backward_tangent<on_cpu::backward_tangent>);
-  m.impl("attention_dropout_mask", dropout_mask_cpu);
+  m.impl("attention_dropout_mask", dropout_mask<dropout_mask_cpu>);
 }
 
 #ifdef LECT11EXT_WITH_CUDA
@@ -139,7 +146,7 @@ TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
   m.impl("attention_backward", backward<on_cuda::backward>);
   m.impl("attention_tangent", tangent<on_cuda::tangent>);
   m.impl("attention_backward_tangent", backward_tangent<on_cuda::backward_tangent>);
-  m.impl("attention_dropout_mask", dropout_mask_cuda);
+  m.impl("attention_dropout_mask", dropout_mask<dropout_mask_cuda>);
 }
 #endif
 
@@ -148,7 +155,7 @@ TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
   m.impl("attention_backward", backward<meta_backward>);
   m.impl("attention_tangent", tangent<meta_tangent>);
   m.impl("attention_backward_tangent", backward_tangent<meta_backward_tangent>);
-  m.impl("attention_dropout_mask", meta_dropout_mask);
+  m.impl("attention_dropout_mask", dropout_mask<meta_dropout_mask>);
 }
 
 }  // namespace lect11ext

@@ -42,15 +42,19 @@ Outputs decode(const Inputs& in) {
   return result;
 }
 
+// Not where a backward follows: it makes scores again by panels, and a large one, rounded otherwise, would have another
+// weight.
 bool decodes(const Inputs& in) {
+  if (autograd::needs_grad(in.query, in.key, in.value, in.attn_mask)) return false;
   if (in.has_starts() || in.key.size(1) == 0 || in.query.numel() == 0 || in.value.numel() == 0) return false;
   return in.query.size(1) / in.key.size(1) * in.query.size(2) <= kDecodeRows;
 }
 
 }  // namespace
 
-Outputs forward(const Inputs& in) {
-  if (decodes(in)) return decode(in);
+Outputs forward(const Inputs& in) { return decodes(in) ? decode(in) : forward_by_tiles(in); }
+
+Outputs forward_by_tiles(const Inputs& in) {
   AttentionForwardCpu args{};
   const Describer described(in, args);
   Outputs result{empty_output(in), empty_lse(in)};
@@ -58,7 +62,8 @@ Outputs forward(const Inputs& in) {
   args.out = output.mutable_data_ptr();
   args.out_strides = strides_of(output);
   args.lse = lse.mutable_data_ptr();
-  Packing packing(args);
+  if (lse.numel() == 0) return result;
+  Packing packing(args, /*may_share=*/true);
   packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
   packing.add(args.value, args.value_dim, /*transposed=*/false, /*rows=*/true, args.packed_value);
   args.plan = packing.run();

@@ -44,7 +44,7 @@ inline int64_t tile_rows(int64_t queries) {
 inline int64_t panel_count(int64_t keys) { return (keys + kPanelKeys - 1) / kPanelKeys; }
 
 // Keys or values of all sequences and heads, packed. Panel p of sequence n and head h is number
-// panel_starts[n] · kv_heads + h · (panels of n) + p.
+// panels[n] · kv_heads + h · (panels of n) + p.
 struct PackedOperand {
   AttentionOperand from;
   int64_t columns;
@@ -59,7 +59,14 @@ inline int64_t rows_panel(int64_t columns) { return round_up(columns, kColumnSte
 
 struct AttentionPlan {
   const int64_t *panels, *tiles;  // where the sequences' panels and tiles begin, [sequences + 1] each, of one head
+  bool shared;                    // whether all sequences have the panels of the first, which are broadcast
   bool widens;                    // whether bfloat16 is multiplied as float where there are dot products of it too
+
+  // Of sequence n and a head of the keys.
+  int64_t first_panel(int64_t n, int64_t kv_heads, int64_t kv_head) const {
+    const int64_t* starts = panels + (shared ? 0 : n);
+    return starts[0] * kv_heads + kv_head * (starts[1] - starts[0]);
+  }
 };
 
 struct AttentionPack {

@@ -26,6 +26,10 @@ void check_type(const char* name, const Tensor& tensor, const Tensor& query) {
                    query.scalar_type(), ", but got ", tensor.scalar_type());
 }
 
+void check_probability(const char* name, double p) {
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, name, " must be in [0, 1], but got ", p);
+}
+
 // Where a sequence of packed ones begins, and at last where the last one ends.
 void check_starts(const char* name, const Tensor& starts, const c10::SymInt& total) {
   TORCH_CHECK_TYPE(starts.scalar_type() == at::kLong || starts.scalar_type() == at::kInt, name,
@@ -104,9 +108,9 @@ void Inputs::check() const {
                       "cu_seqlens_q and cu_seqlens_k must be as long as one another, but got ",
                       cu_seqlens_q->sym_size(0), " and ", cu_seqlens_k->sym_size(0));
   }
-  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1], but got ", dropout_p);
+  check_probability("dropout_p", dropout_p);
   TORCH_CHECK_VALUE(dropout_p == 0 || autograd::defined(dropout_key), "dropout_key must be given with a dropout_p");
-  if (dropout_p > 0) check_key(*dropout_key, query.device());
+  if (dropout_p > 0) check_key(*dropout_key, query.device(), "dropout_key");
   TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), "scale must be finite, but got ", *scale);
   TORCH_CHECK_VALUE(!softcap.has_value() || (*softcap > 0 && std::isfinite(*softcap)),
                     "softcap must be positive and finite, but got ", *softcap);
@@ -178,6 +182,13 @@ Gradients call_backward_tangent(const Inputs& in, const Tensor& output, const Te
   const Tangents& t = along.tangents;
   return op.call(along.grad_output, along.grad_lse, ATTENTION_ARGUMENTS_OF(in), output, lse, along.grad_output_t,
                  along.grad_lse_t, t.query, t.key, t.value, t.attn_mask, along.output_t, along.lse_t, mask);
+}
+
+void check_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p) {
+  check_key(key, key.device());
+  TORCH_CHECK_VALUE(size.size() > 0, "size must have a dimension, of keys, but got none");
+  for (const auto& n : size) TORCH_CHECK_VALUE(n >= 0, "size must be nonnegative, but got ", size);
+  check_probability("p", p);
 }
 
 Tensor call_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p) {

@@ -100,6 +100,7 @@ struct Directions {
 Gradients call_backward_tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Directions& along,
                                 GradientMask mask);
 // Which elements dropout keeps: bool [B, H, L, S].
+void check_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p);
 Tensor call_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p);
 
 // The ops' definitions in differentiable ATen, for derivatives of third order and beyond, and for what kernels do not

@@ -15,12 +15,18 @@ inline int64_t compute_size(DType type) { return type == DType::Double ? 8 : 4; 
 // Packed operands and the starts of panels and tiles, in memory that a call keeps.
 class Packing {
  public:
-  explicit Packing(const Attention& args) : args_(args), sequences_(args.sequences + 1) {
+  // Where it `may_share`, nothing but keys and values of `args` is added, and what is broadcast over the batch is
+  // packed once.
+  explicit Packing(const Attention& args, bool may_share = false)
+      : args_(args),
+        sequences_(args.sequences + 1),
+        shared_(may_share && args.key_starts == nullptr && args.key.strides.batch == 0 &&
+                args.value.strides.batch == 0) {
     panels_ = space_.reserve(sequences_ * sizeof(int64_t));
     tiles_ = space_.reserve(sequences_ * sizeof(int64_t));
     for (int64_t n = 0; n < args.sequences; ++n) {
       const AttentionSequence s(args, n);
-      panel_total_ += panel_count(s.keys);
+      if (n == 0 || !shared_) panel_total_ += panel_count(s.keys);
       tile_total_ += tile_count(s.queries);
     }
   }
@@ -46,7 +52,7 @@ class Packing {
       panels[n + 1] = panels[n] + panel_count(s.keys);
       tiles[n + 1] = tiles[n] + tile_count(s.queries);
     }
-    const AttentionPlan plan{panels, tiles, widens};
+    const AttentionPlan plan{panels, tiles, shared_, widens};
     AttentionPack pack{&args_, plan, {}, {}, {}, {}};
     PackedOperand* slots[] = {&pack.key, &pack.value, &pack.key_t, &pack.value_t};
     int64_t columns = 0;
@@ -71,7 +77,7 @@ class Packing {
     const int64_t head = args_.keys * columns;
     return (args_.dtype == DType::Float || args_.dtype == DType::Double) && args_.key_starts == nullptr &&
            args_.keys % kPanelKeys == 0 && columns % kColumnStep == 0 && from.strides.position == columns &&
-           from.strides.head == head && from.strides.batch == args_.kv_heads * head;
+           from.strides.head == head && (shared_ || from.strides.batch == args_.kv_heads * head);
   }
 
   struct Part {
@@ -82,6 +88,7 @@ class Packing {
 
   const Attention& args_;
   const int64_t sequences_;
+  const bool shared_;
   int64_t panel_total_ = 0, tile_total_ = 0;
   Workspace space_;
   size_t panels_, tiles_;

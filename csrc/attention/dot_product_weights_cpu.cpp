@@ -42,7 +42,7 @@ Tensor weights(const WeightsInputs& w) {
   if (is_empty(args)) return at::full(shape, std::nan(""), w.in.query.options());  // an average over no heads
   Tensor result = at::empty(shape, w.in.query.options());
   args.weights = result.mutable_data_ptr();
-  Packing packing(args);
+  Packing packing(args, /*may_share=*/true);
   packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
   args.plan = packing.run();
   const int64_t items = args.batch * tile_count(args.queries) * key_block_count(args.keys);

@@ -45,7 +45,7 @@ OutputsAndWeights cpu_with_weights(WITH_WEIGHTS_PARAMETERS) {
   const bool one_pass =
       in.query.numel() > 0 && in.key.numel() > 0 && in.value.numel() > 0 && in.key.size(2) <= kOnePassKeys;
   if (!one_pass) {
-    const auto [output, lse] = on_cpu::forward(in);
+    const auto [output, lse] = on_cpu::forward_by_tiles(in);
     return {output, lse, on_cpu::weights(weights_inputs(in, lse, average_heads))};
   }
   AttentionWithWeightsCpu args{};
@@ -59,7 +59,7 @@ OutputsAndWeights cpu_with_weights(WITH_WEIGHTS_PARAMETERS) {
   args.weights = weights.mutable_data_ptr();
   args.average = average_heads;
   args.rows = rows_of_item(args);
-  Packing packing(args);
+  Packing packing(args, /*may_share=*/true);
   packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
   packing.add(args.value, args.value_dim, /*transposed=*/false, /*rows=*/true, args.packed_value);
   args.plan = packing.run();

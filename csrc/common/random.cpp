@@ -111,12 +111,12 @@ at::Tensor philox_normal_cuda(const at::Tensor& key, c10::SymIntArrayRef size, a
 
 }  // namespace
 
-void check_key(const at::Tensor& key, c10::Device device) {
-  TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, "key must be an int64 tensor [seed, offset], but got ",
+void check_key(const at::Tensor& key, c10::Device device, const char* name) {
+  TORCH_CHECK_TYPE(key.scalar_type() == at::kLong, name, " must be an int64 tensor [seed, offset], but got ",
                    key.scalar_type());
-  TORCH_CHECK_VALUE(key.dim() == 1 && key.sym_size(0) == 2, "key must have shape [2] ([seed, offset]), but got ",
+  TORCH_CHECK_VALUE(key.dim() == 1 && key.sym_size(0) == 2, name, " must have shape [2] ([seed, offset]), but got ",
                     key.sym_sizes());
-  TORCH_CHECK(key.device() == device, "Expected key to be on ", device, ", but got ", key.device());
+  TORCH_CHECK(key.device() == device, "Expected ", name, " to be on ", device, ", but got ", key.device());
 }
 
 at::Tensor philox_key(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {

@@ -14,7 +14,7 @@ at::Tensor philox_key(const at::Tensor& like, c10::SymInt numel, const std::opti
 // Standard normals of the key's stream, on the key's device.
 at::Tensor philox_normal(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype);
 
-// Throws unless it is an int64 tensor [seed, offset] on `device`.
-void check_key(const at::Tensor& key, c10::Device device);
+// Throws unless it is an int64 tensor [seed, offset] on `device`; `name` is the argument's.
+void check_key(const at::Tensor& key, c10::Device device, const char* name = "key");
 
 }  // namespace lect11ext

@@ -24,9 +24,8 @@ class Forward : RunningSoftmax<S, P> {
     const AttentionSequence s(args_, where.sequence);
     const Band band(args_, s);
     const int64_t most = tile_rows(s.queries), i = where.tile * most, rows = std::min(most, s.queries - i);
-    const int64_t panels = args_.plan.panels[where.sequence + 1] - args_.plan.panels[where.sequence];
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
-    first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
+    first_panel_ = args_.plan.first_panel(where.sequence, args_.kv_heads, kv_head);
     query_ =
         operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
     this->start(rows);

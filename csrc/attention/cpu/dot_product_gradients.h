@@ -78,8 +78,8 @@ class Gradients {
   void run_head(int64_t n, int64_t kv_head, int64_t part) {
     const AttentionSequence s(args_, n);
     const Band band(args_, s);
-    const int64_t panels = args_.plan.panels[n + 1] - args_.plan.panels[n], group = args_.heads / args_.kv_heads;
-    first_panel_ = args_.plan.panels[n] * args_.kv_heads + kv_head * panels;
+    const int64_t group = args_.heads / args_.kv_heads;
+    first_panel_ = args_.plan.first_panel(n, args_.kv_heads, kv_head);
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     if (begin == end) return;
@@ -329,7 +329,7 @@ class Gradients {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
             t = select_equal(b, low, low, greater(lowest, t + b));
           }
-          weight = power((t - Vec<C>(lse)) * base);
+          weight = power(at_most_zero(t - Vec<C>(lse)) * base);
         }
         const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1));
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.

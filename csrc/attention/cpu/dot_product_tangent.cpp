@@ -39,9 +39,8 @@ class TangentPass {
     const AttentionSequence s(args_, where.sequence);
     const Band band(args_, s);
     const int64_t most = tile_rows(s.queries), i = where.tile * most, rows = std::min(most, s.queries - i);
-    const int64_t panels = args_.plan.panels[where.sequence + 1] - args_.plan.panels[where.sequence];
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
-    first_panel_ = args_.plan.panels[where.sequence] * args_.kv_heads + kv_head * panels;
+    first_panel_ = args_.plan.first_panel(where.sequence, args_.kv_heads, kv_head);
     const int64_t at = s.query_start + i;
     query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, at, rows, query_buffer_);
     if (args_.query_t.data != nullptr) {
@@ -124,7 +123,7 @@ class TangentPass {
           Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
           if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
           C lane[kLanes<C>];
-          const Vec<C> weight = power((t - Vec<C>(lse)) * base);
+          const Vec<C> weight = power(at_most_zero(t - Vec<C>(lse)) * base);
           Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
           if (c < begin || c + kWidth > end) {  // the edges
             for (Vec<C>* v : {&product, &kept}) {

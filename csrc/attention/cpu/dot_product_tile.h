@@ -40,6 +40,17 @@ inline Vec<float> greater(Vec<float> x, Vec<float> acc) {
 }
 inline Vec<double> greater(Vec<double> x, Vec<double> acc) { return at::vec::maximum(x, acc); }
 
+// x, at most 0; NaN where x is NaN. No score exceeds its row's lse but by what it was rounded otherwise: a large
+// score's rounding would be a factor of any size.
+inline Vec<float> at_most_zero(Vec<float> x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(_mm512_setzero_ps(), x);
+#else
+  return at::vec::minimum(x, Vec<float>(0.0f));
+#endif
+}
+inline Vec<double> at_most_zero(Vec<double> x) { return at::vec::minimum(x, Vec<double>(0.0)); }
+
 template <class C>
 inline C sum_of_lanes(const Vec<C>& v) {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -56,8 +56,7 @@ class Weights {
            int64_t width) {
     if (first || (biased_ && !one_bias_)) any_ = find_seen(s, band, head, i, rows, j, width);
     if (!any_) return;
-    const int64_t panels = panel_count(s.keys);
-    const int64_t first_panel = (s.batch * args_.kv_heads + head / (args_.heads / args_.kv_heads)) * panels;
+    const int64_t first_panel = args_.plan.first_panel(s.batch, args_.kv_heads, head / (args_.heads / args_.kv_heads));
     const auto query = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, i, rows, query_buffer_);
     multiply_panels<P>(*seen_, query, args_.packed_key, first_panel, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i + r, r, j, width);

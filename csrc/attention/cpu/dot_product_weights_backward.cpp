@@ -45,7 +45,7 @@ class WeightsGradients {
     const AttentionSequence s(args_, n);
     const Band band(args_, s);
     const int64_t group = args_.heads / args_.kv_heads, blocks = (s.keys + kKeys - 1) / kKeys;
-    first_panel_ = (n * args_.kv_heads + kv_head) * panel_count(s.keys);
+    first_panel_ = args_.plan.first_panel(n, args_.kv_heads, kv_head);
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));

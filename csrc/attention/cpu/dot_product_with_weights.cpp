@@ -52,8 +52,7 @@ class WithWeights : RunningSoftmax<S, P> {
 
   // One head: its output and lse, and for all keys the weights before they are divided.
   void attend(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows) {
-    const int64_t kv_head = head / (args_.heads / args_.kv_heads), panels = panel_count(s.keys);
-    first_panel_ = (s.batch * args_.kv_heads + kv_head) * panels;
+    first_panel_ = args_.plan.first_panel(s.batch, args_.kv_heads, head / (args_.heads / args_.kv_heads));
     query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, i, rows, query_buffer_);
     this->start(rows);
     for (int64_t j = begin_, b = 0; j < end_; j += kBlockKeys, ++b) {

@@ -90,7 +90,8 @@ struct Pairs {
                                int query, int key, C kept, C& first, C& second, C& first_t, C& second_t, C& lse_t) {
     const C scale = C(args.scale);
     const typename Scores<S>::Score score = scores.template score<kPlain>(first, head, query, key);
-    const C p = power_of_two((score.t - known.lse) * C(kLog2E));
+    // No score exceeds its row's lse but by what it was rounded otherwise. NaN stays.
+    const C exponent = (score.t - known.lse) * C(kLog2E), p = power_of_two(exponent > 0 ? C(0) : exponent);
     const C slope = C(1) - score.capped * score.capped;  // of u over s
     const C inner = kept * second - known.correction, grad = p * inner;
     C u_t = 0, t_t = 0;
