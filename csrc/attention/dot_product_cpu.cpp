@@ -42,10 +42,7 @@ Outputs decode(const Inputs& in) {
   return result;
 }
 
-// Not where a backward follows: it makes scores again by panels, and a large one, rounded otherwise, would have another
-// weight.
 bool decodes(const Inputs& in) {
-  if (autograd::needs_grad(in.query, in.key, in.value, in.attn_mask)) return false;
   if (in.has_starts() || in.key.size(1) == 0 || in.query.numel() == 0 || in.value.numel() == 0) return false;
   return in.query.size(1) / in.key.size(1) * in.query.size(2) <= kDecodeRows;
 }

@@ -50,8 +50,8 @@ struct PackedOperand {
   int64_t columns;
   void* transposed;   // [panels][columns rounded to kDeepStep][64]; null where it is not needed
   void* rows;         // [panels][64][columns rounded to kColumnStep]; the same
-  bool rows_are_own;  // rows are the operand itself, which lies that way
-  bool* finite;       // [panels]: whether all elements are
+  bool rows_are_own;  // rows are read where the operand has them: whole steps of columns, of the products' type
+  bool* finite;       // [panels]: whether all elements of rows are, or have to be seen where they are not
 };
 
 inline int64_t transposed_panel(int64_t columns) { return round_up(columns, kDeepStep) * kPanelKeys; }

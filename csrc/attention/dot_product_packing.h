@@ -60,8 +60,7 @@ class Packing {
       const Part& part = parts_[i];
       part.to->finite = static_cast<bool*>(space_.at(part.finite_at));
       if (part.transposed) part.to->transposed = space_.at(part.transposed_at);
-      if (part.to->rows_are_own) part.to->rows = const_cast<void*>(part.to->from.data);
-      else if (part.rows) part.to->rows = space_.at(part.rows_at);
+      if (part.rows && !part.to->rows_are_own) part.to->rows = space_.at(part.rows_at);
       *slots[i] = *part.to;
       columns += part.to->columns;
     }
@@ -72,12 +71,12 @@ class Packing {
   int64_t tiles() const { return tile_total_ * args_.heads; }
 
  private:
-  // Whether an operand has the rows of panels already: dense, whole panels, and elements that are not paired.
+  // Whether rows can be multiplied where they lie: elements that are not paired, whole steps of columns, and rows that
+  // are dense, or so few that their strides, often powers of two, do not make them share a few sets of the cache.
   bool lies_packed(const AttentionOperand& from, int64_t columns) const {
-    const int64_t head = args_.keys * columns;
+    constexpr int64_t kFew = 64;
     return (args_.dtype == DType::Float || args_.dtype == DType::Double) && args_.key_starts == nullptr &&
-           args_.keys % kPanelKeys == 0 && columns % kColumnStep == 0 && from.strides.position == columns &&
-           from.strides.head == head && (shared_ || from.strides.batch == args_.kv_heads * head);
+           columns % kColumnStep == 0 && (from.strides.position == columns || args_.keys <= kFew);
   }
 
   struct Part {

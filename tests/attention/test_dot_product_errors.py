@@ -98,7 +98,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropout_p": math.nan}, ValueError, r"dropout_p must be in \[0, 1\], but got nan"),
     ({"dropout_p": 0.5, "dropout_key": KEY.int()}, TypeError, "key must be an int64 tensor .* but got Int"),
     ({"dropout_p": 0.5, "dropout_key": KEY[:1]}, ValueError, r"key must have shape \[2\]"),
-    ({"dropout_p": 0.5, "dropout_key": KEY.to("meta")}, RuntimeError, "Expected key to be on cpu"),
+    ({"dropout_p": 0.5, "dropout_key": KEY.to("meta")}, RuntimeError, "Expected dropout_key to be on cpu"),
     ({"scale": math.nan}, ValueError, "scale must be finite, but got nan"),
     ({"scale": math.inf}, ValueError, "scale must be finite, but got inf"),
     ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, but got 0"),

@@ -26,6 +26,7 @@ class Forward : RunningSoftmax<S, P> {
     const int64_t most = tile_rows(s.queries), i = where.tile * most, rows = std::min(most, s.queries - i);
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
     first_panel_ = args_.plan.first_panel(where.sequence, args_.kv_heads, kv_head);
+    values_ = HeadRows<P>(args_.packed_value, s, kv_head, first_panel_);
     query_ =
         operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, s.query_start + i, rows, query_buffer_);
     this->start(rows);
@@ -45,12 +46,13 @@ class Forward : RunningSoftmax<S, P> {
     multiply_panels<P>(seen, query_, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) this->weigh(s, band, head, i + r, r, j, width);
     this->start_sums(rows);
-    add_panels<P>(seen, rows, weights_, args_.packed_value, first_panel_, j, width, sums_, copy_);
+    add_panels<P>(seen, rows, weights_, values_, j, width, sums_, copy_);
   }
 
   const AttentionForwardCpu& args_;
   Workspace space_;
   Matrix<const P> query_;
+  HeadRows<P> values_;
   P *query_buffer_, *copy_;
   int64_t first_panel_ = 0;
 };

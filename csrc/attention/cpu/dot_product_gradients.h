@@ -80,6 +80,8 @@ class Gradients {
     const Band band(args_, s);
     const int64_t group = args_.heads / args_.kv_heads;
     first_panel_ = args_.plan.first_panel(n, args_.kv_heads, kv_head);
+    keys_[0] = HeadRows<P>(args_.packed_key, s, kv_head, first_panel_);
+    if constexpr (kTangent) keys_[1] = HeadRows<P>(args_.packed_key_t, s, kv_head, first_panel_);
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     if (begin == end) return;
@@ -226,11 +228,11 @@ class Gradients {
     const int64_t row =
         part * args_.batch * args_.heads * args_.queries + lse_row(args_, s.batch, head, s.query_start + i);
     const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
-    const auto along = [&](const Matrix<P>& grads, const PackedOperand& keys, P* copy) {
-      add_panels<P>(seen, count, grads, keys, first_panel_, j, width, sums, copy);
+    const auto along = [&](const Matrix<P>& grads, const HeadRows<P>& keys, P* copy) {
+      add_panels<P>(seen, count, grads, keys, j, width, sums, copy);
     };
-    along(query_grads(kLast), args_.packed_key, copy_[0]);
-    if (kTangent) along(query_grads(0), args_.packed_key_t, copy_[kLast]);
+    along(query_grads(kLast), keys_[0], copy_[0]);
+    if (kTangent) along(query_grads(0), keys_[kLast], copy_[kLast]);
   }
 
   // The tile's weights, and gradients of its scores, as operands across their rows and along them.
@@ -380,6 +382,7 @@ class Gradients {
   Matrix<C> key_sums_, value_sums_;
   P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];
   Factor<P> query_[2], grad_[2];
+  HeadRows<P> keys_[2];
   bool has_bias_ = false;  // whether the block has biases; where not, they are zero
   bool has_inner_ = false, has_score_t_ = false, has_inner_t_ = false;
   C *delta_ = nullptr, *delta_t_ = nullptr;

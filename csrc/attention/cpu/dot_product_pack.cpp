@@ -66,12 +66,22 @@ bool sees_all(const Attention& args) {
 template <class S, class P>
 void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand& to, int64_t begin, int64_t end) {
   if (to.from.data == nullptr) return;
-  if (to.rows_are_own && to.transposed == nullptr && sees_all(args))
-    return std::fill(to.finite + begin, to.finite + end, true);
+  const bool has_rows = to.rows != nullptr || to.rows_are_own, checks = has_rows && !sees_all(args);
+  if (!checks) std::fill(to.finite + begin, to.finite + end, true);
+  if (!checks && to.rows == nullptr && to.transposed == nullptr) return;
   const int64_t wide = round_up(to.columns, kDeepStep), narrow = round_up(to.columns, kColumnStep);
   Workspace space;
   const auto part = space.reserve(kPanelKeys * wide * sizeof(P));
   P* staged = static_cast<P*>(space.at(part));
+  // `count` rows from row `first` of the panel, and zeros up to `padded`.
+  const auto stage = [&](const S* from, int64_t count, int64_t padded) {
+    for (int64_t r = 0; r < count; ++r) {
+      P* row = staged + r * wide;
+      convert(from + r * to.from.strides.position, row, to.columns);
+      std::fill(row + to.columns, row + wide, P(0));
+    }
+    std::fill(staged + count * wide, staged + padded * wide, P(0));
+  };
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n =
         std::upper_bound(plan.panels, plan.panels + args.sequences + 1, item / args.kv_heads) - plan.panels - 1;
@@ -79,30 +89,36 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
     const int64_t head = local / panels, first = local % panels * kPanelKeys;
     const AttentionSequence s(args, n);
     const int64_t rows = std::min(kPanelKeys, s.keys - first), keys = round_up(rows, kKeyStep);  // others are not read
+    const S* source = row_of<S>(to.from, s.batch, head, s.key_start + first);
     Matrix<const P> from{staged, wide};
     bool in_place = false;
     if constexpr (std::is_same_v<S, P>) {
       constexpr int64_t kStep = kWords * std::max<int64_t>(1, sizeof(float) / sizeof(P));
       const int64_t stride = to.from.strides.position;
-      in_place = rows == kPanelKeys && to.columns % kStep == 0 && stride % (kStep / kWords) == 0;
-      if (in_place) from = {row_of<S>(to.from, s.batch, head, s.key_start + first), stride};
+      in_place =
+          (rows == kPanelKeys || PanelStep<P>::kDeep == 1) && to.columns % kStep == 0 && stride % (kStep / kWords) == 0;
+      if (in_place) from = {source, stride};
     }
-    if (!in_place) {
-      for (int64_t r = 0; r < rows; ++r) {
-        P* row = staged + r * wide;
-        convert(row_of<S>(to.from, s.batch, head, s.key_start + first + r), row, to.columns);
-        std::fill(row + to.columns, row + wide, P(0));
+    if (!in_place) stage(source, rows, keys);
+    if (checks) {
+      bool finite = true;
+      for (int64_t r = 0; r < rows; ++r) finite = all_finite(from.row(r), to.columns) && finite;
+      to.finite[item] = finite;
+    }
+    if (to.rows != nullptr) {
+      P* const panel = static_cast<P*>(to.rows) + item * kPanelKeys * narrow;
+      interleave(from, in_place ? rows : keys, narrow, panel);
+      if (in_place) std::fill(panel + rows * narrow, panel + keys * narrow, P(0));
+    }
+    if (to.transposed != nullptr) {
+      P* const panel = static_cast<P*>(to.transposed) + item * kPanelKeys * wide;
+      const int64_t whole = in_place ? rows / kWords * kWords : keys;
+      transpose(from, whole, in_place ? to.columns : wide, panel);
+      if (in_place && whole < rows) {  // what scores beyond the keys are made of is of no account
+        stage(source + whole * to.from.strides.position, rows - whole, kWords);
+        transpose({staged, wide}, kWords, to.columns, panel + whole);
       }
-      std::fill(staged + rows * wide, staged + keys * wide, P(0));
     }
-    bool finite = true;
-    for (int64_t r = 0; r < rows; ++r) finite = all_finite(from.row(r), to.columns) && finite;
-    to.finite[item] = finite;
-    const int64_t columns = in_place ? to.columns : wide;
-    if (to.transposed != nullptr)
-      transpose(from, keys, columns, static_cast<P*>(to.transposed) + item * kPanelKeys * wide);
-    if (to.rows != nullptr && !to.rows_are_own)
-      interleave(from, keys, narrow, static_cast<P*>(to.rows) + item * kPanelKeys * narrow);
   }
 }
 

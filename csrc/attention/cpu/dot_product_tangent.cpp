@@ -41,6 +41,8 @@ class TangentPass {
     const int64_t most = tile_rows(s.queries), i = where.tile * most, rows = std::min(most, s.queries - i);
     const int64_t kv_head = where.head / (args_.heads / args_.kv_heads);
     first_panel_ = args_.plan.first_panel(where.sequence, args_.kv_heads, kv_head);
+    values_ = HeadRows<P>(args_.packed_value, s, kv_head, first_panel_);
+    values_t_ = HeadRows<P>(args_.packed_value_t, s, kv_head, first_panel_);
     const int64_t at = s.query_start + i;
     query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, where.head, at, rows, query_buffer_);
     if (args_.query_t.data != nullptr) {
@@ -80,8 +82,8 @@ class TangentPass {
     if (has_query_t) against(query_t_, args_.packed_key, scores_t_, false);
     if (args_.packed_key_t.transposed != nullptr) against(query_, args_.packed_key_t, scores_t_, has_query_t);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i, r, j, width);
-    add_panels<P>(seen, rows, weights_t_, args_.packed_value, first_panel_, j, width, sums_, copy_);
-    add_panels<P>(seen, rows, weights_, args_.packed_value_t, first_panel_, j, width, sums_, copy_);
+    add_panels<P>(seen, rows, weights_t_, values_, j, width, sums_, copy_);
+    add_panels<P>(seen, rows, weights_, values_t_, j, width, sums_, copy_);
   }
 
   // Of row r: weights times z, and their products with the scores' tangents.
@@ -172,6 +174,7 @@ class TangentPass {
   Matrix<C> scores_, scores_t_, bias_, bias_t_, sums_;
   Matrix<P> weights_, weights_t_;
   Matrix<const P> query_, query_t_;
+  HeadRows<P> values_, values_t_;
   P *query_buffer_, *query_t_buffer_, *copy_;
   C mean_[kTileQueries];
   int64_t first_panel_ = 0;

@@ -327,31 +327,52 @@ inline void multiply_panels(const PanelRows& rows, const Matrix<const P>& a, con
   }
 }
 
-// Panels of rows in which keys without any weight are zero, in a copy where one of them is not finite: else such a key
-// would make NaN of a weight of zero. `width` keys from j on; weights are [rows][width].
+// Where the rows of a head's keys or values lie, from the first on, in steps of kDeep keys.
 template <class P>
-inline const P* without_unused(const PackedOperand& from, int64_t panel, int64_t width, const Matrix<const P>& weights,
-                               int64_t rows, P* copy) {
+struct HeadRows {
+  Matrix<const P> rows{nullptr, 0};  // data null where there are none
+  const bool* finite = nullptr;      // of each panel
+  int64_t columns = 0;               // rounded to kColumnStep
+  int64_t keys = 0;                  // as many lie there
+
+  HeadRows() = default;
+  HeadRows(const PackedOperand& from, const AttentionSequence& s, int64_t kv_head, int64_t first_panel)
+      : columns(round_up(from.columns, kColumnStep)), keys(s.keys) {
+    if (from.from.data == nullptr) return;
+    finite = from.finite + first_panel;
+    if (from.rows_are_own) {
+      rows = {row_of<P>(from.from, s.batch, kv_head, s.key_start), from.from.strides.position};
+    } else if (from.rows != nullptr) {
+      rows = {static_cast<const P*>(from.rows) + first_panel * rows_panel(from.columns), columns * PanelStep<P>::kDeep};
+    }
+  }
+};
+
+// Rows of `count` keys from j on in which those without any weight are zero, in a copy where one of them is not finite:
+// else such a key would make NaN of a weight of zero. Weights are [rows][count].
+template <class P>
+inline Matrix<const P> without_unused(const HeadRows<P>& from, int64_t j, int64_t count, const Matrix<const P>& weights,
+                                      int64_t rows, P* copy) {
   constexpr int64_t kDeep = PanelStep<P>::kDeep;
-  const int64_t columns = round_up(from.columns, kColumnStep);
-  const P* given = static_cast<const P*>(from.rows) + panel * rows_panel(from.columns);
-  const bool* finite = from.finite + panel;
-  if (std::all_of(finite, finite + panel_count(width), [](bool f) { return f; })) return given;
-  std::copy_n(given, width * columns, copy);
-  for (int64_t k = 0; k < width; ++k) {
+  const Matrix<const P> given{from.rows.row(j / kDeep), from.rows.stride};
+  const bool* finite = from.finite + j / kPanelKeys;
+  if (std::all_of(finite, finite + panel_count(count), [](bool f) { return f; })) return given;
+  const int64_t words = from.columns * kDeep;
+  for (int64_t k = 0; k < count; k += kDeep) std::copy_n(given.row(k / kDeep), words, copy + k / kDeep * words);
+  for (int64_t k = 0; k < count; ++k) {
     bool used = false;
     for (int64_t r = 0; r < rows && !used; ++r) used = static_cast<float>(weights.row(r)[k]) != 0;
-    for (int64_t c = 0; c < columns && !used; ++c) copy[(k / kDeep * columns + c) * kDeep + k % kDeep] = P(0);
+    for (int64_t c = 0; c < from.columns && !used; ++c) copy[k / kDeep * words + c * kDeep + k % kDeep] = P(0);
   }
-  return copy;
+  return {copy, words};
 }
 
 // out += weights of a tile · rows of `width` packed keys or values from j on.
 template <class P>
-inline void add_panels(const PanelRows& rows, int64_t count, const Matrix<P>& weights, const PackedOperand& b,
-                       int64_t first_panel, int64_t j, int64_t width, const Matrix<Compute<P>>& out, P* copy) {
-  if (b.rows == nullptr) return;
-  const int64_t columns = round_up(b.columns, kColumnStep);
+inline void add_panels(const PanelRows& rows, int64_t count, const Matrix<P>& weights, const HeadRows<P>& b, int64_t j,
+                       int64_t width, const Matrix<Compute<P>>& out, P* copy) {
+  if (b.rows.data == nullptr) return;
+  width = std::min(width, round_up(b.keys - j, PanelStep<P>::kDeep));
   const int64_t step = rows.whole ? width : kPanelKeys;
   for (int64_t p = 0; p < width; p += step) {
     const int64_t keys = std::min(step, width - p);
@@ -359,9 +380,8 @@ inline void add_panels(const PanelRows& rows, int64_t count, const Matrix<P>& we
     const int64_t last = rows.whole ? count : rows.last[p / kPanelKeys];
     if (first >= last) continue;
     const Matrix<const P> part{weights.row(first) + p, weights.stride};
-    const P* panel = without_unused<P>(b, first_panel + (j + p) / kPanelKeys, keys, part, last - first, copy);
-    multiply<Order::Along, P>(part, last - first, keys, {panel, columns * PanelStep<P>::kDeep},
-                              {out.row(first), out.stride}, columns, true);
+    multiply<Order::Along, P>(part, last - first, keys, without_unused<P>(b, j + p, keys, part, last - first, copy),
+                              {out.row(first), out.stride}, b.columns, true);
   }
 }
 

@@ -46,6 +46,7 @@ class WeightsGradients {
     const Band band(args_, s);
     const int64_t group = args_.heads / args_.kv_heads, blocks = (s.keys + kKeys - 1) / kKeys;
     first_panel_ = args_.plan.first_panel(n, args_.kv_heads, kv_head);
+    keys_ = HeadRows<C>(args_.packed_key, s, kv_head, first_panel_);
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
@@ -94,7 +95,7 @@ class WeightsGradients {
     }
     if (args_.grad_query != nullptr) {
       const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
-      add_panels<C>(seen, count, scores_, args_.packed_key, first_panel_, j, width, sums, copy_);
+      add_panels<C>(seen, count, scores_, keys_, j, width, sums, copy_);
     }
   }
 
@@ -180,6 +181,7 @@ class WeightsGradients {
   const Dropout<C> dropout_;
   Workspace space_;
   Matrix<C> scores_, bias_, key_sums_;
+  HeadRows<C> keys_;
   C *query_buffer_, *query_panel_, *copy_;
   int64_t first_panel_ = 0;
 };

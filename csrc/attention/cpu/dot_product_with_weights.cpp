@@ -53,6 +53,7 @@ class WithWeights : RunningSoftmax<S, P> {
   // One head: its output and lse, and for all keys the weights before they are divided.
   void attend(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows) {
     first_panel_ = args_.plan.first_panel(s.batch, args_.kv_heads, head / (args_.heads / args_.kv_heads));
+    values_ = HeadRows<P>(args_.packed_value, s, head / (args_.heads / args_.kv_heads), first_panel_);
     query_ = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, i, rows, query_buffer_);
     this->start(rows);
     for (int64_t j = begin_, b = 0; j < end_; j += kBlockKeys, ++b) {
@@ -74,7 +75,7 @@ class WithWeights : RunningSoftmax<S, P> {
     multiply_panels<P>(seen, query_, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) this->weigh(s, band, head, i + r, r, j, width);
     this->start_sums(rows);
-    add_panels<P>(seen, rows, weights_, args_.packed_value, first_panel_, j, width, sums_, copy_);
+    add_panels<P>(seen, rows, weights_, values_, j, width, sums_, copy_);
   }
 
   // Adds the weights of row r, each block's brought from the greatest score that was known then to the last.
@@ -126,6 +127,7 @@ class WithWeights : RunningSoftmax<S, P> {
   const int64_t width_;
   Workspace space_;
   Matrix<const P> query_;
+  HeadRows<P> values_;
   P *query_buffer_, *copy_, *first_weight_;
   C* first_score_;
   Matrix<C> given_;                    // [rows][keys]: the weights, or their sums over the heads so far
