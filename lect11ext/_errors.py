@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import NoneType
 
 import torch
@@ -26,6 +27,26 @@ def check_type(name: str, value: object, types: tuple[type, ...]) -> None:
     """Raises unless ``value`` has one of the types, beforehand: for what a kernel would convert. A bool is no int."""
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise _expected(name, value, types)
+
+
+def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NUMBER) -> None:
+    """Raises unless it is a number and finite; an int may be larger than any float."""
+    check_type(name, number, types)
+    try:
+        finite = math.isfinite(number)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"{name} must be finite, but got {number}")
+
+
+def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    """In the words of the ops, and of torch."""
+    if tensor.device != query.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} is on {tensor.device} and query on "
+            f"{query.device}"
+        )
 
 
 def wrong_type(error: Exception, **arguments: tuple[object, tuple[type, ...]]) -> Exception:

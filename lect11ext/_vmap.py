@@ -151,14 +151,15 @@ def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
             return _run_each(op, size, in_dims, args)
         rows = _sample(args, in_dims, 0)[names.index("query")].size(0)
         wants_mask = "output_mask" in names and args[names.index("output_mask")][3]
+        # A mask and its tangent stay alike: one for all stays one only if both are, and no sample's gradient is wanted.
+        keeps_masks = not wants_mask and not any(_is_batched(in_dims[i]) for i, n in enumerate(names) if n in masks)
         folded = list(args)
         for i, name in enumerate(names):
             x = args[i]
             if i not in tensors or x is None:
                 continue
             if name in masks:
-                # One mask for all stays one, unless each sample's gradient of it is wanted.
-                if not _is_batched(in_dims[i]) and x.size(0) == 1 and not wants_mask:
+                if keeps_masks and x.size(0) == 1:
                     continue
                 x = x.movedim(in_dims[i], 0) if _is_batched(in_dims[i]) else x.expand(size, *x.shape)
                 folded[i] = x.expand(size, rows, *x.shape[2:]).flatten(0, 1)

@@ -67,7 +67,8 @@ def convert(model: Model) -> tuple[Model, Report]:
     Left as they are, with the reason in the report: subclasses, quantized and scripted modules, modules on which a
     method was replaced, types and devices for which lect11ext has no kernels, several types in one module. It knows
     modules by their class: what code makes of an LSTM later, such as quantization, is to be done on torch.nn's, before
-    or after :func:`revert`.
+    or after :func:`revert`. A ``torch.nn.TransformerEncoder`` that is made of a converted layer warns about
+    ``enable_nested_tensor``: say ``enable_nested_tensor=False``, or convert the whole encoder.
 
     Args:
         model: any module; it may itself be an LSTM. Not one that ``torch.compile`` returned: convert first, then

@@ -7,6 +7,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <array>
 #include <cstring>
 
 #include "attention/dot_product_describe.h"
@@ -63,6 +64,11 @@ Outputs forward_by_tiles(const Inputs& in) {
   Packing packing(args, /*may_share=*/true);
   packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
   packing.add(args.value, args.value_dim, /*transposed=*/false, /*rows=*/true, args.packed_value);
+  if (packing.runs_by_heads()) {
+    packing.run_by_heads(attention_forward_kernel, args, packing.tiles(), tile_cost(args),
+                         [](AttentionForwardCpu& a) { return std::array{&a.packed_key, &a.packed_value}; });
+    return result;
+  }
   args.plan = packing.run();
   run_parallel(attention_forward_kernel, args, packing.tiles(), tile_cost(args));
   return result;
@@ -106,18 +112,24 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
   packing.add(args.value, args.value_dim, /*transposed=*/true, /*rows=*/false, args.packed_value);
   packing.add(args.key_t, args.head_dim, /*transposed=*/true, /*rows=*/true, args.packed_key_t);
   packing.add(args.value_t, args.value_dim, /*transposed=*/true, /*rows=*/false, args.packed_value_t);
-  args.plan = packing.run();
   const int64_t rows = args.batch * args.heads * args.queries;
+  const int64_t groups = backward_groups(args), cost = tile_cost(args) * (tangent ? 6 : 3);
+  const bool by_heads = packing.runs_by_heads() && args.parts == 1 && groups == args.sequences * args.kv_heads;
+  if (!by_heads) args.plan = packing.run();
   Workspace space;
   if (args.grad_query != nullptr) {
     const int64_t bytes = args.parts * rows * round_up(args.head_dim, kColumnStep) * compute_size(args.dtype);
     args.query_sums = space.at(space.reserve(bytes));
     std::memset(args.query_sums, 0, bytes);
   }
-  const int64_t groups = backward_groups(args);
-  const int64_t cost = tile_cost(args) * (tangent ? 6 : 3);
-  run_parallel(tangent ? attention_backward_tangent_kernel : attention_backward_kernel, args, groups * args.parts,
-               cost);
+  const auto kernel = tangent ? attention_backward_tangent_kernel : attention_backward_kernel;
+  if (by_heads) {
+    packing.run_by_heads(kernel, args, groups, cost, [](AttentionBackwardCpu& a) {
+      return std::array{&a.packed_key, &a.packed_value, &a.packed_key_t, &a.packed_value_t};
+    });
+  } else {
+    run_parallel(kernel, args, groups * args.parts, cost);
+  }
   if (args.grad_query != nullptr) {
     run_parallel(attention_query_gradient_kernel, args, rows, args.head_dim * (args.parts + 1) / 8 + 1);
   }

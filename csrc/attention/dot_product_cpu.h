@@ -48,6 +48,7 @@ inline int64_t panel_count(int64_t keys) { return (keys + kPanelKeys - 1) / kPan
 struct PackedOperand {
   AttentionOperand from;
   int64_t columns;
+  int64_t first;      // number of the panel that memory begins with
   void* transposed;   // [panels][columns rounded to kDeepStep][64]; null where it is not needed
   void* rows;         // [panels][64][columns rounded to kColumnStep]; the same
   bool rows_are_own;  // rows are read where the operand has them: whole steps of columns, of the products' type

@@ -3,6 +3,8 @@
 
 #include <c10/util/SmallVector.h>
 
+#include <array>
+
 #include "attention/dot_product_cpu.h"
 #include "attention/dot_product_inputs.h"
 #include "common/dispatch.h"
@@ -31,41 +33,56 @@ class Packing {
     }
   }
 
-  // Announces an operand before anything is packed. Its pointers are set by run().
+  // Announces an operand before anything is packed.
   void add(const AttentionOperand& from, int64_t columns, bool transposed, bool rows, PackedOperand& to) {
-    to = {from, columns, nullptr, nullptr, rows && lies_packed(from, columns), nullptr};
-    if (from.data == nullptr) return;
-    const int64_t panels = panel_total_ * args_.kv_heads, element = compute_size(args_.dtype);
-    Part part{&to, transposed, rows, 0, 0, space_.reserve(panels)};
-    if (transposed) part.transposed_at = space_.reserve(panels * transposed_panel(columns) * element);
-    if (rows && !to.rows_are_own) part.rows_at = space_.reserve(panels * rows_panel(columns) * element);
-    parts_.push_back(part);
+    to = {from, columns, 0, nullptr, nullptr, rows && lies_packed(from, columns), nullptr};
+    parts_.push_back({&to, transposed, rows && !to.rows_are_own});
   }
 
   // Packs all that was announced; `widens` as AttentionPlan has it.
   AttentionPlan run(bool widens = prefers_float_products()) {
-    auto* panels = static_cast<int64_t*>(space_.at(panels_));
-    auto* tiles = static_cast<int64_t*>(space_.at(tiles_));
-    panels[0] = tiles[0] = 0;
-    for (int64_t n = 0; n < args_.sequences; ++n) {
-      const AttentionSequence s(args_, n);
-      panels[n + 1] = panels[n] + panel_count(s.keys);
-      tiles[n + 1] = tiles[n] + tile_count(s.queries);
-    }
-    const AttentionPlan plan{panels, tiles, shared_, widens};
+    const AttentionPlan plan = make_plan(widens);
     AttentionPack pack{&args_, plan, {}, {}, {}, {}};
-    PackedOperand* slots[] = {&pack.key, &pack.value, &pack.key_t, &pack.value_t};
-    int64_t columns = 0;
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      const Part& part = parts_[i];
-      part.to->finite = static_cast<bool*>(space_.at(part.finite_at));
-      if (part.transposed) part.to->transposed = space_.at(part.transposed_at);
-      if (part.rows && !part.to->rows_are_own) part.to->rows = space_.at(part.rows_at);
-      *slots[i] = *part.to;
-      columns += part.to->columns;
-    }
-    run_parallel(attention_pack_kernel, pack, panel_total_ * args_.kv_heads, kPanelKeys * columns / 4);
+    PackedOperand* packed[kMostParts];
+    for (size_t i = 0; i < parts_.size(); ++i) packed[i] = parts_[i].to;
+    const Places places = reserve(packed, panel_total_ * args_.kv_heads, space_);
+    place(packed, places, 0, space_, pack);
+    run_parallel(attention_pack_kernel, pack, panel_total_ * args_.kv_heads, pack_cost());
     return plan;
+  }
+
+  // Whether there are short sequences enough to take a few heads at a time: see run_by_heads.
+  bool runs_by_heads() const {
+    constexpr int64_t kMostKeys = 256, kHeadsOfAThread = 4;
+    return args_.key_starts == nullptr && !shared_ && args_.keys > 0 && args_.keys <= kMostKeys &&
+           args_.sequences * args_.kv_heads >= kHeadsOfAThread * at::get_num_threads();
+  }
+
+  // In place of run() and of a kernel after it, whose `items` lie one kv_head of a sequence after the other: packs a
+  // few heads and runs the kernel on them, again and again, so that panels are read from the cache. `packed(args)` are
+  // the operands that were announced, in order.
+  template <class Args, class Packed>
+  void run_by_heads(void (*kernel)(const Args&, int64_t, int64_t), Args& args, int64_t items, int64_t cost,
+                    Packed packed, bool widens = prefers_float_products()) {
+    constexpr int64_t kCache = 256 * 1024;
+    args.plan = make_plan(widens);
+    const int64_t heads = args.sequences * args.kv_heads, of_head = items / heads, panels = panel_count(args.keys);
+    const int64_t few = std::max<int64_t>(1, kCache / std::max<int64_t>(1, panels * panel_bytes()));
+    const int64_t cost_of_head = cost * of_head + pack_cost() * panels;
+    const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost_of_head));
+    at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
+      Args part = args;
+      const auto operands = packed(part);
+      Workspace space;
+      const Places places = reserve(operands.data(), few * panels, space);
+      for (int64_t head = begin; head < end; head += few) {
+        const int64_t last = std::min(head + few, end);
+        AttentionPack pack{&args_, args.plan, {}, {}, {}, {}};
+        place(operands.data(), places, head * panels, space, pack);
+        attention_pack_kernel(pack, head * panels, last * panels);
+        kernel(part, head * of_head, last * of_head);
+      }
+    });
   }
 
   int64_t tiles() const { return tile_total_ * args_.heads; }
@@ -82,8 +99,62 @@ class Packing {
   struct Part {
     PackedOperand* to;
     bool transposed, rows;
-    size_t transposed_at, rows_at, finite_at;
   };
+  static constexpr size_t kMostParts = 4;
+
+  AttentionPlan make_plan(bool widens) {
+    auto* panels = static_cast<int64_t*>(space_.at(panels_));
+    auto* tiles = static_cast<int64_t*>(space_.at(tiles_));
+    panels[0] = tiles[0] = 0;
+    for (int64_t n = 0; n < args_.sequences; ++n) {
+      const AttentionSequence s(args_, n);
+      panels[n + 1] = panels[n] + panel_count(s.keys);
+      tiles[n + 1] = tiles[n] + tile_count(s.queries);
+    }
+    return {panels, tiles, shared_, widens};
+  }
+
+  // Where in a workspace an operand's flags, transposed panels and rows are.
+  using Places = std::array<std::array<size_t, 3>, kMostParts>;
+
+  // Of `count` panels.
+  Places reserve(PackedOperand* const* packed, int64_t count, Workspace& space) const {
+    const int64_t element = compute_size(args_.dtype);
+    Places places{};
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const int64_t columns = packed[i]->from.data == nullptr ? 0 : packed[i]->columns;
+      places[i] = {space.reserve(count),
+                   space.reserve(parts_[i].transposed ? count * transposed_panel(columns) * element : 0),
+                   space.reserve(parts_[i].rows ? count * rows_panel(columns) * element : 0)};
+    }
+    return places;
+  }
+
+  // The operands' panels from panel `first` on.
+  void place(PackedOperand* const* packed, const Places& places, int64_t first, Workspace& space,
+             AttentionPack& pack) const {
+    PackedOperand* slots[] = {&pack.key, &pack.value, &pack.key_t, &pack.value_t};
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      PackedOperand& to = *packed[i];
+      if (to.from.data == nullptr) continue;
+      to.first = first;
+      to.finite = static_cast<bool*>(space.at(places[i][0]));
+      if (parts_[i].transposed) to.transposed = space.at(places[i][1]);
+      if (parts_[i].rows) to.rows = space.at(places[i][2]);
+      *slots[i] = to;
+    }
+  }
+
+  int64_t pack_cost() const {  // of a panel of all operands
+    int64_t columns = 0;
+    for (const Part& part : parts_) columns += part.to->columns;
+    return kPanelKeys * columns / 4;
+  }
+  int64_t panel_bytes() const {
+    int64_t columns = 0;
+    for (const Part& part : parts_) columns += part.to->columns * (part.transposed + part.rows);
+    return kPanelKeys * columns * compute_size(args_.dtype);
+  }
 
   const Attention& args_;
   const int64_t sequences_;
@@ -91,7 +162,7 @@ class Packing {
   int64_t panel_total_ = 0, tile_total_ = 0;
   Workspace space_;
   size_t panels_, tiles_;
-  c10::SmallVector<Part, 4> parts_;
+  c10::SmallVector<Part, kMostParts> parts_;
 };
 
 // Of a tile against all keys, in units of about a nanosecond: some 30 multiply-adds in one.

@@ -37,7 +37,7 @@ struct Workspace::Kept {
 
 // One that is free, or null.
 Workspace::Kept* Workspace::find_kept() {
-  static thread_local std::array<Kept, 2> pieces;
+  static thread_local std::array<Kept, 4> pieces;
   for (Kept& piece : pieces) {
     if (!piece.in_use) return &piece;
   }

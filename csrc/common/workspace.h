@@ -1,6 +1,6 @@
-// Memory that a call needs while it runs. It is kept from call to call, two pieces for each calling thread (an op's,
-// and its kernel's), since fresh memory costs more than most kernels: the system hands it out page by page, 2 µs for
-// every 4 KiB on a virtual machine. Nothing is ever read from it that the same call has not written.
+// Memory that a call needs while it runs. It is kept from call to call, four pieces for each calling thread (an op's
+// three at most, and its kernel's), since fresh memory costs more than most kernels: the system hands it out page by
+// page, 2 µs for every 4 KiB on a virtual machine. Nothing is ever read from it that the same call has not written.
 #pragma once
 
 #include <cstddef>

@@ -2,8 +2,9 @@
 
 from ._attention_weights import attention_weights
 from .additive import additive_attention
-from .attention import kernel_attention, merge_attention, scaled_dot_product_attention, varlen_attention
+from .attention import merge_attention, scaled_dot_product_attention, varlen_attention
 from .autoencoder import gaussian_rsample_kl
+from .kernel import kernel_attention
 from .random import philox_key, philox_normal
 from .recurrent import gru, gru_cell, lstm, lstm_cell
 

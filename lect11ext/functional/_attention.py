@@ -16,6 +16,8 @@ from .._errors import (
     OPTIONAL_NUMBER,
     OPTIONAL_TENSOR,
     TENSOR,
+    check_device,
+    check_finite,
     check_type,
     wrong_type,
 )
@@ -64,9 +66,9 @@ def check_options(
     check_type("is_causal", is_causal, (bool,))
     check_type("enable_gqa", enable_gqa, (bool,))
     if scale is not None:
-        _check_finite("scale", scale)
+        check_finite("scale", scale)
     if softcap is not None:
-        _check_finite("softcap", softcap)
+        check_finite("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, or None for none, but got {softcap}")
     if causal_alignment not in ("top_left", "bottom_right"):
@@ -75,12 +77,6 @@ def check_options(
     if is_causal:
         right = 0
     return Options(dropout_p, scale, left, right, causal_alignment == "bottom_right", softcap)
-
-
-def _check_finite(name: str, number: float) -> None:
-    check_type(name, number, OPTIONAL_NUMBER)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, but got {number}")
 
 
 def check_window(window: Window | None) -> Window:
@@ -106,6 +102,11 @@ def canonical(
     for name, x in (("query", query), ("key", key), (third, value)):
         if not isinstance(x, Tensor):
             check_type(name, x, TENSOR)
+        if x.is_nested:
+            raise ValueError(
+                f"{name} must not be nested, but got a nested tensor: scaled_dot_product_attention takes them where "
+                "query, key and value all are"
+            )
         if x.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, positions and columns, but got {list(x.shape)}")
     qs, ks, vs = query.shape, key.shape, value.shape
@@ -202,17 +203,19 @@ def canonical_mask(attn_mask: Tensor | None, shape: Shape) -> Tensor | None:
 
 
 def canonical_slopes(alibi_slopes: Tensor | None, shape: Shape) -> Tensor | None:
-    """float32 [heads] or [batch, heads]."""
+    """[heads] or [batch, heads]; float32, unless their derivative is wanted, by way of a mask."""
     if alibi_slopes is None:
         return None
     check_type("alibi_slopes", alibi_slopes, TENSOR)
     if not alibi_slopes.is_floating_point():
         raise TypeError(f"alibi_slopes must be floating-point, but got {alibi_slopes.dtype}")
     target = (*shape.batch, shape.heads)
+    if not has_derivative(alibi_slopes):
+        alibi_slopes = alibi_slopes.to(torch.float32)
     if alibi_slopes.shape == (shape.heads,):
-        return alibi_slopes.to(torch.float32)
+        return alibi_slopes
     try:
-        slopes = alibi_slopes.expand(target).to(torch.float32)
+        slopes = alibi_slopes.expand(target)
     except RuntimeError:
         raise ValueError(
             f"alibi_slopes must have shape [{shape.heads}] (heads), or one that broadcasts to {list(target)}, but got "
@@ -253,13 +256,33 @@ def dropout_key_for(
     if generator is not None:
         check_type("generator", generator, OPTIONAL_GENERATOR)
     if dropout_key is not None:
-        check_type("dropout_key", dropout_key, OPTIONAL_TENSOR)
+        check_dropout_key(dropout_key, query)
     if dropout_p == 0:
         return None
     if dropout_key is None:
         rows = query.size(0) * query.size(1) * query.size(2)
         return philox_key(query, 4 * rows * ((keys + 3) // 4), generator)
     return dropout_key
+
+
+def check_dropout_key(dropout_key: Tensor, query: Tensor) -> None:
+    check_type("dropout_key", dropout_key, OPTIONAL_TENSOR)
+    if dropout_key.dtype != torch.int64:
+        raise TypeError(f"dropout_key must be an int64 tensor [seed, offset], but got {dropout_key.dtype}")
+    if dropout_key.dim() != 1 or dropout_key.size(0) != 2:
+        raise ValueError(f"dropout_key must have shape [2] ([seed, offset]), but got {list(dropout_key.shape)}")
+    check_device("dropout_key", dropout_key, query)
+
+
+def check_softcap(softcap: float | None, query: Tensor) -> None:
+    """Raises for one by which the kernels, which sum in float32, cannot divide."""
+    if softcap is None or query.dtype == torch.float64:
+        return
+    numbers = torch.finfo(torch.float32)
+    if not numbers.tiny <= softcap <= numbers.max:
+        raise ValueError(
+            f"softcap must be in float32's range, from {numbers.tiny:.3g} to {numbers.max:.3g}, but got {softcap}"
+        )
 
 
 def call(
@@ -273,6 +296,7 @@ def call(
     dropout_key: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
+    check_softcap(options.softcap, query)
     args: tuple[Any, ...] = (query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, dropout_key, *options)
     if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, value, mask):
         return torch.ops.lect11ext.attention(*args)
@@ -295,6 +319,7 @@ def call_weights(
     options: Options,
     average_heads: bool,
 ) -> Tensor:
+    check_softcap(options.softcap, query)
     args: tuple[Any, ...] = (query, key, lse, mask, slopes, dropout_key, *options, average_heads)
     if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, lse, mask):
         return torch.ops.lect11ext.attention_weights(*args)

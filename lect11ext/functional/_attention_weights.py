@@ -77,6 +77,8 @@ def attention_weights(
     check_type("average_heads", average_heads, (bool,))
     check_type("lse", lse, TENSOR)
     q, k, _, shape = common.canonical(query, key, key, enable_gqa, "key")
+    if dropout_key is not None:
+        common.check_dropout_key(dropout_key, query)
     try:
         lse = lse.expand(*shape.batch, shape.heads, shape.queries)
         lse = lse if len(shape.batch) == 1 else lse.flatten(0, -3)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .._errors import NUMBER, TENSOR, check_type
+from .._errors import TENSOR, check_type
 from .._load import _C
 from . import _attention as common
 from ._attention import Window
@@ -59,8 +60,8 @@ def scaled_dot_product_attention(
             shared by all without this too.)
         window: ``(left, right)``, inclusive: query i sees keys i + d − left ≤ j ≤ i + d + right; None is open.
         alibi_slopes: ``[H]`` or ``[*, H]``, taken as float32 (Press et al. 2022). Slopes that require a gradient become
-            a part of the mask, which is then held: ``[H, L, S]``.
-        softcap: bound of the scaled scores, before ALiBi and mask.
+            a part of the mask, which is then held, ``[H, L, S]``, in float32 (float64 for float64).
+        softcap: bound of the scaled scores, before ALiBi and mask; in float32's range, unless the query is float64.
         causal_alignment: which corner ``is_causal``, ``window`` and ALiBi start from: ``"top_left"`` or
             ``"bottom_right"``.
         return_lse: whether the log-sum-exp is returned too, for :func:`merge_attention` and :func:`attention_weights`.
@@ -131,6 +132,14 @@ def scaled_dot_product_attention(
 
 def _fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the three are the op's own operands."""
+    if torch._C._is_tracing():  # sizes are tensors then, which may not be compared without a warning
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            return bool(_have_sizes_of_the_op(query, key, value, enable_gqa))
+    return _have_sizes_of_the_op(query, key, value, enable_gqa)
+
+
+def _have_sizes_of_the_op(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     try:
         (b, h, _, d), (kb, kh, s, kd), (vb, vh, vs, _) = query.shape, key.shape, value.shape
     except (ValueError, RuntimeError, AttributeError):  # of another rank; nested; no tensor
@@ -148,11 +157,11 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
     Args:
         out_a, out_b: ``[*, L, Dv]``, as :func:`scaled_dot_product_attention` returns them.
-        lse_a, lse_b: ``[*, L]``; −∞ where a query saw no key.
+        lse_a, lse_b: ``[*, L]``; −∞ where a query saw no key, and then its row of out is not used: it may be NaN.
 
     Returns:
         ``(out, lse)``: out in the type of out_a, lse in float32 (float64 for float64). A query that saw no key in
-        either has 0 and −∞.
+        either has 0 and −∞; one with an LSE of +∞, which only infinite scores give, NaN.
 
     Gradients: to all four, of any order; forward-mode AD; ``vmap``; plain PyTorch, in float32 (float64 for float64).
 
@@ -172,6 +181,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         check_type(f"out_{name}", out, TENSOR)
         check_type(f"lse_{name}", lse, TENSOR)
+        for part, x in ((f"out_{name}", out), (f"lse_{name}", lse)):
+            if not x.is_floating_point():
+                raise TypeError(f"{part} must be floating-point, but got {x.dtype}")
         if out.shape[:-1] != lse.shape:
             raise ValueError(
                 f"lse_{name} must have the shape of out_{name} without its last dimension, {list(out.shape[:-1])}, "
@@ -188,6 +200,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     share_a = torch.where(none_a, 0, torch.where(none_a, 0, lse_a - top).exp())
     share_b = torch.where(none_b, 0, torch.where(none_b, 0, lse_b - top).exp())
     total = torch.where(none_a & none_b, 1, share_a + share_b)
+    out_a, out_b = torch.where(none_a[..., None], 0, out_a), torch.where(none_b[..., None], 0, out_b)
     out = (share_a / total)[..., None] * out_a + (share_b / total)[..., None] * out_b
     return out.to(out_a.dtype), torch.where(none_a & none_b, -math.inf, top + total.log())
 
@@ -277,13 +290,22 @@ def _jagged(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, *args: An
             )
         parts.append(jagged_parts(name, x.transpose(1, 2)))
     (q, starts_q), (k, starts_k), (v, starts_v) = parts
-    if starts_v is not starts_k and not torch.equal(starts_v, starts_k):
-        raise ValueError("value must have key's lengths, but got others")
+    check_sequences(starts_q, starts_k, starts_v)
     out = varlen_attention(q, k, v, starts_q, starts_k, *args, **kwargs)
     nested = torch.nested.nested_tensor_from_jagged
     if not kwargs["return_lse"]:
         return nested(out, starts_q).transpose(1, 2)
     return nested(out[0], starts_q).transpose(1, 2), nested(out[1].transpose(0, 1), starts_q).transpose(1, 2)
+
+
+def check_sequences(starts_q: Tensor, starts_k: Tensor, starts_v: Tensor) -> None:
+    """That nested query, key and value have as many sequences, and the last two the same lengths."""
+    if starts_q.size(0) != starts_k.size(0):
+        raise ValueError(
+            f"key must have as many sequences as query, {starts_q.size(0) - 1}, but got {starts_k.size(0) - 1}"
+        )
+    if starts_v is not starts_k and not torch.equal(starts_v, starts_k):
+        raise ValueError("value must have key's lengths, but got others")
 
 
 def jagged_parts(name: str, x: Any) -> tuple[Tensor, Tensor]:
@@ -297,94 +319,3 @@ def jagged_parts(name: str, x: Any) -> tuple[Tensor, Tensor]:
     if x._ragged_idx != 1 or x.lengths() is not None:
         raise ValueError(f"{name} must be nested along the sequences, without holes; contiguous() fills them")
     return x.values(), x.offsets()
-
-
-def kernel_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    width: float | Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-    *,
-    window: Window | None = None,
-    causal_alignment: str = "top_left",
-    return_lse: bool = False,
-    generator: torch.Generator | None = None,
-    dropout_key: Tensor | None = None,
-) -> Any:
-    r"""Nadaraya–Watson regression with a Gaussian kernel, as a case of :func:`scaled_dot_product_attention`.
-
-    .. math::
-        \text{out}_i = \frac{\sum_j e^{-\|q_i - k_j\|^2 / 2 w^2} \, v_j}{\sum_j e^{-\|q_i - k_j\|^2 / 2 w^2}}, \qquad
-        -\frac{\|q - k\|^2}{2 w^2} = \frac{q \cdot k}{w^2} - \frac{\|k\|^2}{2 w^2} - \frac{\|q\|^2}{2 w^2}
-
-    The last term is the same for all keys of a query, and falls out of the quotient; so this is a dot-product attention
-    with the scale 1/w² and an additive mask −‖k_j‖²/2w². Queries and keys are first shifted by the
-    queries' mean, which changes no distance and keeps the digits of points far from the origin.
-
-    Args:
-        query, key, value: as in :func:`scaled_dot_product_attention`; ``[L, D]``, ``[S, D]`` and ``[S, Dv]`` for plain
-            regression.
-        width: the kernel's, w: a positive number, or a tensor that broadcasts to the leading dimensions ``[*, H]``,
-            with gradient.
-        attn_mask: bool or additive; joined with the mask above in a tensor of its own shape, float32 (float64 for
-            float64).
-        dropout_p, is_causal, enable_gqa, window, causal_alignment, generator, dropout_key: as there.
-        return_lse: whether :math:`\ln \sum_j e^{-\|q_i - k_j\|^2 / 2 w^2}` is returned too.
-
-    Returns:
-        ``[*, H, L, Dv]`` in the query's type, or ``(output, lse)``.
-
-    Gradients, determinism, autocast and errors as in :func:`scaled_dot_product_attention`.
-
-    Source: Nadaraya 1964; Watson 1964.
-
-    Example::
-
-        >>> import torch, lect11ext
-        >>> x = torch.linspace(0, 5, 50)[:, None]
-        >>> y = lect11ext.functional.kernel_attention(torch.tensor([[2.5]]), x, x.sin(), width=0.2)
-        >>> torch.allclose(y, torch.tensor([[2.5]]).sin(), atol=0.02)
-        True
-    """
-    for name, x in (("query", query), ("key", key)):
-        check_type(name, x, TENSOR)
-    if isinstance(width, Tensor):
-        inverse: Any = width[..., None, None] ** -2
-    else:
-        check_type("width", width, (*NUMBER, Tensor))
-        if not 0 < width < math.inf:
-            raise ValueError(f"width must be positive, but got {width}")
-        inverse = float(width) ** -2
-    if query.dim() > 1 and key.dim() > 1 and query.size(-1) == key.size(-1):
-        centre = torch.where(query.isfinite(), query, 0).detach().mean(tuple(range(query.dim() - 1)))
-        query, key = query - centre, key - centre
-    bias = _half_squares(key)
-    if enable_gqa and key.dim() > 2 and query.dim() > 2 and key.size(-3) and query.size(-3) % key.size(-3) == 0:
-        bias = bias.repeat_interleave(query.size(-3) // key.size(-3), -3)
-    bias = (bias * -inverse).to(bias.dtype)
-    if attn_mask is not None:
-        check_type("attn_mask", attn_mask, TENSOR)
-        bias = torch.where(attn_mask, bias, -math.inf) if attn_mask.dtype == torch.bool else bias + attn_mask
-    half_squares = _half_squares(query) if return_lse else None
-    scale = inverse
-    if isinstance(width, Tensor):
-        query, scale = (query * inverse).to(query.dtype), 1.0
-    out = scaled_dot_product_attention(
-        query, key, value, bias, dropout_p, is_causal, scale, enable_gqa, window=window,
-        causal_alignment=causal_alignment, return_lse=return_lse, generator=generator, dropout_key=dropout_key,
-    )  # fmt: skip
-    if not return_lse:
-        return out
-    output, lse = out
-    return output, (lse - (half_squares * inverse).squeeze(-2)).to(lse.dtype)
-
-
-def _half_squares(x: Tensor) -> Tensor:
-    """½‖x‖² of the rows, [*, 1, rows], at least float32. What is not finite shows in the product as well, where it is
-    seen; where it is not, it must not come in by the mask."""
-    x = torch.where(x.isfinite(), x, 0).to(torch.promote_types(x.dtype, torch.float32))
-    return x.square().sum(-1).div(2).unsqueeze(-2)

@@ -7,6 +7,7 @@ multi_head_attention_forward, which is the caller that matters most. Dynamo guar
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from contextlib import ContextDecorator
@@ -40,8 +41,8 @@ class sdpa(ContextDecorator):
     - ``torch.nn.TransformerEncoderLayer`` takes its slow path (:mod:`torch.backends.mha`), also in eval, since its
       fast path would bypass the function.
     - ``torch.nn.attention.sdpa_kernel`` has no effect on calls that are ours. Inputs for which there are no kernels
-      (other devices, other types, strided nested tensors, mixed types), and tensor subclasses with a
-      ``__torch_function__`` of their own, go to torch as before.
+      (other devices, other types, strided nested tensors, mixed types), options that are no plain numbers (a tensor as
+      ``scale``), and tensor subclasses with a ``__torch_function__`` of their own, go to torch as before.
     - With CUDA kernels, and a torch that has the registry (2.13), our kernels are also activated as its flash attention
       (:func:`flash`), which reaches callers in C++ and torch's context parallelism; what was active comes back after.
     - It holds for the whole process and every thread, until the last block is left. A backward that recomputes its
@@ -94,6 +95,8 @@ class _State:
 
     def exit(self) -> None:
         with self.lock:
+            if self.blocks == 0:
+                raise RuntimeError("sdpa()'s block must be entered before it is left, but none is open")
             self.blocks -= 1
             if self.blocks == 0:
                 self.active = False
@@ -122,18 +125,41 @@ def _redirected(
     """torch.nn.functional.scaled_dot_product_attention, by lect11ext where it has kernels for the inputs."""
     if not _state.active:  # kept beyond the block under a name of somebody's own
         return _TORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    numbers = _are_ours(dropout_p, is_causal, scale, enable_gqa)
     alignment = "top_left"
     if attn_mask is not None and type(attn_mask).__name__ == "CausalBias":  # torch's way to ask for an alignment
-        if not is_causal and _is_ours(query, key, value, None):
-            alignment = "bottom_right" if attn_mask.variant.name == "LOWER_RIGHT" else "top_left"
-            attn_mask, is_causal = None, True
-        else:  # it knows torch's function by its present name only
-            attn_mask = attn_mask._materialize(query.device)
-    if not _is_ours(query, key, value, attn_mask):
+        if is_causal:
+            raise ValueError("CausalBias should not be used with causal=True")  # torch's words
+        bias, attn_mask, is_causal = attn_mask, None, True
+        lower_right = bias.variant.name == "LOWER_RIGHT"
+        if lower_right and bias.seq_len_q != bias.seq_len_kv:  # else torch takes it for is_causal, whatever its size
+            if numbers and _is_ours(query, key, value, None) and _has_size(query, key, bias):
+                alignment = "bottom_right"
+            else:  # the bias knows torch's function by its present name only
+                bias = bias._materialize(query.device)
+                return _TORCHS(query, key, value, bias, dropout_p, scale=scale, enable_gqa=enable_gqa)
+    if not (numbers and _is_ours(query, key, value, attn_mask)):
         return _TORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment=alignment
     )
+
+
+def _are_ours(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
+    """Whether they are of the types that our function takes: torch's converts some, such as tensors of one element."""
+    if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool) and _is_number(dropout_p)):
+        return False
+    return 0 <= dropout_p <= 1 and (scale is None or (_is_number(scale) and math.isfinite(scale)))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (float, int)) and not isinstance(x, bool)
+
+
+def _has_size(query: Tensor, key: Tensor, bias: Any) -> bool:
+    if query.is_nested or query.dim() < 2 or key.dim() < 2:
+        return False
+    return query.size(-2) == bias.seq_len_q and key.size(-2) == bias.seq_len_kv
 
 
 def _is_ours(query: Any, key: Any, value: Any, attn_mask: Any) -> bool:
@@ -147,6 +173,8 @@ def _is_ours(query: Any, key: Any, value: Any, attn_mask: Any) -> bool:
             return False
     if attn_mask is not None and not _is_plain(attn_mask):
         return False
+    if attn_mask is not None and query.dtype == torch.float64 and attn_mask.dtype == torch.float32:
+        return False  # torch's takes it
     dtype, device = query.dtype, query.device
     kind = device.type
     if dtype not in _DTYPES or kind not in _DEVICES or key.device != device or value.device != device:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..functional._attention import dropout_key_for
 from ..functional._attention_weights import attention_weights
@@ -38,7 +39,9 @@ def transformers() -> str:
     Example::
 
         >>> import torch, transformers, lect11ext.integrations
-        >>> config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+        >>> config = transformers.GPT2Config(
+        ...     vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        ... )
         >>> name = lect11ext.integrations.transformers()
         >>> model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
         >>> model(torch.arange(5)[None]).logits.shape
@@ -99,6 +102,7 @@ def _attention(
             query, key, lse, mask, dropout, causal, scaling, enable_gqa=True, softcap=softcap, average_heads=False,
             dropout_key=drop,
         )  # fmt: skip
+        weights = pad(weights, (0, keys - weights.size(-1)))  # of the keys that were left out
     return output.transpose(1, 2), weights
 
 

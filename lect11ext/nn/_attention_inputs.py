@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._errors import TENSOR, check_type
+from .._errors import TENSOR, check_device, check_type
 
 Window = tuple[int | None, int | None]
+
+LEAST_BASE, MOST_BASE = 1e-20, 1e38  # of rotate: beyond them an angle would be infinite in float32, and its sine NaN
 
 
 def merged_masks(
@@ -30,11 +32,11 @@ def merged_masks(
     masks = []
     if key_padding_mask is not None:
         shape = (batch, keys) if batched else (keys,)
-        _check_mask("key_padding_mask", key_padding_mask, shape)
+        _check_mask("key_padding_mask", key_padding_mask, query, shape)
         masks.append(key_padding_mask.reshape(batch, 1, 1, keys))
     if attn_mask is not None:
         whole = (batch * heads, queries, keys)
-        _check_mask("attn_mask", attn_mask, (queries, keys), whole)
+        _check_mask("attn_mask", attn_mask, query, (queries, keys), whole)
         masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
     if band is not None:
         left, right = band
@@ -57,13 +59,19 @@ def merged_masks(
     return added if bars is None else torch.where(bars, -math.inf, added)
 
 
-def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+def _check_mask(name: str, mask: Tensor, query: Tensor, *shapes: tuple[int, ...]) -> None:
     check_type(name, mask, TENSOR)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating-point, but got {mask.dtype}")
-    if tuple(mask.shape) not in shapes:
+    if not any(_same(mask.shape, shape) for shape in shapes):
         words = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {words}, but got {list(mask.shape)}")
+    check_device(name, mask, query)
+
+
+def _same(shape: torch.Size, other: tuple[int, ...]) -> bool:
+    """One size after the other: torch.compile compares symbolic ones so, and not whole shapes with a list of them."""
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -84,3 +92,22 @@ def padded(x: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     within = places < lengths[:, None]
     out = x.new_zeros(*within.shape, *x.shape[1:])
     return out.index_put((within,), x), within
+
+
+def batch_first(x: Tensor) -> Tensor:
+    """[N, L, heads, head_dim] → [N, heads, L, head_dim]; the next two alike."""
+    return x.transpose(1, 2)
+
+
+def positions_first(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 0, 3)
+
+
+def one_sequence(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def positions_of(starts: Tensor, total: int) -> Tensor:
+    """Of every token within its sequence."""
+    every = torch.arange(total, device=starts.device)
+    return every - starts[torch.searchsorted(starts, every, right=True) - 1]

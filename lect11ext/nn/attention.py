@@ -11,12 +11,22 @@ from torch.nn.functional import linear, pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
-from .._errors import OPTIONAL_INT, TENSOR, check_type
+from .._errors import NUMBER, OPTIONAL_INT, TENSOR, check_type
 from ..functional import attention_weights, scaled_dot_product_attention, varlen_attention
 from ..functional._attention import check_window, dropout_key_for
 from ..functional._attention_weights import attention_with_weights
-from ..functional.attention import jagged_parts
-from ._attention_inputs import merged_masks, padded, rotate
+from ..functional.attention import check_sequences, jagged_parts
+from ._attention_inputs import (
+    LEAST_BASE,
+    MOST_BASE,
+    batch_first,
+    merged_masks,
+    one_sequence,
+    padded,
+    positions_first,
+    positions_of,
+    rotate,
+)
 
 Window = tuple[int | None, int | None]
 
@@ -38,8 +48,8 @@ class MultiheadAttention(nn.Module):
         window: ``(left, right)``, inclusive: query i sees keys i − left to i + right; None is open. What a mask bars is
             barred too.
         rope: rotary position embedding of projected queries and keys (Su et al. 2021), with the base 10000 if True, or
-            with the number given. Columns m and m + head_dim / 2 of position i are a pair, turned by the angle
-            :math:`i \cdot \text{base}^{-2m / \text{head\_dim}}`.
+            with the number given, from 1e-20 to 1e+38. Columns m and m + head_dim / 2 of position i are a pair, turned
+            by the angle :math:`i \cdot \text{base}^{-2m / \text{head\_dim}}`.
 
     Inputs: ``query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
     is_causal=False`` as torch.nn's: ``[L, N, E]``, ``[N, L, E]`` with ``batch_first``, or ``[L, E]``; in masks True
@@ -56,6 +66,8 @@ class MultiheadAttention(nn.Module):
     - Keys that ``add_bias_kv`` and ``add_zero_attn`` append are seen by all queries, whatever ``window``, ``rope`` and
       ``is_causal`` without a mask say.
     - Masks of two types go together without a warning; float masks of another type than the input's are converted.
+    - In 16 bits a row whose mask is one huge negative number, and not −inf, keeps the weights that float32 gives it;
+      torch.nn's, whose scores have 16 bits, become alike.
     - Jagged nested tensors ``[N, j, E]`` are taken, in training too, without masks; weights are padded with zeros to
       ``[N, L, S]`` of the longest, and as they were before dropout.
     - Wrong arguments raise ValueError or TypeError, where torch.nn's raises AssertionError or RuntimeError.
@@ -98,6 +110,8 @@ class MultiheadAttention(nn.Module):
         window: Window | None = None,
         rope: bool | float = False,
     ) -> None:
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            check_type(name, size, (int,))
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
                 f"embed_dim and num_heads must be greater than 0, got embed_dim={embed_dim} and num_heads={num_heads} "
@@ -105,15 +119,17 @@ class MultiheadAttention(nn.Module):
             )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads, {num_heads}, but got {embed_dim}")
+        check_type("dropout", dropout, NUMBER)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability, from 0 to 1, but got {dropout}")
-        check_type("num_kv_heads", num_kv_heads, OPTIONAL_INT)
+        for name, optional in (("kdim", kdim), ("vdim", vdim), ("num_kv_heads", num_kv_heads)):
+            check_type(name, optional, OPTIONAL_INT)
         if num_kv_heads is not None and (num_kv_heads <= 0 or num_heads % num_kv_heads):
             raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, but got {num_kv_heads}")
         check_window(window)
         check_type("rope", rope, (bool, float, int))
-        if rope is not False and not 0 < rope < float("inf"):
-            raise ValueError(f"rope must be True, False or a positive base, but got {rope}")
+        if not isinstance(rope, bool) and not LEAST_BASE <= rope <= MOST_BASE:
+            raise ValueError(f"rope must be True, False or a base from {LEAST_BASE} to {MOST_BASE}, but got {rope}")
         if rope and embed_dim // num_heads % 2:
             raise ValueError(f"rope needs an even head dimension, but got {embed_dim // num_heads}")
         super().__init__()
@@ -195,15 +211,15 @@ class MultiheadAttention(nn.Module):
         """``(output, weights)``; weights ``[N, L, S]``, or ``[N, H, L, S]`` without ``average_attn_weights``."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_type(name, x, TENSOR)
-        if query.is_nested:
+        if query.is_nested or key.is_nested or value.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                 is_causal)  # fmt: skip
         batched = query.dim() == 3
         self._check(query, key, value)
         if not batched:
-            arrange = _one_sequence
+            arrange = one_sequence
         else:
-            arrange = _batch_first if self.batch_first else _positions_first
+            arrange = batch_first if self.batch_first else positions_first
         q, k, v = self._project(query, key, value, arrange)
         if self.rope:
             q, k = self._rotated(q), self._rotated(k)
@@ -272,7 +288,8 @@ class MultiheadAttention(nn.Module):
 
         def projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             x = linear(x, weight, bias)
-            return arrange(x.view(*x.shape[:-1], -1, self.head_dim))
+            # Not −1 heads: of no elements it might be any number.
+            return arrange(x.unflatten(-1, (weight.size(0) // self.head_dim, self.head_dim)))
 
         if self.q_proj_weight is None:
             weight, rows = self.in_proj_weight, self.embed_dim
@@ -321,17 +338,19 @@ class MultiheadAttention(nn.Module):
                 raise ValueError(f"{name} must be None with nested tensors")
         if self.bias_k is not None or self.add_zero_attn:
             raise ValueError("nested tensors do not go with add_bias_kv or add_zero_attn")
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.is_nested and x.dim() != 3:
+                raise ValueError(f"{name} must be 3-D ([N, j, E]) where it is nested, but got {x.dim()}-D")
         strided = query.layout == torch.strided
         given = {id(x): x for x in (query, key, value)}
         flat = {i: jagged_parts("query, key and value", x) for i, x in given.items()}
         (x_q, starts_q), (x_k, starts_k), (x_v, starts_v) = (flat[id(x)] for x in (query, key, value))
-        if starts_v is not starts_k and not torch.equal(starts_v, starts_k):
-            raise ValueError("value must have key's lengths, but got others")
+        check_sequences(starts_q, starts_k, starts_v)
         self._check(x_q, x_k, x_v)
         q, k, v = self._project(x_q, x_k, x_v, lambda x: x)
         if self.rope:
             q, k = (
-                self._rotated(x.transpose(0, 1), _positions(starts, x.size(0))).transpose(0, 1)
+                self._rotated(x.transpose(0, 1), positions_of(starts, x.size(0))).transpose(0, 1)
                 for x, starts in ((q, starts_q), (k, starts_k))
             )
         options: dict[str, Any] = {
@@ -357,24 +376,17 @@ class MultiheadAttention(nn.Module):
         return torch.nested.nested_tensor_from_jagged(out, starts_q), weights
 
     def extra_repr(self) -> str:
-        own = {"num_kv_heads": (self.num_kv_heads, None), "window": (self.window, None), "rope": (self.rope, False)}
-        return ", ".join(f"{name}={value!r}" for name, (value, default) in own.items() if value != default)
-
-
-def _batch_first(x: Tensor) -> Tensor:
-    """[N, L, heads, head_dim] → [N, heads, L, head_dim]; the next two alike."""
-    return x.transpose(1, 2)
-
-
-def _positions_first(x: Tensor) -> Tensor:
-    return x.permute(1, 2, 0, 3)
-
-
-def _one_sequence(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).unsqueeze(0)
-
-
-def _positions(starts: Tensor, total: int) -> Tensor:
-    """Of every token within its sequence."""
-    every = torch.arange(total, device=starts.device)
-    return every - starts[torch.searchsorted(starts, every, right=True) - 1]
+        options = {
+            "dropout": (self.dropout, 0.0),
+            "bias": (self.in_proj_bias is not None, True),
+            "add_bias_kv": (self.bias_k is not None, False),
+            "add_zero_attn": (self.add_zero_attn, False),
+            "kdim": (self.kdim, self.embed_dim),
+            "vdim": (self.vdim, self.embed_dim),
+            "batch_first": (self.batch_first, False),
+            "num_kv_heads": (self.num_kv_heads, None),
+            "window": (self.window, None),
+            "rope": (self.rope, False),
+        }
+        given = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([f"embed_dim={self.embed_dim}, num_heads={self.num_heads}", *given])

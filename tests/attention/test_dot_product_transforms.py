@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lect11ext import functional
+from lect11ext import functional, reference
 
 from .cases import KEY, Sizes, float_mask, op_arguments, operands, plain_sdpa, sdpa
 
@@ -299,3 +300,42 @@ def test_inference_mode_and_no_grad() -> None:
             out = sdpa(*args, enable_gqa=True)
         assert torch.equal(out, expected) and not out.requires_grad
     assert math.isclose(sdpa(*args, enable_gqa=True).sum().item(), expected.sum().item())
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_second_derivatives_by_a_mask_for_all(batch: int | None) -> None:
+    """The mask itself has no samples, its tangent has: they are folded alike."""
+    q, k, v = (x.double() for x in tensors(grad=False))
+    q, k, v = (x[0, :2] if batch is None else x[:batch] for x in (q, k, v))
+    lse = sdpa(q, k, v, enable_gqa=batch is not None, return_lse=True)[1]
+
+    def attend(f: Callable[..., Tensor], mask: Tensor) -> Tensor:
+        return f(q, k, v, mask, enable_gqa=batch is not None)
+
+    def weights(mask: Tensor) -> Tensor:
+        return functional.attention_weights(q, k, lse, mask, enable_gqa=batch is not None)
+
+    def plain_weights(mask: Tensor) -> Tensor:
+        return reference.attention_weights(q, k, lse, mask, enable_gqa=batch is not None)
+
+    def squares(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda mask: f(mask).square().sum()
+
+    mask = torch.randn(5, 7).double()
+    for ours, plain in ((partial(attend, sdpa), partial(attend, plain_sdpa)), (weights, plain_weights)):
+        expected = jacrev(plain)(mask)
+        for transform in (jacfwd, jacrev):
+            torch.testing.assert_close(transform(ours)(mask), expected)
+        expected = jacrev(jacrev(squares(plain)))(mask)
+        for transform in (hessian, lambda f: jacrev(jacrev(f))):
+            torch.testing.assert_close(transform(squares(ours))(mask), expected)
+
+
+def test_second_derivatives_by_slopes() -> None:
+    q, k, v = (x.double() for x in tensors(grad=False))
+    slopes = torch.rand(4).double()
+    got, expected = (
+        hessian(lambda s, f=f: f(q, k, v, alibi_slopes=s, enable_gqa=True).square().sum())(slopes)
+        for f in (sdpa, plain_sdpa)
+    )
+    torch.testing.assert_close(got, expected)

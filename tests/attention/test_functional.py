@@ -210,6 +210,16 @@ def test_merge_of_nothing_and_its_derivatives() -> None:
     assert [x.dtype for x in half] == [torch.half, torch.float32]
 
 
+def test_merge_with_what_saw_nothing_and_is_not_finite() -> None:
+    out, lse = torch.randn(3, 4, 2), torch.randn(3, 4)
+    for waste in (math.nan, math.inf):
+        nothing = [torch.full((3, 4, 2), waste).requires_grad_(), torch.full((3, 4), -math.inf).requires_grad_()]
+        for a, b in (([out, lse], nothing), (nothing, [out, lse])):
+            merged = functional.merge_attention(*a, *b)
+            assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
+            assert not any(g.any() for g in torch.autograd.grad(merged[0].sum() + merged[1].sum(), nothing))
+
+
 STARTS_Q, STARTS_K = torch.tensor([0, 3, 3, 11, 12]), torch.tensor([0, 4, 6, 10, 10])
 
 

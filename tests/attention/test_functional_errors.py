@@ -47,10 +47,17 @@ Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 7,
         ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a float or an int, but got str"),
         ({"dropout_p": 0.5, "generator": 3}, TypeError, "generator must be a Generator or None, but got int"),
         ({"dropout_p": 0.5, "dropout_key": 3}, TypeError, "dropout_key must be a Tensor or None, but got int"),
-        ({"dropout_p": 0.5, "dropout_key": KEY[:1]}, ValueError, r"key must have shape \[2\]"),
+        ({"dropout_key": KEY[:1]}, ValueError, r"dropout_key must have shape \[2\] \(\[seed, off.* but got \[1\]"),
+        ({"dropout_key": KEY[None]}, ValueError, r"dropout_key must have shape \[2\].* but got \[1, 2\]"),
+        ({"dropout_p": 0.5, "dropout_key": KEY.int()}, TypeError, "dropout_key must be an int64 tensor .* torch.int32"),
+        ({"dropout_key": KEY.to("meta")}, RuntimeError, "same device, but dropout_key is on meta and query on cpu"),
         ({"is_causal": 1}, TypeError, "is_causal must be a bool, but got int"),
         ({"enable_gqa": "no"}, TypeError, "enable_gqa must be a bool, but got str"),
         ({"scale": math.nan}, ValueError, "scale must be finite, but got nan"),
+        ({"scale": 10**400}, ValueError, "scale must be finite, but got 1000"),
+        ({"softcap": 10**400}, ValueError, "softcap must be finite, but got 1000"),
+        ({"softcap": 1e39}, ValueError, "softcap must be in float32's range, from 1.18e-38 to 3.4e.38, but got 1e.39"),
+        ({"softcap": 1e-300}, ValueError, "softcap must be in float32's range, .* but got 1e-300"),
         ({"scale": "1"}, TypeError, "scale must be a float or an int or None, but got str"),
         ({"softcap": 0}, ValueError, "softcap must be positive, or None for none, but got 0"),
         ({"window": 3}, TypeError, r"window must be \(left, right\), numbers of keys or None, but got 3"),
@@ -109,6 +116,22 @@ X, STARTS = torch.zeros(7, 4, 8), torch.tensor([0, 3, 7])
             ValueError,
             r"out_b must have the shape of out_a, \[2, 4, 7, 3\], but got \[2, 4, 7, 8\]",
         ),
+        (lambda: functional.merge_attention(V.int(), V[..., 0], V, V[..., 0]), TypeError, "out_a must be floating-poi"),
+        (
+            lambda: functional.merge_attention(V, V[..., 0], V, V[..., 0].long()),
+            TypeError,
+            "lse_b must be floating-point, but got torch.int64",
+        ),
+        (
+            lambda: functional.attention_weights(Q, K, Q[..., 0], dropout_key=KEY[:1]),
+            ValueError,
+            r"dropout_key must have shape \[2\]",
+        ),
+        (
+            lambda: functional.attention_weights(Q, K, Q[..., 0], softcap=1e39),
+            ValueError,
+            "softcap must be in float32's range",
+        ),
         (
             lambda: functional.attention_weights(Q, K, Q[..., 0, 0]),
             ValueError,
@@ -119,7 +142,7 @@ X, STARTS = torch.zeros(7, 4, 8), torch.tensor([0, 3, 7])
             ValueError,
             "dropout_key must be given where dropout_p is not 0",
         ),
-        (lambda: functional.kernel_attention(Q, K, V, 0), ValueError, "width must be positive, but got 0"),
+        (lambda: functional.kernel_attention(Q, K, V, 0), ValueError, "width must be finite and at least 5.5e-20.* 0"),
         (lambda: functional.kernel_attention(Q, K, V, "1"), TypeError, "width must be a float or an int or a Tensor"),
         (lambda: functional.kernel_attention(Q, K[..., :3], V, 1.0), ValueError, "key must have as many columns as"),
     ],
@@ -132,10 +155,16 @@ def test_wrong_calls_of_the_others(call: Callable[[], Any], kind: type[Exception
 def test_wrong_nested_calls() -> None:
     nested = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 1)], layout=torch.jagged).transpose(1, 2)
     other = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (1, 3)], layout=torch.jagged).transpose(1, 2)
+    more = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (3, 1, 2)], layout=torch.jagged).transpose(1, 2)
+    strided = torch.nested.nested_tensor([torch.randn(4, n, 8) for n in (3, 1)])
     for call, message in (
         (lambda: sdpa(nested, nested, nested, Q[0, 0]), "attn_mask must be None with nested tensors"),
         (lambda: sdpa(nested, nested, Q), "value must be a nested tensor of layout torch.jagged"),
         (lambda: sdpa(nested, nested, other), "value must have key's lengths, but got others"),
+        (lambda: sdpa(nested, more, more), "key must have as many sequences as query, 2, but got 3"),
+        (lambda: sdpa(Q, nested, nested), "key must not be nested, but got a nested tensor: scaled_dot_product_attent"),
+        (lambda: sdpa(Q, K, nested), "value must not be nested"),
+        (lambda: sdpa(Q, strided, strided), "key must not be nested"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -42,6 +42,34 @@ def test_transforms() -> None:
         torch.testing.assert_close((out_t * cotangent).sum(), (grad * tangent).sum().to(out), atol=1e-4, rtol=1e-3)
 
 
+def test_derivatives_of_slopes_in_float64() -> None:
+    """Slopes that become a mask keep their digits."""
+    args = [x.double() for x in operands((1, 4, 3, 2), (1, 4, 5, 2), (1, 4, 5, 3), grad=False)]
+    for shape in ((4,), (1, 4)):
+        slopes = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+
+        def attend(s: Tensor) -> Any:
+            return sdpa(*args, alibi_slopes=s, return_lse=True)
+
+        def weights(s: Tensor) -> Tensor:
+            return functional.attention_weights(args[0], args[1], torch.ones(1, 4, 3).double(), alibi_slopes=s)
+
+        for function in (attend, weights):
+            assert torch.autograd.gradcheck(function, slopes, check_forward_ad=True)
+            assert torch.autograd.gradgradcheck(function, slopes)
+    sdpa(*(x.float() for x in args), alibi_slopes=slopes).sum().backward()
+    assert slopes.grad is not None and slopes.grad.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_traced_without_a_warning() -> None:
+    query, key, value = operands((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3), grad=False)
+    traced = torch.jit.trace(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), (query, key, value))
+    args = operands((1, 4, 9, 8), (1, 2, 6, 8), (1, 2, 6, 3), grad=False)
+    torch.testing.assert_close(traced(*args), sdpa(*args, is_causal=True, enable_gqa=True))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiled_whole(backend: str) -> None:
     def everything(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, slopes: Tensor) -> Any:

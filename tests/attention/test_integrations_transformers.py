@@ -247,6 +247,19 @@ def test_who_is_causal(said: bool | None) -> None:
     )
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_weights_of_an_empty_cache_behind_the_queries(biased: bool) -> None:
+    """Without a mask keys behind the queries are not used; the weights have their columns nevertheless."""
+    module, (query, key, value) = operands(is_causal=True)
+    bias = torch.randn(1, 4, 5, 7, dtype=torch.float64) if biased else None
+    out, weights = _attention(module, query, key, value, None, position_bias=bias, output_attentions=True)
+    assert weights is not None and weights.shape == (2, 4, 5, 7)
+    scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5 + (0 if bias is None else bias)
+    expected = scores.masked_fill(scores.new_ones(5, 7).triu(1) > 0, -torch.inf).softmax(-1)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(out.transpose(1, 2), weights @ value.repeat_interleave(2, 1))
+
+
 def test_dropout_goes_into_output_and_weights_alike() -> None:
     module, (query, key, value) = operands()
     out, weights = _attention(module, query, key, value, None, dropout=0.5, output_attentions=True)

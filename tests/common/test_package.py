@@ -148,7 +148,7 @@ EXAMPLES = ["attention", "autoencoder", "recurrent.cells", "recurrent.layers"]
 
 @pytest.mark.parametrize(
     "name",
-    ["convert", "functional.random", "functional._attention_weights"]
+    ["convert", "functional.random", "functional.kernel", "functional._attention_weights"]
     + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES],
 )
 def test_examples_of_the_docstrings(name: str) -> None:

@@ -67,7 +67,7 @@ template <class S, class P>
 void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand& to, int64_t begin, int64_t end) {
   if (to.from.data == nullptr) return;
   const bool has_rows = to.rows != nullptr || to.rows_are_own, checks = has_rows && !sees_all(args);
-  if (!checks) std::fill(to.finite + begin, to.finite + end, true);
+  if (!checks) std::fill(to.finite + begin - to.first, to.finite + end - to.first, true);
   if (!checks && to.rows == nullptr && to.transposed == nullptr) return;
   const int64_t wide = round_up(to.columns, kDeepStep), narrow = round_up(to.columns, kColumnStep);
   Workspace space;
@@ -103,15 +103,15 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
     if (checks) {
       bool finite = true;
       for (int64_t r = 0; r < rows; ++r) finite = all_finite(from.row(r), to.columns) && finite;
-      to.finite[item] = finite;
+      to.finite[item - to.first] = finite;
     }
     if (to.rows != nullptr) {
-      P* const panel = static_cast<P*>(to.rows) + item * kPanelKeys * narrow;
+      P* const panel = static_cast<P*>(to.rows) + (item - to.first) * kPanelKeys * narrow;
       interleave(from, in_place ? rows : keys, narrow, panel);
       if (in_place) std::fill(panel + rows * narrow, panel + keys * narrow, P(0));
     }
     if (to.transposed != nullptr) {
-      P* const panel = static_cast<P*>(to.transposed) + item * kPanelKeys * wide;
+      P* const panel = static_cast<P*>(to.transposed) + (item - to.first) * kPanelKeys * wide;
       const int64_t whole = in_place ? rows / kWords * kWords : keys;
       transpose(from, whole, in_place ? to.columns : wide, panel);
       if (in_place && whole < rows) {  // what scores beyond the keys are made of is of no account

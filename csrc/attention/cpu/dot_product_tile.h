@@ -321,7 +321,7 @@ inline void multiply_panels(const PanelRows& rows, const Matrix<const P>& a, con
     const int64_t first = rows.first[p], count = rows.last[p] - first,
                   keys = std::min(kPanelKeys, width - p * kPanelKeys);
     if (count <= 0) continue;
-    const P* panel = static_cast<const P*>(b.transposed) + (first_panel + j / kPanelKeys + p) * size;
+    const P* panel = static_cast<const P*>(b.transposed) + (first_panel - b.first + j / kPanelKeys + p) * size;
     multiply<Order::Along, P>({a.row(first), a.stride}, count, depth, {panel, kPanelKeys * PanelStep<P>::kDeep},
                               {out.row(first) + p * kPanelKeys, out.stride}, keys, add);
   }
@@ -339,6 +339,7 @@ struct HeadRows {
   HeadRows(const PackedOperand& from, const AttentionSequence& s, int64_t kv_head, int64_t first_panel)
       : columns(round_up(from.columns, kColumnStep)), keys(s.keys) {
     if (from.from.data == nullptr) return;
+    first_panel -= from.first;
     finite = from.finite + first_panel;
     if (from.rows_are_own) {
       rows = {row_of<P>(from.from, s.batch, kv_head, s.key_start), from.from.strides.position};

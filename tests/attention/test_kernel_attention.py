@@ -1,0 +1,153 @@
+"""Kernel regression far from the origin, and what it refuses. Its values and gradients: test_functional.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lect11ext import functional, reference
+
+kernel_attention = functional.kernel_attention
+SEEDED = torch.Generator().manual_seed(0)
+Q, K, V = (torch.randn(2, 4, *n, generator=SEEDED) for n in ((5, 3), (7, 3), (7, 2)))
+
+# Leading dimensions of query and key, and whether heads are grouped.
+LEADS = [
+    ((2, 4), (2, 4), False),
+    ((2, 4), (2, 2), True),
+    ((2, 4), (2, 1), True),
+    ((2, 4), (2, 1), False),
+    ((2, 4), (1, 4), False),
+    ((2, 4), (1, 2), True),
+    ((2, 4), (4,), False),
+    ((4,), (4,), False),
+    ((4,), (), True),
+    ((3, 2, 4), (3, 1, 2), True),
+]
+
+
+@pytest.mark.parametrize(("lead", "key_lead", "grouped"), LEADS, ids=str)
+@pytest.mark.parametrize("width", [0.7, torch.tensor(0.7)], ids=["number", "tensor"])
+def test_sequences_far_apart(lead: Any, key_lead: Any, grouped: bool, width: Any) -> None:
+    """Each keeps the digits that it has alone: the others' places are nothing to it."""
+    key, value = torch.randn(*key_lead, 7, 3), torch.randn(*key_lead, 7, 2)
+    where = torch.randint(-2, 3, (*key_lead, 1, 3)) * 8192.0
+    heads = where.dim() > 2 and grouped
+    of_queries = where.repeat_interleave(lead[-1] // key_lead[-1], -3) if heads else where
+    query = torch.randn(*lead, 5, 3)
+    far = query + of_queries, key + where, value
+    near = far[0] - of_queries, far[1] - where, value  # the same points, to the last bit
+    options: dict[str, Any] = {"return_lse": True, "enable_gqa": grouped}
+    wide = [x.double() for x in near]
+    if grouped and key.dim() < 3:
+        wide[1:] = [x[None] for x in wide[1:]]
+    exact = reference.kernel_attention(*wide, 0.7, **options)
+    for got, alone, e in zip(
+        kernel_attention(*far, width, **options), kernel_attention(*near, width, **options), exact, strict=True
+    ):
+        allowed = (alone - e).abs().max()
+        assert (got - e).abs().max() <= 2 * allowed + 2e-6 * e.abs().max()
+
+
+def test_an_outlier_spoils_its_own_sequence_alone() -> None:
+    query = Q.clone()
+    query[0] += 1e6
+    alone = kernel_attention(Q[1:], K[1:], V[1:], 0.5)
+    torch.testing.assert_close(kernel_attention(query, K, V, 0.5)[1:], alone)
+
+
+@pytest.mark.parametrize(("queries", "keys", "lead"), [(0, 7, (2, 4)), (5, 0, (2, 4)), (5, 7, (0, 4))])
+def test_nothing(queries: int, keys: int, lead: Any) -> None:
+    key = torch.randn(*lead[:-1], 2, keys, 3, requires_grad=True)
+    query = torch.randn(*lead, queries, 3, requires_grad=True)
+    out = kernel_attention(query, key, key, 0.5, enable_gqa=True)
+    assert out.shape == (*lead, queries, 3) and not out.isnan().any()
+    assert not any(g.isnan().any() for g in torch.autograd.grad(out.sum(), (query, key)))
+
+
+@pytest.mark.parametrize("width", [1e-3, 1e-6, 1e-12])
+def test_narrow_kernels_have_finite_gradients(width: float) -> None:
+    query, key = Q.clone().requires_grad_(), K.clone().requires_grad_()
+    w = torch.tensor(width, requires_grad=True)
+    out, lse = kernel_attention(query, key, V, w, return_lse=True)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (query, key, w), retain_graph=True))
+    assert lse.isfinite().all()
+
+
+def test_mixed_types_are_autocasts_business() -> None:
+    """Of which both lose the same, though one of them has few digits for the centre."""
+    query, key = (torch.randint(-3, 4, x.shape) + 300.0 for x in (Q, K))
+    key = key.bfloat16()  # in steps of 2
+    with torch.autocast("cpu", torch.bfloat16):
+        out = kernel_attention(query, key, V, 2.0)
+    torch.testing.assert_close(out.float(), reference.kernel_attention(query, key, V, 2.0), atol=0.05, rtol=0.05)
+
+
+NESTED = torch.nested.nested_tensor([torch.randn(n, 4, 3) for n in (3, 1)], layout=torch.jagged).transpose(1, 2)
+SMALL, SMALLER = "width must be finite and at least 5.5e-20, so that", "width must be finite and at least 7.5e-155"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"query": [1]}, TypeError, "query must be a Tensor, but got list"),
+        ({"query": Q[0, 0, 0]}, ValueError, r"query must have at least 2 dimensions.* but got \[3\]"),
+        ({"value": 3}, TypeError, "value must be a Tensor, but got int"),
+        ({"query": Q.long()}, TypeError, "query must be floating-point, but got torch.int64"),
+        ({"value": V.int()}, TypeError, "value must be floating-point, but got torch.int32"),
+        ({"key": K.double()}, TypeError, "key must have the type of query, Float, but got Double"),
+        ({"query": Q.double()}, TypeError, "key must have the type of query, Double, but got Float"),
+        ({"query": NESTED}, ValueError, "query must not be nested, but got a nested tensor"),
+        ({"key": NESTED}, ValueError, "key must not be nested"),
+        ({"attn_mask": torch.ones(5, 6)}, ValueError, r"attn_mask must broadcast to \[2, 4, 5, 7\]"),
+        ({"attn_mask": torch.ones(5, 7).int()}, TypeError, "attn_mask must be bool, or floating-point of at most tor"),
+        ({"attn_mask": torch.ones(5, 7).double()}, TypeError, "attn_mask must be bool, .* but got torch.float64"),
+        ({"attn_mask": 3}, TypeError, "attn_mask must be a Tensor, but got int"),
+        ({"width": 1e-200}, ValueError, f"{SMALL} 1/width² is finite in torch.float32, but got 1e-200"),
+        ({"width": 10**400}, ValueError, f"{SMALL}.*, but got 1000"),
+        ({"width": math.inf}, ValueError, f"{SMALL}.*, but got inf"),
+        ({"width": math.nan}, ValueError, f"{SMALL}.*, but got nan"),
+        ({"width": True}, TypeError, "width must be a float or an int or a Tensor, but got bool"),
+        ({"width": torch.tensor(1)}, TypeError, "width must be floating-point, but got torch.int64"),
+        ({"width": torch.tensor(1j)}, TypeError, "width must be floating-point, but got torch.complex64"),
+        ({"width": torch.ones(3)}, ValueError, r"width must broadcast to \[2, 4\] \(…, heads\), but got shape \[3\]"),
+        ({"width": torch.ones(1, 2, 4)}, ValueError, r"width must broadcast to \[2, 4\].* but got shape \[1, 2, 4\]"),
+        ({"width": torch.tensor([1.0, 0, 1, 1])}, ValueError, "width must be positive and finite, but got 0.0 to 1.0"),
+        ({"width": torch.tensor(math.inf)}, ValueError, "width must be positive and finite, but got inf to inf"),
+        ({"width": torch.tensor(math.nan)}, ValueError, "width must be positive and finite, but got nan to nan"),
+        ({"enable_gqa": 1}, TypeError, "enable_gqa must be a bool, but got int"),
+    ],
+)
+def test_wrong_calls(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        kernel_attention(**{"query": Q, "key": K, "value": V, "width": 1.0, **arguments})
+
+
+def test_widths_at_the_ends() -> None:
+    for dtype, least in ((torch.float32, 5.5e-20), (torch.float64, 7.6e-155)):
+        q, k, v = (x.to(dtype) for x in (Q, K, V))
+        assert not kernel_attention(q, k, v, least).isinf().any()
+        torch.testing.assert_close(kernel_attention(q, k, v, 1e200), v.mean(-2, keepdim=True).expand(2, 4, 5, 2))
+    with pytest.raises(ValueError, match=SMALLER):
+        kernel_attention(Q.double(), K.double(), V.double(), 1e-160)
+    assert kernel_attention(Q[0, 0], K[0, 0], V[0, 0], torch.tensor(0.5)).shape == (5, 2)
+    with pytest.raises(ValueError, match=r"width must broadcast to \[\] "):
+        kernel_attention(Q[0, 0], K[0, 0], V[0, 0], torch.ones(1))
+
+
+def test_a_tensors_values_are_not_looked_at_where_there_are_none() -> None:
+    def call(width: Tensor) -> Tensor:
+        return kernel_attention(Q, K, V, width)
+
+    widths = torch.tensor([0.5, 1.0])
+    expected = torch.stack([call(w) for w in widths])
+    torch.testing.assert_close(torch.vmap(call)(widths), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(widths[0]), expected[0])
+    traced = torch.fx.experimental.proxy_tensor.make_fx(call)(widths[0])
+    torch.testing.assert_close(traced(widths[1]), expected[1])
