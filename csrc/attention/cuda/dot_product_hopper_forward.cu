@@ -1,0 +1,270 @@
+// The forward kernel of sm_90a. One warpgroup has TMA load, the others compute, 64 queries each.
+//
+// Two things keep the tensor cores busy. Of a warpgroup, the products of the next tile's scores and of this tile's
+// output are started before the softmax that lies between them in time. And the warpgroups of a block take turns: each
+// starts its products only when the one before has started its own, so that one computes exponentials while another
+// multiplies. Both after J. Shah et al., FlashAttention-3 (2024).
+#include "attention/cuda/dot_product_hopper_tile.cuh"
+
+namespace lect11ext::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+namespace {
+
+struct HopperForwardPlan {
+  CUtensorMap query, key, value;
+  BlockOrder order;
+  int tiles_of_head;
+  int first_key;  // of those that are mapped
+};
+
+// Registers: the sums of the output, of scores, and the weights before them: 160 a thread at 128 columns, for which two
+// warpgroups leave 240; 128 at 64 columns, where three leave 160 and exponentials, not products, are what bounds.
+template <class S, int kColumns>
+struct HopperForward {
+  static constexpr int kGroups = kColumns == 64 ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
+  static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128, kStages = 2;
+  static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 24, kRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
+  using QueryTile = SlabTile<kQueries, kColumns>;
+  using KeyTile = SlabTile<kKeys, kColumns>;
+  static constexpr int kKeysAt = QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
+  static constexpr int kBarriersAt = kValuesAt + kStages * KeyTile::kBytes;
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 4 * kStages);
+
+  const AttentionForward& args;
+  const HopperForwardPlan& plan;
+  AlignedShared shared;
+  uint32_t queries_full;
+  Ring<kStages> keys, values;
+  int head, batch, first_query, first_key, tiles;  // of keys
+
+  __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan, const Sequence& sequence)
+      : args(args), plan(plan), shared(dynamic_shared) {
+    queries_full = shared.address + kBarriersAt;
+    keys = {queries_full + 8, queries_full + 8 * (1 + kStages)};
+    values = {queries_full + 8 * (1 + 2 * kStages), queries_full + 8 * (1 + 3 * kStages)};
+    const BlockOrder::Block block = plan.order.find(blockIdx.x);
+    batch = block.unit / static_cast<int>(args.heads);
+    head = block.unit - batch * static_cast<int>(args.heads);
+    // The last queries of a causal attention have the most to do and come first.
+    first_query = (plan.tiles_of_head - 1 - block.tile) * kQueries;
+    const int last_query = std::min(first_query + kQueries, sequence.queries) - 1;
+    const Range range = keys_seen(sequence, first_query, last_query);
+    first_key = range.first;
+    tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
+  }
+
+  // Tiles come from the last keys on: the first that a warpgroup takes is, where attention is causal, the cut one.
+  __device__ int key_of_tile(int n) const { return first_key + (tiles - 1 - n) * kKeys; }
+  __device__ uint32_t keys_at(int n) const { return shared.address + kKeysAt + keys.stage(n) * KeyTile::kBytes; }
+  __device__ uint32_t values_at(int n) const { return shared.address + kValuesAt + values.stage(n) * KeyTile::kBytes; }
+
+  __device__ void load() const {
+    const int kv_head = head / static_cast<int>(args.heads / args.kv_heads);
+    barrier_arrive_expecting(queries_full, QueryTile::kBytes);
+    QueryTile::load(shared.address, plan.query, queries_full, first_query, head, batch);
+    for (int n = 0; n < tiles; ++n) {
+      const int position = key_of_tile(n) - plan.first_key;
+      const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
+        ring.wait_empty(n);
+        barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
+        KeyTile::load(to, map, ring.full_barrier(n), position, kv_head, batch);
+      };
+      fill(keys, plan.key, keys_at(n));
+      fill(values, plan.value, values_at(n));
+    }
+  }
+
+  // What a thread carries along the keys, of its two rows.
+  struct Rows {
+    float largest[2], sum[2];
+  };
+
+  // Scores of tile n become weights, of which `words` are to be made; `shrink` is what has been summed to be multiplied
+  // by.
+  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int n, int first_row,
+                        const Sequence& sequence, const GroupLane& lane) const {
+    const float unit = static_cast<float>(args.scale * kLog2E);
+    const int key = key_of_tile(n), last_row = first_row + kGroupRows - 1;
+    const bool whole = key + kKeys <= sequence.keys &&
+                       key + kKeys - 1 <= first_row + sequence.diagonal + sequence.right &&
+                       key >= last_row + sequence.diagonal - sequence.left;
+    if (!whole) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int own = first_row + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
+        keep_between(scores, half, own - sequence.left - column,
+                     std::min(own + sequence.right, sequence.keys - 1) - column, -INFINITY);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = rows.largest[half];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) largest = std::fmax(largest, scores[i / 2][2 * half + i % 2]);
+      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
+      // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
+      const float base = largest == -INFINITY ? 0.0f : largest * unit;
+      shrink[half] = power_of_two(std::fma(rows.largest[half], unit, -base));
+      float sums[2] = {};  // two, since each addition waits for the one before
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float& score = scores[i / 2][2 * half + i % 2];
+        score = power_of_two(std::fma(score, unit, -base));
+        sums[i % 2] += score;
+      }
+      rows.largest[half] = largest;
+      rows.sum[half] = std::fma(rows.sum[half], shrink[half], sums[0] + sums[1]);
+    }
+  }
+
+  __device__ void compute(int group, const Sequence& sequence) const {
+    const GroupLane lane;
+    const int own_row = group * kGroupRows, first_row = first_query + own_row;
+    float out[kOutTiles][4] = {};
+    Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
+    if (tiles > 0) {
+      constexpr int kTurns = 2 * kWarpgroup;  // who waits, and who lets go
+      const int turn = 1 + group, next = 1 + (group + 1) % kGroups;
+      if (group == kGroups - 1) named_barrier_arrive(1, kTurns);
+      float scores[kTiles][4], shrink[2];
+      uint32_t weights[kTiles / 2][4];
+      barrier_wait(queries_full, 0);
+      keys.wait_full(0);
+      wgmma_fence();
+      start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(0));
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(scores);
+      keys.release(0, lane);
+      weigh(scores, rows, shrink, 0, first_row, sequence, lane);  // nothing has been summed yet
+      to_weights<S>(weights, scores);
+#pragma unroll 1
+      for (int n = 1; n < tiles; ++n) {
+        keys.wait_full(n);
+        named_barrier_wait(turn, kTurns);
+        pin(out);
+        pin(weights);
+        wgmma_fence();
+        start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(n));
+        wgmma_commit();
+        values.wait_full(n - 1);
+        wgmma_fence();
+        start_columns<S, KeyTile>(out, weights, values_at(n - 1));
+        wgmma_commit();
+        named_barrier_arrive(next, kTurns);
+        wgmma_wait<1>();
+        pin(scores);
+        keys.release(n, lane);
+        weigh(scores, rows, shrink, n, first_row, sequence, lane);
+        wgmma_wait<0>();
+        pin(out);
+        values.release(n - 1, lane);
+#pragma unroll
+        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
+        to_weights<S>(weights, scores);
+      }
+      // Whoever let go the first must be waited for by the first.
+      if (group == 0) named_barrier_wait(turn, kTurns);
+      values.wait_full(tiles - 1);
+      pin(out);
+      pin(weights);
+      wgmma_fence();
+      start_columns<S, KeyTile>(out, weights, values_at(tiles - 1));
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(out);
+    } else {
+      barrier_wait(queries_full, 0);  // a block ends after its copies
+    }
+    finish(out, rows, group, first_row, sequence, lane);
+  }
+
+  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, int group, int first_row,
+                         const Sequence& sequence, const GroupLane& lane) const {
+    const int64_t first = (batch * args.heads + head) * args.queries;
+    float factors[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = rows.sum[half];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      factors[half] = sum == 0 ? 0.0f : 1 / sum;
+      const int query = first_row + lane.row + 8 * half;
+      if (lane.q == 0 && query < sequence.queries) {
+        static_cast<float*>(args.lse)[first + query] =
+            sum == 0 ? -INFINITY : rows.largest[half] * static_cast<float>(args.scale) + std::log(sum);
+      }
+    }
+    // The queries make room for the output as soon as no warp of the group multiplies by them.
+    named_barrier_wait(1 + kGroups + group, kWarpgroup);
+    const AttentionStrides& strides = args.out_strides;
+    S* const to = static_cast<S*>(args.out) + batch * strides.batch + head * strides.head;
+    write_rows<S, QueryTile>(out, factors, shared.data, group * kGroupRows, lane, [&](int i) {
+      const int query = first_row + i;
+      return query < sequence.queries ? to + query * strides.position : nullptr;
+    });
+  }
+
+  __device__ void run(const Sequence& sequence) const {
+    const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
+    if (threadIdx.x == 0) {
+      barrier_init(queries_full, 1);
+      keys.init(1, 4 * kGroups);
+      values.init(1, 4 * kGroups);
+      barrier_init_done();
+    }
+    __syncthreads();
+    if (group == 0) {
+      give_registers<kLoaderRegisters>();
+      if (threadIdx.x == 0) load();
+    } else {
+      take_registers<kRegisters>();
+      compute(group - 1, sequence);
+    }
+  }
+};
+
+template <class S, int kColumns>
+__global__ void __launch_bounds__(HopperForward<S, kColumns>::kThreads, 1) hopper_forward_kernel(
+    const __grid_constant__ AttentionForward args, const __grid_constant__ HopperForwardPlan plan) {
+#if LECT11EXT_HOPPER_CODE
+  const Sequence sequence(args, 0);  // all are alike
+  HopperForward<S, kColumns>(args, plan, sequence).run(sequence);
+#endif
+}
+
+template <class S, int kColumns>
+bool run(const AttentionForward& args, void* stream) {
+  using Kernel = HopperForward<S, kColumns>;
+  HopperForwardPlan plan{};
+  const Span keys = keys_of_use(args), queries{0, args.queries};
+  if (!map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
+      !map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
+      !map_operand(plan.value, args, args.value, args.kv_heads, keys, Kernel::kKeys)) {
+    return false;
+  }
+  plan.first_key = static_cast<int>(keys.first);
+  plan.tiles_of_head = static_cast<int>(ceil_divide(args.queries, Kernel::kQueries));
+  plan.order =
+      BlockOrder::of(plan.tiles_of_head, args.batch * args.heads, 4 * args.keys * kColumns, args.heads / args.kv_heads);
+  reserve_shared(hopper_forward_kernel<S, kColumns>, Kernel::kBytes);
+  launch(hopper_forward_kernel<S, kColumns>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream, args, plan);
+  return true;
+}
+
+}  // namespace
+
+bool hopper_forward(const AttentionForward& args, void* stream) {
+  if (!hopper_is_chosen() || !hopper_computes(args) || !rows_are_aligned(args.out, args.out_strides)) return false;
+  const bool narrow = args.head_dim == 64;
+  if (args.dtype == DType::BFloat16) {
+    return narrow ? run<__nv_bfloat16, 64>(args, stream) : run<__nv_bfloat16, 128>(args, stream);
+  }
+  return narrow ? run<__half, 64>(args, stream) : run<__half, 128>(args, stream);
+}
+
+}  // namespace lect11ext::cuda

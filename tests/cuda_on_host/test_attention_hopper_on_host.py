@@ -1,0 +1,140 @@
+"""Dot-product attention: the kernels of sm_90a, emulated with TMA and wgmma, against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_case import Attention
+from cell_operands import BF16, F16, F32
+from host_kernels import Kernels
+from test_attention_on_host import CAUSAL, check_forward
+
+ONE = {"heads": 1, "kv_heads": 1}
+# More than the sixteen queries up to which keys are cut instead. Tiles are of 128 or 192 queries and 128 keys.
+SIZES: dict[str, dict[str, Any]] = {
+    "plain": {"queries": 100, "keys": 300, **ONE},
+    "one key": {"queries": 17, "keys": 1},
+    "fewer keys than a tile": {"queries": 129, "keys": 17},
+    "a key beyond a tile": {"queries": 65, "keys": 129},
+    "groups": {"queries": 40, "keys": 130, "heads": 4, "kv_heads": 2, "batch": 2},
+    "causal": {"queries": 300, "keys": 300, "window": CAUSAL, **ONE},
+    "causal at the bottom": {"queries": 100, "keys": 330, "window": CAUSAL, "bottom_right": True, **ONE},
+    "causal, more queries": {"queries": 300, "keys": 127, "window": CAUSAL, "bottom_right": True, **ONE},
+    "causal, more keys": {"queries": 20, "keys": 200, "window": CAUSAL},
+    "window": {"queries": 290, "keys": 310, "window": (70, 20), **ONE},
+    "window behind": {"queries": 150, "keys": 260, "window": (200, -30), **ONE},
+    "window ahead": {"queries": 150, "keys": 310, "window": (-3, 150), **ONE},
+    "large": {"queries": 70, "keys": 200, "spread": 6.0, "scale": 1.0, **ONE},
+}
+SHAPES = [(64, BF16), (128, BF16), (64, F16), (128, F16)]
+
+
+@pytest.fixture
+def asked_for(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LECT11EXT_ATTENTION_HOPPER", "1")
+    kernels.library.set_device(1, 227 * 1024, 9)
+    yield
+    kernels.library.set_device(1, 227 * 1024, 8)
+
+
+@pytest.fixture
+def hopper(kernels: Kernels, asked_for: None) -> Iterator[Kernels]:
+    made = kernels.library.tensor_maps_made()
+    yield kernels
+    assert kernels.library.tensor_maps_made() > made, "other kernels were taken"
+
+
+def make(dim: int, **fields: Any) -> Attention:
+    return Attention(dim=dim, value_dim=dim, **fields)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), SHAPES)
+@pytest.mark.parametrize("name", SIZES)
+def test_forward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> None:
+    check_forward(hopper, make(dim, dtype=dtype, **SIZES[name]))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_layouts(hopper: Kernels, dim: int) -> None:
+    case = make(dim, dtype=BF16, queries=20, keys=30, batch=2)
+    for name, layout in (("query", (0, 1, 2, 3)), ("key", (1, 2, 0, 3)), ("value", (2, 0, 1, 3))):
+        back = tuple(layout.index(d) for d in range(4))
+        case.tensors[name] = case.tensors[name].permute(layout).contiguous().permute(back)
+    check_forward(hopper, case)
+
+
+def case_with_nan(dim: int) -> Attention:
+    """Keys 0 … 259 and 291 … are seen by nobody; with queries that see nothing."""
+    case = make(dim, dtype=BF16, queries=30, keys=300, window=(10, -9), bottom_right=True, **ONE)
+    for name in ("key", "value"):
+        case.tensors[name][:, :, :260] = math.nan
+        case.tensors[name][:, :, 291:] = math.nan
+    return case
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_nobody_sees_may_be_nan(hopper: Kernels, dim: int) -> None:
+    check_forward(hopper, case_with_nan(dim))
+    case = make(dim, dtype=BF16, queries=20, keys=150, window=(30, 3), **ONE)
+    for name in ("key", "value"):
+        case.tensors[name][:, :, 23:30] = math.inf
+        case.tensors[name][:, :, 30:] = math.nan
+    check_forward(hopper, case)
+
+
+def test_nan_of_what_is_seen(hopper: Kernels) -> None:
+    case = make(64, dtype=BF16, queries=20, keys=40)
+    case.tensors["query"][0, 0, 2, 1] = math.nan
+    out, lse = case.forward(hopper)
+    assert out[0, 0, 2].isnan().all() and lse[0, 0, 2].isnan()
+    assert out.isnan().sum() == 64 and lse.isnan().sum() == 1
+
+
+def test_repeats_bit_for_bit(hopper: Kernels) -> None:
+    case = make(128, dtype=BF16, queries=200, keys=300, window=(150, 30), **ONE)
+    first, second = case.forward(hopper), case.forward(hopper)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "few queries": {"queries": 16},
+    "float32": {"dtype": F32},
+    "another size": {"dim": 72},
+    "values of another size": {"value_dim": 128},
+    "mask": {"mask": "bool"},
+    "alibi": {"alibi": True},
+    "softcap": {"softcap": 2.0},
+    "dropout": {"dropout": 0.3},
+    "sequences one behind the other": {"lengths": [(20, 30), (5, 9)]},
+    "not aligned": {"aligned": False},
+    "negative scale": {"scale": -0.3},
+    "a window without keys": {"window": (3, -5)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels_take_the_rest(kernels: Kernels, asked_for: None, name: str) -> None:
+    made = kernels.library.tensor_maps_made()
+    fields = {"dtype": BF16, "dim": 64, "value_dim": 64, "queries": 20, **OTHERS[name]}
+    check_forward(kernels, Attention(**fields))
+    assert kernels.library.tensor_maps_made() == made
+
+
+@pytest.mark.parametrize("missing", ["the wish", "the device", "strides"])
+def test_where_they_are_not_taken(
+    kernels: Kernels, asked_for: None, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    made = kernels.library.tensor_maps_made()
+    case = make(64, dtype=BF16, queries=20, batch=2)
+    if missing == "the wish":
+        monkeypatch.setenv("LECT11EXT_ATTENTION_HOPPER", "0")
+    elif missing == "the device":
+        kernels.library.set_device(1, 227 * 1024, 10)
+    else:
+        case.tensors["query"] = case.tensors["query"][:1].expand(2, -1, -1, -1)
+    check_forward(kernels, case)
+    assert kernels.library.tensor_maps_made() == made
