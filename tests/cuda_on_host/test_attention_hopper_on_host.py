@@ -11,6 +11,7 @@ import torch
 from attention_case import Attention
 from cell_operands import BF16, F16, F32
 from host_kernels import Kernels
+from test_attention_derivatives_on_host import check
 from test_attention_on_host import CAUSAL, check_forward
 
 ONE = {"heads": 1, "kv_heads": 1}
@@ -58,6 +59,26 @@ def test_forward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> No
     check_forward(hopper, make(dim, dtype=dtype, **SIZES[name]))
 
 
+def check_backward(kernels: Kernels, case: Attention, **fields: Any) -> None:
+    wide = case.wide()
+    grads = (None if name in fields else wide[name] for name in ("grad_out", "grad_lse"))
+    expected = case.gradients(*grads)(*(wide[name] for name in case.inputs()))
+    found = case.backward(kernels, **fields)
+    check(case, found, expected)
+    assert all(t.isfinite().all() for t in found.values())
+
+
+@pytest.mark.parametrize(("dim", "dtype"), SHAPES)
+@pytest.mark.parametrize("name", SIZES)
+def test_backward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> None:
+    check_backward(hopper, make(dim, dtype=dtype, **SIZES[name]))
+
+
+@pytest.mark.parametrize("missing", ["grad_lse", "grad_query", "grad_key", "grad_value"])
+def test_what_is_not_given_or_asked_for(hopper: Kernels, missing: str) -> None:
+    check_backward(hopper, make(64, dtype=BF16, queries=70, keys=40), **{missing: None})
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_layouts(hopper: Kernels, dim: int) -> None:
     case = make(dim, dtype=BF16, queries=20, keys=30, batch=2)
@@ -65,25 +86,36 @@ def test_layouts(hopper: Kernels, dim: int) -> None:
         back = tuple(layout.index(d) for d in range(4))
         case.tensors[name] = case.tensors[name].permute(layout).contiguous().permute(back)
     check_forward(hopper, case)
-
-
-def case_with_nan(dim: int) -> Attention:
-    """Keys 0 … 259 and 291 … are seen by nobody; with queries that see nothing."""
-    case = make(dim, dtype=BF16, queries=30, keys=300, window=(10, -9), bottom_right=True, **ONE)
-    for name in ("key", "value"):
-        case.tensors[name][:, :, :260] = math.nan
-        case.tensors[name][:, :, 291:] = math.nan
-    return case
+    check_backward(hopper, case)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_what_nobody_sees_may_be_nan(hopper: Kernels, dim: int) -> None:
-    check_forward(hopper, case_with_nan(dim))
-    case = make(dim, dtype=BF16, queries=20, keys=150, window=(30, 3), **ONE)
-    for name in ("key", "value"):
-        case.tensors[name][:, :, 23:30] = math.inf
-        case.tensors[name][:, :, 30:] = math.nan
+@pytest.mark.parametrize("name", ["first and last", "last"])
+def test_what_nobody_sees_may_be_nan(hopper: Kernels, name: str, dim: int) -> None:
+    if name == "last":
+        case = make(dim, dtype=BF16, queries=20, keys=150, window=(30, 3), **ONE)
+        first, last = 0, 23
+    else:
+        case = make(dim, dtype=BF16, queries=30, keys=300, window=(10, -9), bottom_right=True, **ONE)
+        first, last = 260, 291
+    for kind in ("key", "value"):
+        case.tensors[kind][:, :, :first] = case.tensors[kind][:, :, last : last + 5] = math.inf
+        case.tensors[kind][:, :, last + 5 :] = math.nan
     check_forward(hopper, case)
+    check_backward(hopper, case)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_sees_nothing_may_be_nan(hopper: Kernels, dim: int) -> None:
+    case = make(dim, dtype=BF16, queries=150, keys=40, window=CAUSAL, bottom_right=True, **ONE)
+    wide = case.wide()  # zeros instead: a function of what is NaN has no derivative that is zero
+    for kind in ("query", "grad_out"):
+        case.tensors[kind][:, :, :110] = math.nan
+        wide[kind][:, :, :110] = 0
+    out, lse = case.forward(hopper)
+    assert (out[:, :, :110] == 0).all() and (lse[:, :, :110] == -math.inf).all() and not out.isnan().any()
+    expected = case.gradients(wide["grad_out"], wide["grad_lse"])(*(wide[n] for n in case.inputs()))
+    check(case, case.backward(hopper), expected)
 
 
 def test_nan_of_what_is_seen(hopper: Kernels) -> None:
@@ -98,6 +130,8 @@ def test_repeats_bit_for_bit(hopper: Kernels) -> None:
     case = make(128, dtype=BF16, queries=200, keys=300, window=(150, 30), **ONE)
     first, second = case.forward(hopper), case.forward(hopper)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    grads, again = case.backward(hopper), case.backward(hopper)
+    assert all(torch.equal(grads[name], again[name]) for name in grads)
 
 
 OTHERS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,8 @@ template <class S, int kColumns>
 struct HopperForward {
   static constexpr int kGroups = kColumns == 64 ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128, kStages = 2;
-  static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 24, kRegisters = kGroups == 3 ? 160 : 240;
+  [[maybe_unused]] static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 24,
+                                        kRegisters = kGroups == 3 ? 160 : 240;
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
   using QueryTile = SlabTile<kQueries, kColumns>;
   using KeyTile = SlabTile<kKeys, kColumns>;
