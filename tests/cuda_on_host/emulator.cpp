@@ -54,6 +54,7 @@ class Block {
   void resume(Fiber& fiber);
   bool release_warps();
   bool release_conditions();
+  bool release_idle();
   bool release_all(Barrier barrier);
 
   std::vector<Fiber> fibers_;
@@ -159,6 +160,15 @@ bool Block::release_conditions() {
   return any;
 }
 
+bool Block::release_idle() {
+  for (std::size_t i = 0; i < threads_; ++i) {
+    if (fibers_[i].finished || fibers_[i].barrier != Barrier::Idle) continue;
+    fibers_[i].barrier = Barrier::None;
+    return true;
+  }
+  return false;
+}
+
 bool Block::release_all(Barrier barrier) {
   if (unfinished_ == 0) return false;
   for (std::size_t i = 0; i < threads_; ++i) {
@@ -192,6 +202,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
       all_blocks->arrive_and_wait();
       progress = true;
     }
+    if (!progress) progress = release_idle();
     if (!progress) fail("the threads of a block wait at different barriers, or for the grid in an ordinary launch");
   }
   hopper_ends();
@@ -201,6 +212,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
 
 void wait(Barrier barrier, unsigned mask) { block.wait(barrier, mask); }
 void wait_until(const std::function<bool()>& condition) { block.wait_until(condition); }
+void wait_until_idle() { block.wait(Barrier::Idle, 0); }
 Slot* warp_slots() { return block.slots(); }
 WideSlot* wide_slots() { return block.wide_slots(); }
 int lane() { return block.number() % warpSize; }

@@ -311,6 +311,7 @@ void wgmma_wait(int groups) {
     wait_until([&group, waits] { return group.waits != waits; });
     return;
   }
+  wait_until_idle();  // what may overwrite their operands does it now
   for (; group.done < target; ++group.done) {
     require(group.pending.front().started == kWarpgroupThreads, "a thread of a warpgroup has not started a product");
     take(group.pending.front());

@@ -8,6 +8,9 @@ namespace cuda_on_host {
 // Lets the others run until it holds. A block of which nobody can go on stops the test.
 void wait_until(const std::function<bool()>& condition);
 
+// Lets the others run as far as they can.
+void wait_until_idle();
+
 void hopper_begins();
 void hopper_ends();
 

@@ -52,7 +52,7 @@ inline constexpr int warpSize = 32;
 
 namespace cuda_on_host {
 
-enum class Barrier { None, Warp, Block, Grid, Condition };
+enum class Barrier { None, Warp, Block, Grid, Condition, Idle };
 
 // Lets the others run until all that take part in the barrier have come to it; `mask` is that of a Warp barrier.
 void wait(Barrier barrier, unsigned mask = 0);
