@@ -73,6 +73,7 @@ struct Warpgroup {
 
 struct Block {
   std::vector<Copy> copies;
+  std::vector<uint32_t> barriers;
   Named named[kMostNamed];
   std::deque<Warpgroup> warpgroups;  // which stay where they are when others come
 };
@@ -217,6 +218,10 @@ void hopper_begins() { state = Block{}; }
 
 void hopper_ends() {
   require(state.copies.empty(), "a block ends before its copies");
+  for (const uint32_t address : state.barriers) {
+    const SharedBarrier& barrier = barrier_at(address);
+    require(barrier.missing == barrier.arrivals && barrier.bytes == 0, "a block ends with a barrier half full");
+  }
   for (const Named& named : state.named) require(named.come == 0, "a block ends with a named barrier half full");
   for (const Warpgroup& group : state.warpgroups) require(group.pending.empty(), "a block ends before its products");
 }
@@ -234,6 +239,7 @@ void barrier_init(uint32_t address, int arrivals) {
   barrier = {};
   barrier.arrivals = barrier.missing = count;
   barrier.made = 1;
+  state.barriers.push_back(address);
 }
 
 void barrier_arrive(uint32_t address, int bytes) {

@@ -23,7 +23,6 @@ struct HopperBackwardPlan {
 template <int kPassing, int kColumns, bool kNumbers>
 struct HopperPairs {
   static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kRows = kGroups * kGroupRows, kStages = 2;
-  [[maybe_unused]] static constexpr int kLoaderRegisters = 24, kRegisters = 240;
   static constexpr int kTiles = kPassing / 8, kOutTiles = kColumns / 8;
   using RowTile = SlabTile<kRows, kColumns>;
   using PassingTile = SlabTile<kPassing, kColumns>;
@@ -109,16 +108,17 @@ struct HopperPairs {
   __device__ void run(int full_arrivals, Load load, Compute compute) const {
     const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
     if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i) prefetch_map(plan.rows[i]), prefetch_map(plan.columns[i]);
       barrier_init(rows_full, 1);
       ring.init(full_arrivals, 4 * kGroups);
       barrier_init_done();
     }
     __syncthreads();
     if (group == 0) {
-      give_registers<kLoaderRegisters>();
+      give_registers<GroupRegisters<kGroups>::kLoader>();
       load();
     } else {
-      take_registers<kRegisters>();
+      take_registers<GroupRegisters<kGroups>::kCompute>();
       compute(group - 1);
     }
   }

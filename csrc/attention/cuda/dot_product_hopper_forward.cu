@@ -15,7 +15,6 @@ namespace {
 struct HopperForwardPlan {
   CUtensorMap query, key, value;
   BlockOrder order;
-  int tiles_of_head;
   int first_key;  // of those that are mapped
 };
 
@@ -25,8 +24,6 @@ template <class S, int kColumns>
 struct HopperForward {
   static constexpr int kGroups = kColumns == 64 ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128, kStages = 2;
-  [[maybe_unused]] static constexpr int kLoaderRegisters = kGroups == 3 ? 32 : 24,
-                                        kRegisters = kGroups == 3 ? 160 : 240;
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
   using QueryTile = SlabTile<kQueries, kColumns>;
   using KeyTile = SlabTile<kKeys, kColumns>;
@@ -50,7 +47,7 @@ struct HopperForward {
     batch = block.unit / static_cast<int>(args.heads);
     head = block.unit - batch * static_cast<int>(args.heads);
     // The last queries of a causal attention have the most to do and come first.
-    first_query = (plan.tiles_of_head - 1 - block.tile) * kQueries;
+    first_query = (plan.order.tiles - 1 - block.tile) * kQueries;
     const int last_query = std::min(first_query + kQueries, sequence.queries) - 1;
     const Range range = keys_seen(sequence, first_query, last_query);
     first_key = range.first;
@@ -213,6 +210,7 @@ struct HopperForward {
   __device__ void run(const Sequence& sequence) const {
     const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
     if (threadIdx.x == 0) {
+      for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) prefetch_map(*map);
       barrier_init(queries_full, 1);
       keys.init(1, 4 * kGroups);
       values.init(1, 4 * kGroups);
@@ -220,10 +218,10 @@ struct HopperForward {
     }
     __syncthreads();
     if (group == 0) {
-      give_registers<kLoaderRegisters>();
+      give_registers<GroupRegisters<kGroups>::kLoader>();
       if (threadIdx.x == 0) load();
     } else {
-      take_registers<kRegisters>();
+      take_registers<GroupRegisters<kGroups>::kCompute>();
       compute(group - 1, sequence);
     }
   }
@@ -238,9 +236,17 @@ __global__ void __launch_bounds__(HopperForward<S, kColumns>::kThreads, 1) hoppe
 #endif
 }
 
+// Few blocks with many keys each are better cut along the keys, as the kernels for all devices do. A guess.
+bool is_cut(const AttentionForward& args, int64_t blocks) {
+  constexpr int64_t kFewKeys = 2048, kPart = 4;
+  return args.keys > kFewKeys && kPart * blocks < device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
 template <class S, int kColumns>
 bool run(const AttentionForward& args, void* stream) {
   using Kernel = HopperForward<S, kColumns>;
+  const int64_t tiles = ceil_divide(args.queries, Kernel::kQueries), units = args.batch * args.heads;
+  if (is_cut(args, tiles * units)) return false;
   HopperForwardPlan plan{};
   const Span keys = keys_of_use(args), queries{0, args.queries};
   if (!map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
@@ -249,9 +255,9 @@ bool run(const AttentionForward& args, void* stream) {
     return false;
   }
   plan.first_key = static_cast<int>(keys.first);
-  plan.tiles_of_head = static_cast<int>(ceil_divide(args.queries, Kernel::kQueries));
+  plan.order.tiles = static_cast<int>(ceil_divide(args.queries, Kernel::kQueries));
   plan.order =
-      BlockOrder::of(plan.tiles_of_head, args.batch * args.heads, 4 * args.keys * kColumns, args.heads / args.kv_heads);
+      BlockOrder::of(plan.order.tiles, args.batch * args.heads, 4 * args.keys * kColumns, args.heads / args.kv_heads);
   reserve_shared(hopper_forward_kernel<S, kColumns>, Kernel::kBytes);
   launch(hopper_forward_kernel<S, kColumns>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream, args, plan);
   return true;

@@ -9,6 +9,15 @@ namespace lect11ext::cuda {
 
 inline constexpr int kGroupRows = 64;  // that a warpgroup owns
 
+// Registers a thread when one warpgroup loads and kGroups compute: what they have must not be more than they began
+// with, or they wait for ever.
+template <int kGroups>
+struct GroupRegisters {
+  static constexpr int kLoader = kGroups == 3 ? 32 : 24, kCompute = kGroups == 3 ? 160 : 240;
+  static constexpr int kAtStart = 65536 / (kWarpgroup * (kGroups + 1)) / 8 * 8;
+  static_assert(kLoader + kGroups * kCompute <= (kGroups + 1) * kAtStart);
+};
+
 // kRows × kColumns elements of 16 bits, 64 columns beside one another in a slab of rows of 128 bytes.
 template <int kRows, int kColumns>
 struct SlabTile {

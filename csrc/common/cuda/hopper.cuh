@@ -90,7 +90,8 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
 
 // --- registers ----------------------------------------------------------------------------------------------------
 
-// All warps of a warpgroup call one of them: from now on its threads have kCount registers, a multiple of eight.
+// All warps of a warpgroup call one of them: from now on its threads have kCount registers, a multiple of eight from 24
+// to 256. Who takes waits until others have given; a kernel needs __launch_bounds__ with both numbers.
 template <int kCount>
 __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
