@@ -97,13 +97,6 @@ struct HopperPairs {
     });
   }
 
-  // Whether every query from `query` on sees every key from `key` on.
-  __device__ static bool all_see(const Sequence& sequence, int query, int queries, int key, int keys) {
-    return query + queries <= sequence.queries && key + keys <= sequence.keys &&
-           key + keys - 1 <= query + sequence.diagonal + sequence.right &&
-           key >= query + queries - 1 + sequence.diagonal - sequence.left;
-  }
-
   template <class Load, class Compute>
   __device__ void run(int full_arrivals, Load load, Compute compute) const {
     const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
@@ -228,7 +221,7 @@ struct HopperKeys : HopperPairs<64, kColumns, true> {
     for (int n = 0; n < tiles * heads; ++n) {
       ring.wait_full(n);
       Base::template start_both<S>(scores, grads, own_row, n);
-      const bool whole = Base::all_see(sequence, query_of(n), kQueries, first_key + own_row, kGroupRows);
+      const bool whole = all_see(sequence, query_of(n), kQueries, first_key + own_row, kGroupRows);
       wgmma_wait<1>();
       pin(scores);
       weigh(scores, n, lane);
@@ -331,7 +324,7 @@ struct HopperQueries : HopperPairs<128, kColumns, false> {
         float& grad = grads[i / 4][i % 4];
         grad = scores[i / 4][i % 4] * std::fma(grad, Base::scale(), -corrections[i % 4 / 2]);
       }
-      if (!Base::all_see(sequence, first_row, kGroupRows, key, kKeys)) {
+      if (!all_see(sequence, first_row, kGroupRows, key, kKeys)) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int own = first_row + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;

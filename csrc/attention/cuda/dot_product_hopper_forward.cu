@@ -20,6 +20,9 @@ struct HopperForwardPlan {
 
 // Registers: the sums of the output, of scores, and the weights before them: 160 a thread at 128 columns, for which two
 // warpgroups leave 240; 128 at 64 columns, where three leave 160 and exponentials, not products, are what bounds.
+//
+// A block stays on its multiprocessor and takes tile of queries after tile of queries: while the one is finished, the
+// next one's queries, keys and values come.
 template <class S, int kColumns>
 struct HopperForward {
   static constexpr int kGroups = kColumns == 64 ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
@@ -28,50 +31,71 @@ struct HopperForward {
   using QueryTile = SlabTile<kQueries, kColumns>;
   using KeyTile = SlabTile<kKeys, kColumns>;
   static constexpr int kKeysAt = QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
-  static constexpr int kBarriersAt = kValuesAt + kStages * KeyTile::kBytes;
-  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 4 * kStages);
+  static constexpr int kOutAt = kValuesAt + kStages * KeyTile::kBytes, kBarriersAt = kOutAt + QueryTile::kBytes;
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (2 + 4 * kStages);
+
+  // A tile of queries, and the tiles of keys that it sees.
+  struct Work {
+    int head, batch, first_query, first_key, tiles;
+
+    // From the last keys on: the first tile that a warpgroup takes is, where attention is causal, the cut one.
+    __device__ int key_of_tile(int t) const { return first_key + (tiles - 1 - t) * kKeys; }
+  };
 
   const AttentionForward& args;
   const HopperForwardPlan& plan;
+  const Sequence& sequence;
   AlignedShared shared;
-  uint32_t queries_full;
+  Ring<1> queries;
   Ring<kStages> keys, values;
-  int head, batch, first_query, first_key, tiles;  // of keys
 
   __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan, const Sequence& sequence)
-      : args(args), plan(plan), shared(dynamic_shared) {
-    queries_full = shared.address + kBarriersAt;
-    keys = {queries_full + 8, queries_full + 8 * (1 + kStages)};
-    values = {queries_full + 8 * (1 + 2 * kStages), queries_full + 8 * (1 + 3 * kStages)};
-    const BlockOrder::Block block = plan.order.find(blockIdx.x);
-    batch = block.unit / static_cast<int>(args.heads);
-    head = block.unit - batch * static_cast<int>(args.heads);
-    // The last queries of a causal attention have the most to do and come first.
-    first_query = (plan.order.tiles - 1 - block.tile) * kQueries;
-    const int last_query = std::min(first_query + kQueries, sequence.queries) - 1;
-    const Range range = keys_seen(sequence, first_query, last_query);
-    first_key = range.first;
-    tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
+      : args(args), plan(plan), sequence(sequence), shared(dynamic_shared) {
+    const uint32_t barriers = shared.address + kBarriersAt;
+    queries = {barriers, barriers + 8};
+    keys = {barriers + 16, barriers + 8 * (2 + kStages)};
+    values = {barriers + 8 * (2 + 2 * kStages), barriers + 8 * (2 + 3 * kStages)};
   }
 
-  // Tiles come from the last keys on: the first that a warpgroup takes is, where attention is causal, the cut one.
-  __device__ int key_of_tile(int n) const { return first_key + (tiles - 1 - n) * kKeys; }
+  __device__ bool find(Work& work, int round) const {
+    const unsigned number = BlockOrder::in_round(round);
+    if (number >= plan.order.blocks()) return false;
+    const BlockOrder::Block block = plan.order.find(number);
+    work.batch = block.unit / static_cast<int>(args.heads);
+    work.head = block.unit - work.batch * static_cast<int>(args.heads);
+    // The last queries of a causal attention have the most to do and come first.
+    work.first_query = (plan.order.tiles - 1 - block.tile) * kQueries;
+    const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
+    const Range range = keys_seen(sequence, work.first_query, last_query);
+    work.first_key = range.first;
+    work.tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
+    return true;
+  }
+
   __device__ uint32_t keys_at(int n) const { return shared.address + kKeysAt + keys.stage(n) * KeyTile::kBytes; }
   __device__ uint32_t values_at(int n) const { return shared.address + kValuesAt + values.stage(n) * KeyTile::kBytes; }
 
   __device__ void load() const {
-    const int kv_head = head / static_cast<int>(args.heads / args.kv_heads);
-    barrier_arrive_expecting(queries_full, QueryTile::kBytes);
-    QueryTile::load(shared.address, plan.query, queries_full, first_query, head, batch);
-    for (int n = 0; n < tiles; ++n) {
-      const int position = key_of_tile(n) - plan.first_key;
-      const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
-        ring.wait_empty(n);
-        barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
-        KeyTile::load(to, map, ring.full_barrier(n), position, kv_head, batch);
-      };
-      fill(keys, plan.key, keys_at(n));
-      fill(values, plan.value, values_at(n));
+    const int group = static_cast<int>(args.heads / args.kv_heads);
+    Work work;
+    // Uses of the rings: n of keys and of values, q of queries, which a tile without keys does not need.
+    for (int round = 0, n = 0, q = 0; find(work, round); ++round) {
+      for (int t = 0; t < work.tiles; ++t, ++n) {
+        const int position = work.key_of_tile(t) - plan.first_key;
+        const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
+          ring.wait_empty(n);
+          barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
+          KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, work.batch);
+        };
+        fill(keys, plan.key, keys_at(n));
+        if (t == 0) {  // there is room for keys before there is for the queries
+          queries.wait_empty(q);
+          barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
+          QueryTile::load(shared.address, plan.query, queries.full_barrier(q), work.first_query, work.head, work.batch);
+          ++q;
+        }
+        fill(values, plan.value, values_at(n));
+      }
     }
   }
 
@@ -80,19 +104,15 @@ struct HopperForward {
     float largest[2], sum[2];
   };
 
-  // Scores of tile n become weights, of which `words` are to be made; `shrink` is what has been summed to be multiplied
-  // by.
-  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int n, int first_row,
-                        const Sequence& sequence, const GroupLane& lane) const {
+  // Scores of 64 queries from `query` on and of a tile of keys from `key` on become weights; `shrink` is what has been
+  // summed to be multiplied by.
+  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int query, int key,
+                        const GroupLane& lane) const {
     const float unit = static_cast<float>(args.scale * kLog2E);
-    const int key = key_of_tile(n), last_row = first_row + kGroupRows - 1;
-    const bool whole = key + kKeys <= sequence.keys &&
-                       key + kKeys - 1 <= first_row + sequence.diagonal + sequence.right &&
-                       key >= last_row + sequence.diagonal - sequence.left;
-    if (!whole) {
+    if (!all_see(sequence, query, kGroupRows, key, kKeys)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int own = first_row + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
+        const int own = query + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
         keep_between(scores, half, own - sequence.left - column,
                      std::min(own + sequence.right, sequence.keys - 1) - column, -INFINITY);
       }
@@ -119,71 +139,65 @@ struct HopperForward {
     }
   }
 
-  __device__ void compute(int group, const Sequence& sequence) const {
-    const GroupLane lane;
-    const int own_row = group * kGroupRows, first_row = first_query + own_row;
-    float out[kOutTiles][4] = {};
-    Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
-    if (tiles > 0) {
-      constexpr int kTurns = 2 * kWarpgroup;  // who waits, and who lets go
-      const int turn = 1 + group, next = 1 + (group + 1) % kGroups;
-      if (group == kGroups - 1) named_barrier_arrive(1, kTurns);
-      float scores[kTiles][4], shrink[2];
-      uint32_t weights[kTiles / 2][4];
-      barrier_wait(queries_full, 0);
-      keys.wait_full(0);
-      wgmma_fence();
-      start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(0));
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(scores);
-      keys.release(0, lane);
-      weigh(scores, rows, shrink, 0, first_row, sequence, lane);  // nothing has been summed yet
-      to_weights<S>(weights, scores);
+  // Of one warpgroup. Beforehand `n` tiles of keys have come by, and `q` of queries.
+  __device__ void attend(float (&out)[kOutTiles][4], Rows& rows, const Work& work, int n, int q, int group,
+                         const GroupLane& lane) const {
+    const int own_row = group * kGroupRows, query = work.first_query + own_row;
+    float scores[kTiles][4], shrink[2];
+    uint32_t weights[kTiles / 2][4];
+    queries.wait_full(q);
+    keys.wait_full(n);
+    wgmma_fence();
+    start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(n));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(scores);
+    keys.release(n, lane);
+    if (work.tiles == 1) queries.release(q, lane);
+    weigh(scores, rows, shrink, query, work.key_of_tile(0), lane);  // nothing has been summed yet
+    to_weights<S>(weights, scores);
 #pragma unroll 1
-      for (int n = 1; n < tiles; ++n) {
-        keys.wait_full(n);
-        named_barrier_wait(turn, kTurns);
-        pin(out);
-        pin(weights);
-        wgmma_fence();
-        start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(n));
-        wgmma_commit();
-        values.wait_full(n - 1);
-        wgmma_fence();
-        start_columns<S, KeyTile>(out, weights, values_at(n - 1));
-        wgmma_commit();
-        named_barrier_arrive(next, kTurns);
-        wgmma_wait<1>();
-        pin(scores);
-        keys.release(n, lane);
-        weigh(scores, rows, shrink, n, first_row, sequence, lane);
-        wgmma_wait<0>();
-        pin(out);
-        values.release(n - 1, lane);
-#pragma unroll
-        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
-        to_weights<S>(weights, scores);
-      }
-      // Whoever let go the first must be waited for by the first.
-      if (group == 0) named_barrier_wait(turn, kTurns);
-      values.wait_full(tiles - 1);
+    for (int t = 1; t < work.tiles; ++t) {
+      ++n;
+      keys.wait_full(n);
+      named_barrier_wait(1 + group, kTurns);
       pin(out);
       pin(weights);
       wgmma_fence();
-      start_columns<S, KeyTile>(out, weights, values_at(tiles - 1));
+      start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(n));
       wgmma_commit();
+      values.wait_full(n - 1);
+      wgmma_fence();
+      start_columns<S, KeyTile>(out, weights, values_at(n - 1));
+      wgmma_commit();
+      named_barrier_arrive(1 + (group + 1) % kGroups, kTurns);
+      wgmma_wait<1>();
+      pin(scores);
+      keys.release(n, lane);
+      if (t == work.tiles - 1) queries.release(q, lane);
+      weigh(scores, rows, shrink, query, work.key_of_tile(t), lane);
       wgmma_wait<0>();
       pin(out);
-    } else {
-      barrier_wait(queries_full, 0);  // a block ends after its copies
+      values.release(n - 1, lane);
+#pragma unroll
+      for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
+      to_weights<S>(weights, scores);
     }
-    finish(out, rows, group, first_row, sequence, lane);
+    values.wait_full(n);
+    pin(out);
+    pin(weights);
+    wgmma_fence();
+    start_columns<S, KeyTile>(out, weights, values_at(n));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(out);
+    values.release(n, lane);
   }
 
-  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, int group, int first_row,
-                         const Sequence& sequence, const GroupLane& lane) const {
-    const int64_t first = (batch * args.heads + head) * args.queries;
+  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int group,
+                         const GroupLane& lane) const {
+    const int first_row = work.first_query + group * kGroupRows;
+    const int64_t first = (work.batch * args.heads + work.head) * args.queries;
     float factors[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -197,21 +211,37 @@ struct HopperForward {
             sum == 0 ? -INFINITY : rows.largest[half] * static_cast<float>(args.scale) + std::log(sum);
       }
     }
-    // The queries make room for the output as soon as no warp of the group multiplies by them.
-    named_barrier_wait(1 + kGroups + group, kWarpgroup);
     const AttentionStrides& strides = args.out_strides;
-    S* const to = static_cast<S*>(args.out) + batch * strides.batch + head * strides.head;
-    write_rows<S, QueryTile>(out, factors, shared.data, group * kGroupRows, lane, [&](int i) {
+    S* const to = static_cast<S*>(args.out) + work.batch * strides.batch + work.head * strides.head;
+    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, group * kGroupRows, lane, [&](int i) {
       const int query = first_row + i;
       return query < sequence.queries ? to + query * strides.position : nullptr;
     });
   }
 
-  __device__ void run(const Sequence& sequence) const {
+  // Turns: barrier 1 + g is where warpgroup g waits for the one before it. The last lets the first go at once, which at
+  // the end waits for its last turn in vain.
+  static constexpr int kTurns = 2 * kWarpgroup;
+
+  __device__ void compute(int group) const {
+    const GroupLane lane;
+    if (group == kGroups - 1) named_barrier_arrive(1, kTurns);
+    Work work;
+    for (int round = 0, n = 0, q = 0; find(work, round); ++round) {
+      float out[kOutTiles][4] = {};
+      Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
+      if (work.tiles > 0) attend(out, rows, work, n, q++, group, lane);
+      n += work.tiles;
+      finish(out, rows, work, group, lane);
+    }
+    if (group == 0) named_barrier_wait(1, kTurns);
+  }
+
+  __device__ void run() const {
     const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
     if (threadIdx.x == 0) {
       for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) prefetch_map(*map);
-      barrier_init(queries_full, 1);
+      queries.init(1, 4 * kGroups);
       keys.init(1, 4 * kGroups);
       values.init(1, 4 * kGroups);
       barrier_init_done();
@@ -222,7 +252,7 @@ struct HopperForward {
       if (threadIdx.x == 0) load();
     } else {
       take_registers<GroupRegisters<kGroups>::kCompute>();
-      compute(group - 1, sequence);
+      compute(group - 1);
     }
   }
 };
@@ -232,7 +262,7 @@ __global__ void __launch_bounds__(HopperForward<S, kColumns>::kThreads, 1) hoppe
     const __grid_constant__ AttentionForward args, const __grid_constant__ HopperForwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
   const Sequence sequence(args, 0);  // all are alike
-  HopperForward<S, kColumns>(args, plan, sequence).run(sequence);
+  HopperForward<S, kColumns>(args, plan, sequence).run();
 #endif
 }
 
@@ -255,11 +285,11 @@ bool run(const AttentionForward& args, void* stream) {
     return false;
   }
   plan.first_key = static_cast<int>(keys.first);
-  plan.order.tiles = static_cast<int>(ceil_divide(args.queries, Kernel::kQueries));
-  plan.order =
-      BlockOrder::of(plan.order.tiles, args.batch * args.heads, 4 * args.keys * kColumns, args.heads / args.kv_heads);
+  plan.order = BlockOrder::of(tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
   reserve_shared(hopper_forward_kernel<S, kColumns>, Kernel::kBytes);
-  launch(hopper_forward_kernel<S, kColumns>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream, args, plan);
+  const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
+  launch(hopper_forward_kernel<S, kColumns>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes, stream,
+         args, plan);
   return true;
 }
 

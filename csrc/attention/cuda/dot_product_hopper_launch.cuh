@@ -86,7 +86,7 @@ struct BlockOrder {
     return {static_cast<int>(tiles), static_cast<int>(units), static_cast<int>(std::min(side, units))};
   }
 
-  unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(units); }
+  __host__ __device__ unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(units); }
 
   struct Block {
     int tile, unit;
@@ -96,6 +96,12 @@ struct BlockOrder {
     const int in_side = tiles * side, first = static_cast<int>(number) / in_side;
     const int rest = static_cast<int>(number) - first * in_side, here = std::min(side, units - first * side);
     return {rest / here, first * side + rest % here};
+  }
+
+  // Number of what a block does in its round number `round`, if blocks stay and take one after another: there and back
+  // again, so that none always has more than its neighbour.
+  __device__ static unsigned in_round(int round) {
+    return static_cast<unsigned>(round) * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   }
 };
 

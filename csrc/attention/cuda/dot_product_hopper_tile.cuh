@@ -129,6 +129,12 @@ struct AlignedShared {
   }
 };
 
+// Whether all of `queries` from `query` on see all of `keys` from `key` on. Queries beyond the last count as others do.
+__device__ inline bool all_see(const Sequence& sequence, int query, int queries, int key, int keys) {
+  return key + keys <= sequence.keys && key + keys - 1 <= query + sequence.diagonal + sequence.right &&
+         key >= query + queries - 1 + sequence.diagonal - sequence.left;
+}
+
 // Of the columns 0 … kTiles · 8 − 1 of a row those stay that lie between two bounds, both included; others become
 // `other`. Bounds count from the lane's first column on.
 template <int kTiles>
@@ -147,6 +153,7 @@ __device__ inline void keep_between(float (&sums)[kTiles][4], int half, int low,
 template <class S, class Tile, int kTiles, class Row>
 __device__ inline void write_rows(const float (&sums)[kTiles][4], const float (&factors)[2], unsigned char* tile,
                                   int first_row, const GroupLane& lane, Row row) {
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     const int t = i / 2, half = i % 2;
