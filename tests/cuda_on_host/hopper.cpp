@@ -162,8 +162,9 @@ struct Descriptor {
 
 constexpr int kDepth = 16, kRows = 64, kMostColumns = 128;
 
-[[gnu::optimize("O3"), gnu::no_sanitize("undefined")]] void multiply(const float (&a)[kRows][kDepth], const float (&b)[kDepth][kMostColumns],
-                                      float (&out)[kRows][kMostColumns], int columns) {
+[[gnu::optimize("O3"), gnu::no_sanitize("undefined")]] void multiply(const float (&a)[kRows][kDepth],
+                                                                     const float (&b)[kDepth][kMostColumns],
+                                                                     float (&out)[kRows][kMostColumns], int columns) {
   for (int row = 0; row < kRows; ++row) {
     float* const sums = out[row];
     for (int k = 0; k < kDepth; ++k) {
@@ -342,7 +343,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
-  if (!aligned || rank != 4 || sizes[0] % 8 != 0 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 > 128) return CUDA_ERROR_INVALID_VALUE;
+  if (!aligned || rank != 4 || sizes[0] % 8 != 0 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 > 128)
+    return CUDA_ERROR_INVALID_VALUE;
   *map = {static_cast<const char*>(data), {}, {}, {}, kTensorMapMark};
   for (int d = 0; d < 4; ++d) {
     if (sizes[d] < 1 || sizes[d] > uint64_t{1} << 32 || box[d] < 1 || box[d] > 256 || steps[d] != 1) {

@@ -43,8 +43,8 @@ bool run(const AttentionBackward& args, const float* correction, void* stream) {
   using Keys = HopperKeys<S, kColumns>;
   using Queries = HopperQueries<S, kColumns>;
   HopperBackwardPlan of_keys{}, of_queries{};
-  if (!map_keys(of_keys.rows, args, Keys::kRows) || !map_queries(of_keys.columns, args, Keys::kQueries) ||
-      !map_queries(of_queries.rows, args, Queries::kRows) || !map_keys(of_queries.columns, args, Queries::kKeys)) {
+  if (!map_keys(of_keys.own, args, Keys::kRows) || !map_queries(of_keys.passing, args, Keys::kQueries) ||
+      !map_queries(of_queries.own, args, Queries::kRows) || !map_keys(of_queries.passing, args, Queries::kKeys)) {
     return false;
   }
   for (HopperBackwardPlan* plan : {&of_keys, &of_queries}) {

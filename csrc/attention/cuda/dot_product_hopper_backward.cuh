@@ -13,13 +13,14 @@ namespace lect11ext::cuda {
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 struct HopperBackwardPlan {
-  CUtensorMap rows[2], columns[2];  // query and grad_out, key and value; the block's own, and what comes by
+  CUtensorMap own[2], passing[2];  // query and grad_out, or key and value: the block's own, and what comes by
   BlockOrder order;
   int first_query, first_key;  // of those that are mapped
   const float* correction;     // [batch, heads, queries]: D
 };
 
-// kRowsAt: 128 own rows; kPassing of the other side in a tile that comes by; columns of all.
+// What the kernels share: 128 own rows of two tensors, of which tiles of kPassing rows of two others come by. kNumbers:
+// with two numbers of each of these rows, which are queries.
 template <int kPassing, int kColumns, bool kNumbers>
 struct HopperPairs {
   static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kRows = kGroups * kGroupRows, kStages = 2;
@@ -28,7 +29,6 @@ struct HopperPairs {
   using PassingTile = SlabTile<kPassing, kColumns>;
   static constexpr int kStageBytes = 2 * PassingTile::kBytes;
   static constexpr int kPassingAt = 2 * RowTile::kBytes, kNumbersAt = kPassingAt + kStages * kStageBytes;
-  // Two numbers of every query that comes by.
   static constexpr int kNumbersBytes = kNumbers ? 2 * kPassing * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kBarriersAt = kNumbersAt + kStages * kNumbersBytes;
   static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 * kStages);
@@ -55,12 +55,12 @@ struct HopperPairs {
 
   __device__ void load_rows(int position, int head, int batch) const {
     barrier_arrive_expecting(rows_full, 2 * RowTile::kBytes);
-    for (int i = 0; i < 2; ++i) RowTile::load(rows_at(i), plan.rows[i], rows_full, position, head, batch);
+    for (int i = 0; i < 2; ++i) RowTile::load(rows_at(i), plan.own[i], rows_full, position, head, batch);
   }
   __device__ void load_passing(int n, int position, int head, int batch) const {
     barrier_arrive_expecting(ring.full_barrier(n), kStageBytes);
     for (int i = 0; i < 2; ++i) {
-      PassingTile::load(passing_at(n, i), plan.columns[i], ring.full_barrier(n), position, head, batch);
+      PassingTile::load(passing_at(n, i), plan.passing[i], ring.full_barrier(n), position, head, batch);
     }
   }
 
@@ -101,7 +101,7 @@ struct HopperPairs {
   __device__ void run(int full_arrivals, Load load, Compute compute) const {
     const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i) prefetch_map(plan.rows[i]), prefetch_map(plan.columns[i]);
+      for (int i = 0; i < 2; ++i) prefetch_map(plan.own[i]), prefetch_map(plan.passing[i]);
       barrier_init(rows_full, 1);
       ring.init(full_arrivals, 4 * kGroups);
       barrier_init_done();

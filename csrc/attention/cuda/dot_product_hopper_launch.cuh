@@ -72,9 +72,9 @@ inline bool rows_are_aligned(const void* data, const AttentionStrides& strides) 
 
 // --- the order of blocks ------------------------------------------------------------------------------------------
 
-// Tiles of `units`, heads of all batches. `side` units go side by side, tile by tile from the one with the most work
-// on: long ones first, so that none is left to the end; and few units at a time, so that what their tiles share, K and
-// V or Q and dO, is still in the L2 cache.
+// In which order tiles of `units`, which are heads of all batches, are taken. `side` units go side by side, tile by
+// tile from the one with the most work on: long ones first, so that none is left to the end; and few units at a time,
+// so that what their tiles share, K and V or Q and dO, is still in the L2 cache.
 struct BlockOrder {
   int tiles, units, side;
 

@@ -21,11 +21,11 @@ void named_barrier(int id, int threads, bool waits);
 void load_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, const int (&corner)[4]);
 
 struct Product {
-  bool brain;       // bfloat16
-  bool adds;        // to what the sums are
-  bool registers;   // a comes from there
-  int columns;      // of the sums
-  uint64_t a, b;    // descriptors
+  bool brain;      // bfloat16
+  bool adds;       // to what the sums are
+  bool registers;  // a comes from there
+  int columns;     // of the sums
+  uint64_t a, b;   // descriptors
 };
 void wgmma_fence();
 void wgmma(const Product& product, float* sums, const uint32_t* words);
@@ -57,9 +57,13 @@ inline void load_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, int 
 inline void prefetch_map(const CUtensorMap&) {}
 
 template <int kCount>
-inline void give_registers() { cuda_on_host::set_registers(kCount, false); }
+inline void give_registers() {
+  cuda_on_host::set_registers(kCount, false);
+}
 template <int kCount>
-inline void take_registers() { cuda_on_host::set_registers(kCount, true); }
+inline void take_registers() {
+  cuda_on_host::set_registers(kCount, true);
+}
 
 inline uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
   return uint64_t{1} << 62 | static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
@@ -70,7 +74,9 @@ inline uint64_t moved(uint64_t descriptor, int bytes) { return descriptor + stat
 inline void wgmma_fence() { cuda_on_host::wgmma_fence(); }
 inline void wgmma_commit() { cuda_on_host::wgmma_commit(); }
 template <int kGroups>
-inline void wgmma_wait() { cuda_on_host::wgmma_wait(kGroups); }
+inline void wgmma_wait() {
+  cuda_on_host::wgmma_wait(kGroups);
+}
 
 template <class T, int kParts>
 inline void pin(T (&)[kParts][4]) {}
