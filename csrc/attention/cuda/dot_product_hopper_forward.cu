@@ -221,7 +221,7 @@ struct HopperForward {
 
   // Turns: barrier 1 + g is where warpgroup g waits for the one before it. The last lets the first go at once, which at
   // the end waits for its last turn in vain.
-  static constexpr int kTurns = 2 * kWarpgroup;
+  [[maybe_unused]] static constexpr int kTurns = 2 * kWarpgroup;
 
   __device__ void compute(int group) const {
     const GroupLane lane;
