@@ -31,6 +31,11 @@ foreach(ARCHITECTURE IN LISTS ARCHITECTURES)
 endforeach()
 list(APPEND GENCODE "-gencode=arch=compute_80,code=compute_80")
 string(APPEND CUDA_ARCHITECTURE_NAMES "compute_80")
+# Kernels that sm_90a alone can run are empty elsewhere; the host must know whether they are in the module.
+set(CUDA_DEFINITIONS "")
+if("90a" IN_LIST ARCHITECTURES)
+  list(APPEND CUDA_DEFINITIONS -DLECT11EXT_SM90A)
+endif()
 
 get_filename_component(NVCC_REAL "${NVCC}" REALPATH)
 get_filename_component(CUDA_ROOT "${NVCC_REAL}" DIRECTORY)
@@ -50,6 +55,7 @@ foreach(SOURCE IN LISTS CUDA_KERNELS)
   set(OBJECT "${CMAKE_BINARY_DIR}/${OBJECT}")
   add_custom_command(OUTPUT "${OBJECT}"
     COMMAND "${NVCC}" -std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden ${GENCODE}
+            ${CUDA_DEFINITIONS}
             -I "${CMAKE_SOURCE_DIR}/csrc" -MD -MF "${OBJECT}.d" -c "${CMAKE_SOURCE_DIR}/${SOURCE}" -o "${OBJECT}"
     DEPENDS "${CMAKE_SOURCE_DIR}/${SOURCE}" DEPFILE "${OBJECT}.d" VERBATIM)
   list(APPEND CUDA_OBJECTS "${OBJECT}")

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "hopper.h"
 
 // What a .cu file with dynamic shared memory declares in this namespace, outside the unnamed one, and under this name:
 // extern __shared__ __align__(16) unsigned char dynamic_shared[];
@@ -30,6 +31,7 @@ struct Fiber {
   uint3 index;
   Barrier barrier;
   unsigned mask, turn;
+  const std::function<bool()>* condition;  // that it waits for
   bool started, finished;
 };
 
@@ -38,6 +40,7 @@ class Block {
  public:
   void run(const std::function<void()>& thread, uint3 index, dim3 grid, dim3 size, std::barrier<>* all_blocks);
   void wait(Barrier barrier, unsigned mask);
+  void wait_until(const std::function<bool()>& condition);
   Slot* slots() { return slots_.data() + number() / warpSize * warpSize; }
   WideSlot* wide_slots() {
     const std::size_t first = number() / warpSize * warpSize;
@@ -50,6 +53,8 @@ class Block {
   void prepare(std::size_t threads, dim3 size);
   void resume(Fiber& fiber);
   bool release_warps();
+  bool release_conditions();
+  bool release_idle();
   bool release_all(Barrier barrier);
 
   std::vector<Fiber> fibers_;
@@ -138,6 +143,32 @@ bool Block::release_warps() {
   return any;
 }
 
+void Block::wait_until(const std::function<bool()>& condition) {
+  if (condition()) return;
+  current_->condition = &condition;
+  wait(Barrier::Condition, 0);
+}
+
+bool Block::release_conditions() {
+  bool any = false;
+  for (std::size_t i = 0; i < threads_; ++i) {
+    Fiber& fiber = fibers_[i];
+    if (fiber.finished || fiber.barrier != Barrier::Condition || !(*fiber.condition)()) continue;
+    fiber.barrier = Barrier::None;
+    any = true;
+  }
+  return any;
+}
+
+bool Block::release_idle() {
+  for (std::size_t i = 0; i < threads_; ++i) {
+    if (fibers_[i].finished || fibers_[i].barrier != Barrier::Idle) continue;
+    fibers_[i].barrier = Barrier::None;
+    return true;
+  }
+  return false;
+}
+
 bool Block::release_all(Barrier barrier) {
   if (unfinished_ == 0) return false;
   for (std::size_t i = 0; i < threads_; ++i) {
@@ -153,6 +184,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
   gridDim = grid;
   blockDim = size;
   prepare(std::size_t{size.x} * size.y * size.z, size);
+  hopper_begins();
   // Every other block, and every other pass, runs its threads from the last to the first: a missing barrier that one
   // order hides, the other shows.
   for (unsigned pass = index.x; unfinished_ > 0; ++pass) {
@@ -164,18 +196,23 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
       progress = true;
     }
     progress |= release_warps();
+    progress |= release_conditions();
     progress |= release_all(Barrier::Block);
     if (all_blocks != nullptr && release_all(Barrier::Grid)) {
       all_blocks->arrive_and_wait();
       progress = true;
     }
+    if (!progress) progress = release_idle();
     if (!progress) fail("the threads of a block wait at different barriers, or for the grid in an ordinary launch");
   }
+  hopper_ends();
 }
 
 }  // namespace
 
 void wait(Barrier barrier, unsigned mask) { block.wait(barrier, mask); }
+void wait_until(const std::function<bool()>& condition) { block.wait_until(condition); }
+void wait_until_idle() { block.wait(Barrier::Idle, 0); }
 Slot* warp_slots() { return block.slots(); }
 WideSlot* wide_slots() { return block.wide_slots(); }
 int lane() { return block.number() % warpSize; }

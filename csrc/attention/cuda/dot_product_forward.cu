@@ -1,5 +1,7 @@
 #include "attention/cuda/dot_product_forward.cuh"
 
+#include "attention/cuda/dot_product_hopper.h"
+
 namespace lect11ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
@@ -139,6 +141,7 @@ int64_t attention_scratch(const AttentionForward& args) {
 void attention_forward(const AttentionForward& args, void* scratch, void* stream) {
   check_positions(args);
   if (args.batch == 0 || args.heads == 0 || args.queries == 0) return;
+  if (hopper_forward(args, stream)) return;
   with_kernel(args, [&](auto* type, auto width, auto plain) {
     using S = std::remove_pointer_t<decltype(type)>;
     using C = Compute<S>;

@@ -1,6 +1,7 @@
 // How derivatives are started: plans, what is found of every query before, scratch.
 #pragma once
 
+#include "attention/cuda/dot_product_hopper.h"
 #include "attention/cuda/dot_product_mask.cuh"
 
 namespace lect11ext::cuda {
@@ -197,6 +198,9 @@ struct BackwardRun {
       if (rows(args) > 0) {
         launch(correction_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0,
                stream, args, correction, correction_t);
+      }
+      if constexpr (!kTangent && kIsHalf<S>) {
+        if (hopper_backward(args, correction, stream)) return;
       }
       const auto fill = [&](DerivativePlan& plan) {
         plan.correction = correction;

@@ -52,7 +52,7 @@ inline constexpr int warpSize = 32;
 
 namespace cuda_on_host {
 
-enum class Barrier { None, Warp, Block, Grid };
+enum class Barrier { None, Warp, Block, Grid, Condition, Idle };
 
 // Lets the others run until all that take part in the barrier have come to it; `mask` is that of a Warp barrier.
 void wait(Barrier barrier, unsigned mask = 0);
@@ -198,6 +198,7 @@ using cudaStream_t = struct CUstream_st*;
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -207,6 +208,7 @@ namespace cuda_on_host {
 inline constexpr unsigned kMostShared = 227 * 1024;
 inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8;
 inline thread_local cudaError_t last_error = cudaSuccess;
+inline std::size_t shared_bytes = 0;  // that the latest launch asked for
 
 template <class... Params, std::size_t... I>
 void call(void (*kernel)(Params...), void** args, std::index_sequence<I...>) {
@@ -222,6 +224,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, void** args
       outside(grid.y, kMaxGridYZ) || outside(grid.z, kMaxGridYZ) || shared > kMostShared) {
     return last_error = cudaErrorInvalidConfiguration;
   }
+  shared_bytes = shared;
   run([&] { call(kernel, args, std::index_sequence_for<Params...>()); }, grid, block, together);
   return cudaSuccess;
 }
@@ -239,10 +242,17 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = cuda_on_host::multiprocessors; break;
     case cudaDevAttrComputeCapabilityMajor: *value = cuda_on_host::compute_major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_host::most_shared; break;
   }
   return cudaSuccess;
 }
+
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+inline constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
+
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 

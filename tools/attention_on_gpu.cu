@@ -1,0 +1,176 @@
+// Dot-product attention on a GPU without torch: the kernels of sm_90a against those for all devices, results and time.
+//
+//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DLECT11EXT_SM90A -I csrc
+//     -o attention_on_gpu tools/attention_on_gpu.cu csrc/attention/cuda/dot_product_{forward,backward}.cu
+//     csrc/attention/cuda/dot_product_hopper_{forward,backward}.cu csrc/common/cuda/tensor_map.cu
+//
+// Links CUDA's runtime statically: what is built where there is no GPU runs where there is one. A line for each shape:
+// largest differences, in units of the largest value; TFLOP/s of both, forward and backward (five products), as others
+// count. Stops after three minutes, since a barrier that is wrong waits for ever.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "attention/cuda/dot_product_hopper.h"
+#include "common/cuda/launch.h"
+
+namespace {
+
+using namespace lect11ext;
+using S = __nv_bfloat16;
+
+struct Case {
+  const char* name;
+  int64_t batch, heads, kv_heads, queries, keys, columns;
+  bool causal;
+  int64_t window = kOpen;
+};
+
+template <class T>
+struct Device {
+  T* data = nullptr;
+  size_t count = 0;
+  explicit Device(size_t count) : count(count) { cuda::check(cudaMalloc(&data, count * sizeof(T) + 16), "allocate"); }
+  ~Device() { cudaFree(data); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  // NaN, so that what is not written shows.
+  void poison() { cuda::check(cudaMemset(data, 0xFF, count * sizeof(T)), "fill"); }
+  std::vector<T> read() const {
+    std::vector<T> host(count);
+    cuda::check(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "copy");
+    return host;
+  }
+  void draw(std::mt19937& random) {
+    constexpr size_t kDrawn = 1000003;  // repeated, since drawing takes longer than all the rest
+    std::normal_distribution<float> normal;
+    std::vector<T> host(count);
+    for (size_t i = 0; i < count; ++i) host[i] = i < kDrawn ? T(__float2bfloat16(normal(random))) : host[i - kDrawn];
+    cuda::check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "copy");
+  }
+};
+
+double wide(float x) { return x; }
+double wide(S x) { return __bfloat162float(x); }
+
+// Of two results, in units of the largest value; NaN if one has it where the other has not.
+template <class T>
+double difference(const std::vector<T>& a, const std::vector<T>& b) {
+  double largest = 1e-30, most = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double x = wide(a[i]), y = wide(b[i]);
+    if (x == y) continue;  // infinities
+    if (std::isnan(x) != std::isnan(y)) return NAN;
+    if (std::isfinite(y)) largest = std::max(largest, std::abs(y));
+    most = std::max(most, std::abs(x - y));
+  }
+  return most / largest;
+}
+
+void choose(bool hopper) { setenv("LECT11EXT_ATTENTION_HOPPER", hopper ? "1" : "0", 1); }
+
+template <class Run>
+double milliseconds(Run run) {
+  constexpr int kRuns = 10;
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  for (int i = 0; i < 3; ++i) run();
+  cudaEventRecord(begin);
+  for (int i = 0; i < kRuns; ++i) run();
+  cudaEventRecord(end);
+  cuda::check(cudaEventSynchronize(end), "wait");
+  float elapsed = 0;
+  cudaEventElapsedTime(&elapsed, begin, end);
+  return elapsed / kRuns;
+}
+
+void compare(const Case& c) {
+  std::mt19937 random(1);
+  const size_t of_queries = c.batch * c.heads * c.queries, of_keys = c.batch * c.kv_heads * c.keys;
+  Device<S> query(of_queries * c.columns), key(of_keys * c.columns), value(of_keys * c.columns);
+  Device<S> out(query.count), grad_out(query.count), grad_query(query.count);
+  Device<S> grad_key(key.count), grad_value(key.count);
+  Device<float> lse(of_queries);
+  for (Device<S>* t : {&query, &key, &value, &grad_out}) t->draw(random);
+
+  // [batch, positions, heads, columns], as models have them.
+  const AttentionStrides a{c.queries * c.heads * c.columns, c.columns, c.heads * c.columns};
+  const AttentionStrides b{c.keys * c.kv_heads * c.columns, c.columns, c.kv_heads * c.columns};
+  AttentionBackward backward{};
+  Attention& common = backward;
+  common.batch = common.sequences = c.batch;
+  common.heads = c.heads, common.kv_heads = c.kv_heads;
+  common.queries = c.queries, common.keys = c.keys;
+  common.head_dim = common.value_dim = c.columns;
+  common.dtype = DType::BFloat16;
+  common.query = {query.data, a}, common.key = {key.data, b}, common.value = {value.data, b};
+  common.scale = 1 / std::sqrt(static_cast<double>(c.columns));
+  common.window_left = c.window, common.window_right = c.causal ? 0 : kOpen;
+  AttentionForward forward{common, out.data, a, lse.data};
+  backward.out = {out.data, a}, backward.lse = lse.data, backward.grad_out = {grad_out.data, a};
+  backward.grad_query = grad_query.data, backward.grad_query_strides = a;
+  backward.grad_key = grad_key.data, backward.grad_value = grad_value.data;
+  backward.grad_key_strides = backward.grad_value_strides = b;
+  Device<char> scratch(std::max(cuda::attention_scratch(forward), cuda::attention_scratch(backward)));
+
+  const auto run_forward = [&] { cuda::attention_forward(forward, scratch.data, nullptr); };
+  const auto run_backward = [&] { cuda::attention_backward(backward, scratch.data, nullptr); };
+  const auto results = [&](bool hopper) {
+    choose(hopper);
+    for (Device<S>* t : {&out, &grad_query, &grad_key, &grad_value}) t->poison();
+    run_forward();
+    run_backward();
+    cuda::check(cudaDeviceSynchronize(), "run attention");
+    return std::vector{out.read(), grad_query.read(), grad_key.read(), grad_value.read()};
+  };
+  const auto expected = results(false);
+  const auto expected_lse = lse.read();
+  lse.poison();
+  choose(true);
+  const bool taken = cuda::hopper_forward(forward, nullptr);
+  const auto actual = results(true), again = results(true);
+  std::printf("%-22s%s differences: out %.1e lse %.1e dq %.1e dk %.1e dv %.1e; repeats %s", c.name,
+              taken ? "" : " NOT TAKEN", difference(actual[0], expected[0]), difference(lse.read(), expected_lse),
+              difference(actual[1], expected[1]), difference(actual[2], expected[2]),
+              difference(actual[3], expected[3]), [&] {
+                for (size_t i = 0; i < actual.size(); ++i) {
+                  if (difference(actual[i], again[i]) != 0) return "NO";
+                }
+                return "yes";
+              }());
+  const double pairs = static_cast<double>(of_queries) * c.keys * (c.causal ? 0.5 : 1.0), flop = 4 * pairs * c.columns;
+  for (const bool hopper : {false, true}) {
+    choose(hopper);
+    std::printf("; %s %.0f and %.0f TFLOP/s", hopper ? "sm_90a" : "general", flop / milliseconds(run_forward) * 1e-9,
+                2.5 * flop / milliseconds(run_backward) * 1e-9);
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  alarm(180);
+  const Case cases[] = {
+      {"D 64, small", 1, 2, 2, 200, 300, 64, false},
+      {"D 128, small", 1, 2, 2, 200, 300, 128, false},
+      {"D 128, causal, odd", 2, 4, 2, 777, 777, 128, true},
+      {"D 64, window", 2, 4, 4, 1000, 1100, 64, true, 200},
+      {"D 128, 4096", 4, 16, 16, 4096, 4096, 128, false},
+      {"D 128, 4096, causal", 4, 16, 16, 4096, 4096, 128, true},
+      {"D 64, 4096", 4, 32, 32, 4096, 4096, 64, false},
+      {"D 64, 4096, causal", 4, 32, 32, 4096, 4096, 64, true},
+      {"D 128, 64/8, 16384", 1, 64, 8, 16384, 16384, 128, false},
+      {"D 128, 64/8, causal", 1, 64, 8, 16384, 16384, 128, true},
+  };
+  for (const Case& c : cases) compare(c);
+}
