@@ -41,11 +41,11 @@ class Packing {
 
   // Packs all that was announced; `widens` as AttentionPlan has it.
   AttentionPlan run(bool widens = prefers_float_products()) {
-    const AttentionPlan plan = make_plan(widens);
-    AttentionPack pack{&args_, plan, {}, {}, {}, {}};
     PackedOperand* packed[kMostParts];
     for (size_t i = 0; i < parts_.size(); ++i) packed[i] = parts_[i].to;
     const Places places = reserve(packed, panel_total_ * args_.kv_heads, space_);
+    const AttentionPlan plan = make_plan(widens);
+    AttentionPack pack{&args_, plan, {}, {}, {}, {}};
     place(packed, places, 0, space_, pack);
     run_parallel(attention_pack_kernel, pack, panel_total_ * args_.kv_heads, pack_cost());
     return plan;

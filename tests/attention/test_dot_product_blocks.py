@@ -137,7 +137,18 @@ def test_weights_of_large_scores_sum_to_one(size: float, queries: int) -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
     with torch.no_grad():
         saved = ops.attention(*leaves, *[None] * 5, 0.0, *[None] * 3, False, None)
-    given = (torch.ones_like(out), None, *leaves, *[None] * 5, 0.0, *[None] * 3, False, None, *saved, [True] * 3 + [False])
+    given = (
+        torch.ones_like(out),
+        None,
+        *leaves,
+        *[None] * 5,
+        0.0,
+        *[None] * 3,
+        False,
+        None,
+        *saved,
+        [True] * 3 + [False],
+    )
     assert all(g is None or g.isfinite().all() for g in ops.attention_backward(*given))
 
 

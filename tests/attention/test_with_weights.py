@@ -61,7 +61,9 @@ def plain(*args: Tensor, average_heads: bool, **options: Any) -> tuple[Tensor, T
     return out, lse, reference.attention_weights(query, key, lse, *mask, **options, average_heads=average_heads)
 
 
-def with_gradients(function: Callable[..., Any], args: list[Any], cotangents: list[Tensor] | None, **options: Any) -> Any:
+def with_gradients(
+    function: Callable[..., Any], args: list[Any], cotangents: list[Tensor] | None, **options: Any
+) -> Any:
     outs = [torch.where(x == -math.inf, -77.0, x) for x in function(*args, **options)]
     leaves = [a for a in args if a.requires_grad]
     cotangents = [torch.ones_like(o) for o in outs] if cotangents is None else cotangents
@@ -78,14 +80,16 @@ def test_values_and_gradients(name: str, average: bool, dtype: torch.dtype) -> N
         cotangents = [torch.randn(o.shape).to(o) for o in plain(*args, **options)]
         calls = (ours, args), (plain, args), (plain, wide(args))
         results = [with_gradients(f, a, cotangents, **options) for f, a in calls]
-        for result in results:  # of one key all gradients cancel, and a weight's relative error is the LSE's absolute one
+        for (
+            result
+        ) in results:  # of one key all gradients cancel, and a weight's relative error is the LSE's absolute one
             result[:] = [at_least(x, 1.0) for x in result]
         judge(*results, sizes.queries * sizes.heads + sizes.keys + sizes.head_dim + sizes.value_dim + 1)
 
 
 @pytest.mark.parametrize("average", [True, False])
 def test_rows_that_see_nothing_and_nan(average: bool) -> None:
-    args, options = operands(Sizes(2, 2, 1, 20, 300, 8, 8), "bool")
+    args, _ = operands(Sizes(2, 2, 1, 20, 300, 8, 8), "bool")
     args[3][:, :, 3] = False
     args[3][..., 280:] = False
     clean = with_gradients(ours, args, None, average_heads=average)
