@@ -17,11 +17,11 @@ BUILT := .venv/built-$(call tag,$(TORCH))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo dates sunspots test nightly bench cuda lint format wheel compat oldest newest link clean
+.PHONY: help demo dates sunspots test nightly bench cuda gpu-check lint format wheel compat oldest newest link clean
 .SILENT:
 
 help:  ## this list
-	grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 11
 
 $(TOOLS): Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -61,6 +61,10 @@ bench: $(BUILT)  ## all benchmarks and one table of ratios
 
 cuda:  ## compiles every .cu with nvcc alone: registers and spills of each kernel
 	$(PYTHON) tools/cuda_report.py --jobs $$(nproc) $(ARGS)
+
+# With the Python that has torch for the GPU, and not with .venv.
+gpu-check:  ## on a machine with a GPU: builds, tests, sanitizes and measures the CUDA kernels (GPU_ONLY=attention)
+	$(PYTHON) tools/gpu_check.py $(ARGS)
 
 lint: $(LINTERS)  ## style and types
 	$(BIN)/ruff check

@@ -1,0 +1,333 @@
+"""``python -m bench.gpu [--only TEXT] [--json FILE]``: the CUDA kernels against their peers and the GPU's own ceilings.
+
+Implementations of a workload take turns, each for some milliseconds between two events; a ratio is the median over the
+turns. Nothing is a peer that fails here: its error is kept in its place. ``--device cpu --small`` runs every workload
+once, in small, on the CPU, to find what is wrong with this file where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+import lect11ext
+from lect11ext import functional, nn
+
+Call = Callable[[], Any]
+TURNS = 5
+TURN_SECONDS = 0.02
+HOPPER = "LECT11EXT_ATTENTION_HOPPER"
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+torch_attention = torch.nn.functional.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``make`` returns the implementations; ``work`` is what a call must do, by the ceiling that bounds it."""
+
+    name: str
+    make: Callable[[], dict[str, Call]]
+    work: dict[str, float]
+
+
+class Machine:
+    """Where workloads run, and how large they are: a size is divided by ``shrink``."""
+
+    def __init__(self, device: str, small: bool) -> None:
+        self.device = device
+        self.shrink = 64 if small else 1
+
+    def size(self, n: int, least: int = 1) -> int:
+        return max(least, n // self.shrink)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=dtype).requires_grad_(grad)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Call, calls: int) -> float:
+        if self.device != "cuda":
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - begin) / calls
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+
+def ceilings(m: Machine) -> dict[str, tuple[Call, float]]:
+    """A large product in three arithmetics, and a large copy: calls, and what each does."""
+    n, numel = m.size(8192), m.size(2**29)
+    out: dict[str, tuple[Call, float]] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a = m.randn(n, n, dtype=dtype)
+        out[f"product/{name}"] = (lambda a=a: a @ a), 2.0 * n**3
+    source, target = torch.empty(numel, device=m.device), torch.empty(numel, device=m.device)
+    out["copy"] = (lambda: target.copy_(source)), 8.0 * numel
+    return out
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+
+def _idiom(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+    return z, -0.5 * (1 + logvar - mean.pow(2) - logvar.exp()).sum(-1)
+
+
+def sampling(m: Machine, train: bool) -> Workload:
+    rows, latent = m.size(2**18, 4), 64
+
+    def make() -> dict[str, Call]:
+        args = [m.randn(rows, latent, grad=train) for _ in range(2)]
+        grads = [m.randn(rows, latent), m.randn(rows)]
+
+        def call(f: Callable[..., Any]) -> Call:
+            if train:
+                return lambda: torch.autograd.grad(f(*args), args, grads)
+            return lambda: f(*args)
+
+        return {
+            "lect11ext": call(functional.gaussian_rsample_kl),
+            "eager": call(_idiom),
+            "compile": call(torch.compile(_idiom)),
+        }
+
+    # Reads mean and logvar and writes z; then reads both and the gradient of z, and writes two gradients.
+    numbers = 3 + (5 if train else 0)
+    return Workload(
+        f"gaussian_rsample_kl/{'train' if train else 'forward'}", make, {"copy": 4.0 * numbers * rows * latent}
+    )
+
+
+def layer(m: Machine, kind: str, dtype: torch.dtype, hidden: int, train: bool) -> Workload:
+    steps, batch, hidden = m.size(512, 3), m.size(64, 2), m.size(hidden, 8)
+    gates = 4 if kind == "LSTM" else 3
+
+    def make() -> dict[str, Call]:
+        torchs = getattr(torch.nn, kind)(hidden, hidden).to(m.device, dtype)
+        ours = getattr(nn, kind)(hidden, hidden).to(m.device, dtype)
+        ours.load_state_dict(torchs.state_dict())
+        x, grad = m.randn(steps, batch, hidden, dtype=dtype), m.randn(steps, batch, hidden, dtype=dtype)
+
+        def call(module: torch.nn.Module) -> Call:
+            if train:
+                return lambda: torch.autograd.grad(module(x)[0], list(module.parameters()), grad)
+            return lambda: module(x)[0]
+
+        return {"lect11ext": call(ours), "cudnn": call(torchs)}
+
+    products = 2.0 * 2 * gates * hidden**2 * steps * batch * (3 if train else 1)
+    name = f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/T{steps}/B{batch}/H{hidden}"
+    return Workload(name, make, {f"product/{str(dtype)[6:]}": products})
+
+
+@contextmanager
+def _hopper(on: bool) -> Iterator[None]:
+    before = os.environ.get(HOPPER)
+    os.environ[HOPPER] = "1" if on else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(HOPPER) if before is None else os.environ.update({HOPPER: before})
+
+
+def _within(context: Callable[[], Any], call: Call) -> Call:
+    def run() -> Any:
+        with context():
+            return call()
+
+    return run
+
+
+def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal: bool, train: bool) -> Workload:
+    batch, heads, length = max(1, 16384 // length), 16, m.size(length, 20)
+
+    def make() -> dict[str, Call]:
+        args = [m.randn(batch, heads, length, columns, dtype=dtype, grad=train) for _ in range(3)]
+        grad = m.randn(batch, heads, length, columns, dtype=dtype)
+
+        def call(f: Callable[..., Any], **options: Any) -> Call:
+            if train:
+                return lambda: torch.autograd.grad(f(*args, **options), args, grad)
+            return lambda: f(*args, **options)
+
+        ours = call(functional.scaled_dot_product_attention, is_causal=causal)
+        calls = {"lect11ext": _within(lambda: _hopper(False), ours)}
+        if dtype.itemsize == 2:
+            calls["lect11ext sm_90a"] = _within(lambda: _hopper(True), ours)
+        for name, backend in BACKENDS.items():
+            context = lambda backend=backend: sdpa_kernel([backend])  # noqa: E731
+            calls[name] = _within(context, call(torch_attention, is_causal=causal))
+        if not causal:
+            calls["flex"] = call(torch.compile(flex_attention))
+        return calls
+
+    pairs = length * (length + 1) / 2 if causal else float(length**2)
+    flops = 4.0 * batch * heads * pairs * columns * (3.5 if train else 1)  # five products of the backward
+    name = f"attention/{'train' if train else 'forward'}/{str(dtype)[6:]}/d{columns}/L{length}"
+    return Workload(name + ("/causal" if causal else ""), make, {f"product/{str(dtype)[6:]}": flops})
+
+
+def decoding(m: Machine) -> Workload:
+    batch, heads, kv_heads, keys, columns = 32, 32, 8, m.size(8192, 16), 128
+
+    def make() -> dict[str, Call]:
+        query = m.randn(batch, heads, 1, columns, dtype=torch.bfloat16)
+        key, value = (m.randn(batch, kv_heads, keys, columns, dtype=torch.bfloat16) for _ in range(2))
+        calls = {"lect11ext": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)}
+        for name, backend in BACKENDS.items():
+            context = lambda backend=backend: sdpa_kernel([backend])  # noqa: E731
+            calls[name] = _within(context, lambda: torch_attention(query, key, value, enable_gqa=True))
+        return calls
+
+    return Workload("attention/decode/bfloat16", make, {"copy": 2.0 * 2 * batch * kv_heads * keys * columns})
+
+
+def _additive(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    scores = (query[:, :, None] + key[:, None]).tanh() @ weight
+    return scores.softmax(-1) @ value
+
+
+def additive(m: Machine, train: bool) -> Workload:
+    batch, length, hidden = 8, m.size(512, 8), m.size(256, 8)
+
+    def make() -> dict[str, Call]:
+        args = [m.randn(batch, length, hidden, grad=train) for _ in range(3)] + [m.randn(hidden, grad=train)]
+        grad = m.randn(batch, length, hidden)
+
+        def call(f: Callable[..., Any]) -> Call:
+            if train:
+                return lambda: torch.autograd.grad(f(*args), args, grad)
+            return lambda: f(*args)
+
+        return {
+            "lect11ext": call(functional.additive_attention),
+            "eager": call(_additive),
+            "compile": call(torch.compile(_additive)),
+        }
+
+    return Workload(f"additive_attention/{'train' if train else 'forward'}", make, {})
+
+
+def workloads(m: Machine) -> list[Workload]:
+    bf16, f32 = torch.bfloat16, torch.float32
+    both = (False, True)
+    return [
+        *(sampling(m, train) for train in both),
+        *(attention(m, bf16, d, n, c, t) for d in (64, 128) for n in (2048, 8192, 16384) for c in both for t in both),
+        *(attention(m, f32, d, 2048, False, t) for d in (64, 128) for t in both),
+        decoding(m),
+        *(layer(m, kind, bf16, 1024, t) for kind in ("LSTM", "GRU") for t in both),
+        *(layer(m, "LSTM", f32, hidden, t) for hidden in (256, 1024) for t in both),
+        *(additive(m, train) for train in both),
+    ]
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def measure(m: Machine, work: Workload, peaks: dict[str, tuple[Call, float]]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    calls, errors, counts = {}, {}, {}
+    given = work.make()
+    for name, call in {**given, **{peak: peaks[peak][0] for peak in work.work}}.items():
+        try:
+            for _ in range(2):
+                call()
+            m.synchronize()
+            seconds = m.seconds(call, 1)
+        except Exception as error:  # a peer that has no kernel for this
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        calls[name], counts[name] = call, max(1, min(100, round(TURN_SECONDS / seconds)))
+    turns = [
+        {name: m.seconds(call, counts[name]) for name, call in calls.items()} for _ in range(TURNS if calls else 0)
+    ]
+    result: dict[str, Any] = {"errors": errors, "seconds": {n: median(t[n] for t in turns) for n in calls}}
+    ours = [name for name in calls if name.startswith("lect11ext")]
+    peers = [name for name in calls if name in given and name not in ours]
+    result["ratios"] = {o: {p: median(t[p] / t[o] for t in turns) for p in peers} for o in ours}
+    result["per_cent"] = {
+        o: {k: 100 * median(t[k] / t[o] for t in turns) * w / peaks[k][1] for k, w in work.work.items() if k in calls}
+        for o in ours
+    }
+    return result
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    parts = [f"{name:44}"]
+    for ours, ratios in result["ratios"].items():
+        best = min(ratios, key=lambda p: ratios[p], default=None)
+        peer = f"{ratios[best]:.2f} × {best}" if best else "no peer"
+        share = ", ".join(f"{v:.0f} % of {k}" for k, v in result["per_cent"][ours].items())
+        parts.append(f"{ours} {result['seconds'][ours] * 1e6:.0f} us, {peer}, {share}")
+    return "; ".join(parts + [f"{name} failed: {error}" for name, error in result["errors"].items()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--only", default="", help="only workloads whose name contains this text")
+    parser.add_argument(
+        "--json", default="out/gpu-bench.json", help="where the results are written, after each workload"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after these no workload is begun")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    begin, m = time.perf_counter(), Machine(options.device, options.small)
+    out = Path(options.json)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "lect11ext": lect11ext.__version__,
+    }
+    peaks, results, left_out = ceilings(m), {}, []
+    for work in workloads(m):
+        if options.only not in work.name:
+            continue
+        if time.perf_counter() - begin > options.seconds:
+            left_out.append(work.name)
+            continue
+        torch._dynamo.reset()
+        results[work.name] = measure(m, work, peaks)
+        print(line(work.name, results[work.name]), flush=True)
+        out.write_text(json.dumps({**facts, "results": results, "left_out": left_out}, indent=1))
+    for name, (call, amount) in peaks.items():
+        call()
+        facts[name] = amount / median(m.seconds(call, 3) for _ in range(TURNS))
+        print(f"{name}: {facts[name] / 1e9:.1f} G/s")
+    out.write_text(json.dumps({**facts, "results": results, "left_out": left_out}, indent=1))
+    failed = [name for name, r in results.items() if any(e.startswith("lect11ext") for e in r["errors"])]
+    if left_out or failed:
+        print(f"left out: {left_out}; failed: {failed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,133 @@
+"""A small case of every CUDA kernel, against the CPU's: what compute-sanitizer runs.
+
+    python tools/gpu_cases.py [--device cuda]
+
+Prints the largest difference of each, in units of the largest value, and fails where one is beyond rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lect11ext import functional, nn
+
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
+KEY = torch.tensor([7, 0])
+Case = Callable[[torch.device], list[Tensor]]
+
+
+def drawn(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(device, dtype).requires_grad_()
+
+
+def with_gradients(outs: Any, leaves: list[Tensor]) -> list[Tensor]:
+    outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o is not None]
+    total = sum((o.float().clamp(-1e4).square().sum() for o in outs), torch.zeros((), device=outs[0].device))
+    return [*outs, *torch.autograd.grad(total, leaves)]
+
+
+def sampling(device: torch.device) -> list[Tensor]:
+    args = [drawn(device, 37, 20) for _ in range(2)]
+    return with_gradients(functional.gaussian_rsample_kl(*args, key=KEY.to(device)), args)
+
+
+def cell(kind: str, dtype: torch.dtype) -> Case:
+    def run(device: torch.device) -> list[Tensor]:
+        module = getattr(nn, kind)(24, 40).to(device, dtype)
+        x = drawn(device, 5, 24, dtype=dtype)
+        return with_gradients(module(x), [x, *module.parameters()])
+
+    return run
+
+
+def layer(kind: str, dtype: torch.dtype, hidden: int, **options: Any) -> Case:
+    def run(device: torch.device) -> list[Tensor]:
+        module = getattr(nn, kind)(24, hidden, bidirectional=True, **options).to(device, dtype)
+        x = drawn(device, 7, 3, 24, dtype=dtype)
+        return with_gradients(module(x)[0], [x, *module.parameters()])
+
+    return run
+
+
+def attention(dtype: torch.dtype, columns: int, queries: int, keys: int, mask: bool = False, **options: Any) -> Case:
+    def run(device: torch.device) -> list[Tensor]:
+        args = [drawn(device, 2, h, n, columns, dtype=dtype) for h, n in ((4, queries), (2, keys), (2, keys))]
+        if mask:
+            args.append(drawn(device, 1, 4, 1, keys, dtype=dtype))
+        given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        out = functional.scaled_dot_product_attention(*args, enable_gqa=True, **given)
+        first = torch.autograd.grad(out.float().square().sum(), args, create_graph=True)
+        second = torch.autograd.grad(sum(g.float().square().sum() for g in first), args)
+        return [out, *first, *second]
+
+    return run
+
+
+def varlen(device: torch.device) -> list[Tensor]:
+    args = [drawn(device, 70, 2, 32) for _ in range(3)]
+    starts = torch.tensor([0, 20, 20, 70], device=device)
+    return with_gradients(functional.varlen_attention(*args, starts, starts, is_causal=True), args)
+
+
+def additive(device: torch.device) -> list[Tensor]:
+    args = [drawn(device, 2, n, 40) for n in (9, 33, 33)] + [drawn(device, 40)]
+    return with_gradients(functional.additive_attention(*args), args)
+
+
+def cases() -> dict[str, Case]:
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    out: dict[str, Case] = {"gaussian_rsample_kl": sampling, "varlen_attention": varlen, "additive_attention": additive}
+    for kind in ("LSTM", "GRU"):
+        out[f"{kind}Cell"] = cell(f"{kind}Cell", f32)
+        out[f"{kind}Cell bf16"] = cell(f"{kind}Cell", bf16)
+        for dtype, hidden in ((f32, 40), (bf16, 64), (f64, 20), (f32, 300)):
+            out[f"{kind} {str(dtype)[6:]} {hidden}"] = layer(kind, dtype, hidden)
+    out["LSTM peephole"] = layer("LSTM", f32, 40, peephole=True)
+    out["GRU reset before"] = layer("GRU", f32, 40, reset_after=False)
+    for dtype in (f32, f64, bf16, f16):
+        out[f"attention {str(dtype)[6:]}"] = attention(dtype, 40, 70, 90, is_causal=True)
+    for columns in (64, 128):  # those of sm_90a have the same sizes
+        out[f"attention bf16 {columns}"] = attention(bf16, columns, 200, 300)
+        out[f"attention bf16 {columns} causal"] = attention(bf16, columns, 200, 200, is_causal=True)
+    out["attention mask, softcap, window"] = attention(f32, 32, 70, 90, mask=True, softcap=2.0, window=(30, 20))
+    out["attention dropout, slopes"] = attention(
+        f32, 32, 70, 90, dropout_p=0.3, dropout_key=KEY, alibi_slopes=torch.rand(4)
+    )
+    out["attention decoding"] = attention(bf16, 128, 1, 700)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    failed = []
+    for name, case in cases().items():
+        if options.only not in name:
+            continue
+        results = []
+        for device in ("cpu", options.device):
+            torch.manual_seed(0)
+            results.append([x.detach().cpu() for x in case(torch.device(device))])
+        worst = 0.0
+        for expected, got in zip(*results, strict=True):
+            error = (got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-6)
+            worst = max(worst, float(error) / TOLERANCE[expected.dtype])
+        good = worst <= 1  # false for NaN
+        print(f"{name}: {worst:.2f} of what is allowed{'' if good else '  FAILED'}", flush=True)
+        if not good:
+            failed.append(name)
+    hopper = os.environ.get("LECT11EXT_ATTENTION_HOPPER") == "1"
+    print(f"{'with' if hopper else 'without'} the kernels of sm_90a: {failed or 'all good'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

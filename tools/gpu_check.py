@@ -1,0 +1,185 @@
+"""``make gpu-check``: builds for the GPU at hand, tests, sanitizes and measures all CUDA kernels, and writes one JSON.
+
+    python tools/gpu_check.py [--only TEXT] [--steps build,kernels,tests,hopper,sanitize,bench] [--minutes 9]
+                              [--out DIR]
+
+Needs no network: the Python that runs it has torch with CUDA, pybind11, CMake, Ninja and pytest; nvcc is on the path.
+``--only`` names the part of tests' and workloads' names that is wanted (``GPU_ONLY=attention make gpu-check``). What
+does not fit the minutes is left out, and said to be. The kernels' own check comes before everything that imports
+torch, and runs while the extension is still being built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = ["build", "kernels", "tests", "hopper", "sanitize", "bench"]
+SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+TAIL = 4000  # characters of a command's output that are kept in the JSON; all of it goes to a file
+RESERVE = 15.0  # seconds at the end
+HOPPER = {"LECT11EXT_ATTENTION_HOPPER": "1"}
+KERNELS = ["dot_product_forward", "dot_product_backward", "dot_product_hopper_forward", "dot_product_hopper_backward"]
+FOR_DEVICES = re.compile(r"\bdevice: str\b")  # the fixture by which a test is run on both
+NVCC = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
+@dataclass
+class Run:
+    """The commands of a session, what came of them, and how long is left."""
+
+    out: Path
+    only: str
+    ends: float
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def command(self, name: str, command: list[str], share: float = 1.0, **environment: str) -> int:
+        """Runs it, in at most this share of what is left. Its output goes to a file, its end into the report."""
+        limit = max(1.0, share * (self.left() - RESERVE))
+        begin, log = time.monotonic(), self.out / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.log"
+        with log.open("w") as file:
+            try:
+                status = subprocess.run(
+                    command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                    stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False,
+                ).returncode  # fmt: skip
+            except subprocess.TimeoutExpired:
+                status = 124
+            except OSError as error:
+                file.write(f"{error}\n")
+                status = 127
+        self.report[name] = {
+            "status": status,
+            "seconds": round(time.monotonic() - begin, 1),
+            "tail": log.read_text(errors="replace")[-TAIL:],
+        }
+        print(f"{name}: status {status} after {self.report[name]['seconds']} s", flush=True)
+        (self.out / "gpu-check.json").write_text(json.dumps(self.report, indent=1))
+        return status
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def build(run: Run) -> None:
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+    status = run.command(
+        "build", python("setup.py", "--quiet", "build_ext", "--inplace"), share=0.6,
+        LECT11EXT_CUDA="1", LECT11EXT_CUDA_ARCHITECTURES="90a", MAX_JOBS=jobs,
+    )  # fmt: skip
+    if status != 0:
+        sys.exit(f"the build failed: see {run.out}/build.log")
+
+
+def kernels(run: Run) -> None:
+    """The two families of attention's kernels against one another, without torch."""
+    program = run.out / "attention_on_gpu"
+    sources = [f"csrc/attention/cuda/{name}.cu" for name in KERNELS]
+    sources += ["csrc/common/cuda/tensor_map.cu", "tools/attention_on_gpu.cu"]
+    command = [*NVCC, "-DLECT11EXT_SM90A", "-I", "csrc", "--threads", "8", "-o", str(program), *sources]
+    if run.command("kernels: compile", command, share=0.4) == 0:
+        run.command("kernels: run", [str(program)], share=0.4)
+        program.unlink()
+
+
+def tests(run: Run, environment: dict[str, str] | None = None, pattern: str = "**/test_*.py") -> None:
+    """The CUDA half of every file of tests, some files at a time."""
+    files = [f for f in sorted((ROOT / "tests").glob(pattern)) if "cuda_on_host" not in f.parts]
+    files = [f for f in files if run.only in str(f.relative_to(ROOT)) and FOR_DEVICES.search(f.read_text())]
+    name = "hopper" if environment else "tests"
+
+    def one(path: Path) -> None:
+        relative = str(path.relative_to(ROOT))
+        arguments = ["-q", "-m", "not slow", "-k", "cuda", "-p", "no:cacheprovider", "--no-header", "-r", "fE"]
+        run.command(f"{name}: {relative}", python("-m", "pytest", relative, *arguments), 0.5,
+                    OMP_NUM_THREADS="2", **(environment or {}))  # fmt: skip
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 3)) as pool:
+        list(pool.map(one, files))
+
+
+def hopper(run: Run) -> None:
+    """Attention's tests once more, with the kernels of sm_90a."""
+    if run.only in "attention":
+        run.command("hopper: cases", python("tools/gpu_cases.py", "--only", "attention"), 0.3, **HOPPER)
+        tests(run, HOPPER, "attention/test_dot_product*.py")
+
+
+def sanitize(run: Run) -> None:
+    """A small case of every kernel under each tool; attention's with the kernels of sm_90a too."""
+    run.command("cases", python("tools/gpu_cases.py", "--only", run.only), 0.3)
+    jobs = [(tool, run.only, {}) for tool in SANITIZERS] + [(tool, "attention bf16", HOPPER) for tool in SANITIZERS]
+
+    def one(job: tuple[str, str, dict[str, str]]) -> None:
+        tool, only, environment = job
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "60"]
+        command += python("tools/gpu_cases.py", "--only", only)
+        label = f"sanitize: {tool}{', sm_90a' if environment else ''}"
+        run.command(label, command, 0.5, OMP_NUM_THREADS="2", **environment)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(one, jobs))
+
+
+def bench(run: Run) -> None:
+    seconds = max(1.0, run.left() - 3 * RESERVE)
+    run.command(
+        "bench",
+        python("-m", "bench.gpu", "--only", run.only, "--seconds", f"{seconds:.0f}",
+               "--json", str(run.out / "gpu-bench.json")),
+    )  # fmt: skip
+    measured = run.out / "gpu-bench.json"
+    if measured.exists():
+        run.report["measured"] = json.loads(measured.read_text())
+        measured.unlink()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=os.environ.get("GPU_ONLY", ""))
+    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu-check")
+    options = parser.parse_args()
+    wanted = options.steps.split(",")
+    if unknown := set(wanted) - set(STEPS):
+        parser.error(f"--steps must be of {STEPS}, but got {sorted(unknown)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options.out.resolve(), options.only, time.monotonic() + 60 * options.minutes)
+    run.report["commit"] = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    with ThreadPoolExecutor(2) as pool:  # the kernels' own check needs nothing that is built
+        begun = [pool.submit(step, run) for name, step in (("kernels", kernels), ("build", build)) if name in wanted]
+        for future in begun:
+            future.result()
+    for name, step in (("tests", tests), ("hopper", hopper), ("sanitize", sanitize), ("bench", bench)):
+        if name not in wanted:
+            continue
+        if run.left() < 2 * RESERVE:
+            run.report[name] = "left out: no time"
+            continue
+        step(run)
+    failed = [n for n, r in run.report.items() if isinstance(r, dict) and r.get("status", 0) not in (0, 5)]
+    run.report["failed"] = failed  # 5: no test of the file was for a GPU
+    (run.out / "gpu-check.json").write_text(json.dumps(run.report, indent=1))
+    print(f"written to {run.out / 'gpu-check.json'}; failed: {failed or 'nothing'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
