@@ -331,7 +331,7 @@ class Gradients {
             const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
             t = select_equal(b, low, low, greater(lowest, t + b));
           }
-          weight = power(at_most_zero(t - Vec<C>(lse)) * base);
+          weight = power(bounded(t - Vec<C>(lse)) * base);
         }
         const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1));
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.

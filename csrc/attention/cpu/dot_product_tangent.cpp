@@ -125,7 +125,7 @@ class TangentPass {
           Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
           if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
           C lane[kLanes<C>];
-          const Vec<C> weight = power(at_most_zero(t - Vec<C>(lse)) * base);
+          const Vec<C> weight = power(bounded(t - Vec<C>(lse)) * base);
           Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
           if (c < begin || c + kWidth > end) {  // the edges
             for (Vec<C>* v : {&product, &kept}) {

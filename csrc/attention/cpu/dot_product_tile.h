@@ -24,9 +24,10 @@ inline constexpr C kLogBase = std::is_same_v<C, float> ? C(1.44269504088896341) 
 inline Vec<float> power(Vec<float> x) { return exp2(x); }
 inline Vec<double> power(Vec<double> x) { return x.exp(); }
 
-// Beyond this exponents are differences of scores, not of products of scores with a factor.
+// Beyond this exponents are differences of scores, not of products of scores with a factor: the product's rounding
+// would be an error of all weights of a row, and of its lse, that the backward does not make again.
 template <class C>
-inline constexpr C kLargeExponent = 4096;
+inline constexpr C kLargeExponent = 64;
 
 // The greater one; acc where x is NaN, which shows in the weights anyway.
 inline Vec<float> greater(Vec<float> x, Vec<float> acc) {
@@ -40,16 +41,17 @@ inline Vec<float> greater(Vec<float> x, Vec<float> acc) {
 }
 inline Vec<double> greater(Vec<double> x, Vec<double> acc) { return at::vec::maximum(x, acc); }
 
-// x, at most 0; NaN where x is NaN. No score exceeds its row's lse but by what it was rounded otherwise: a large
-// score's rounding would be a factor of any size.
-inline Vec<float> at_most_zero(Vec<float> x) {
+// A score less its row's lse, whose exponential is a weight. It exceeds 0 only by what it was rounded otherwise where
+// the lse was found, which of a huge score would be a factor of any size. NaN stays.
+inline constexpr float kMostExcess = 0.5f;
+inline Vec<float> bounded(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_min_ps(_mm512_setzero_ps(), x);
+  return _mm512_min_ps(_mm512_set1_ps(kMostExcess), x);
 #else
-  return at::vec::minimum(x, Vec<float>(0.0f));
+  return at::vec::minimum(x, Vec<float>(kMostExcess));
 #endif
 }
-inline Vec<double> at_most_zero(Vec<double> x) { return at::vec::minimum(x, Vec<double>(0.0)); }
+inline Vec<double> bounded(Vec<double> x) { return at::vec::minimum(x, Vec<double>(kMostExcess)); }
 
 template <class C>
 inline C sum_of_lanes(const Vec<C>& v) {

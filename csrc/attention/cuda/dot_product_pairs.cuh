@@ -90,8 +90,11 @@ struct Pairs {
                                int query, int key, C kept, C& first, C& second, C& first_t, C& second_t, C& lse_t) {
     const C scale = C(args.scale);
     const typename Scores<S>::Score score = scores.template score<kPlain>(first, head, query, key);
-    // No score exceeds its row's lse but by what it was rounded otherwise. NaN stays.
-    const C exponent = (score.t - known.lse) * C(kLog2E), p = power_of_two(exponent > 0 ? C(0) : exponent);
+    // It exceeds 0 only by what it was rounded otherwise where the lse was found, which of a huge score would be a
+    // factor of any size. NaN stays.
+    constexpr C kMostExcess = C(0.5);
+    const C excess = score.t - known.lse;
+    const C p = power_of_two((excess > kMostExcess ? kMostExcess : excess) * C(kLog2E));
     const C slope = C(1) - score.capped * score.capped;  // of u over s
     const C inner = kept * second - known.correction, grad = p * inner;
     C u_t = 0, t_t = 0;
