@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -160,9 +161,11 @@ def main() -> int:
         parser.error(f"--steps must be of {STEPS}, but got {sorted(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(options.out.resolve(), options.only, time.monotonic() + 60 * options.minutes)
-    run.report["commit"] = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    if shutil.which("git") is not None:  # a tree may have come without
+        command = ["git", "rev-parse", "HEAD"]
+        run.report["commit"] = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
     with ThreadPoolExecutor(2) as pool:  # the kernels' own check needs nothing that is built
         begun = [pool.submit(step, run) for name, step in (("kernels", kernels), ("build", build)) if name in wanted]
         for future in begun:
