@@ -78,6 +78,11 @@ def scaled_dot_product_attention(
     Deterministic: the same bits in every run. Sums are kept in float32 (float64 for float64). Under autocast it runs in
     autocast's type. Dropout's noise is regenerated in the backward, never stored.
 
+    Scores of any size give finite gradients. A backward makes the weights again from the LSE, which is rounded like any
+    number: where scores exceed 10⁴, and there are 16 queries or fewer for a head of the keys, they are off by a
+    rounding of the score; and where a mask is one huge number for a whole row (−10⁹, the lowest one), the row's keys
+    each count once in the gradients, not 1/S. −inf, or False, bars a row.
+
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 

@@ -59,8 +59,8 @@ class MultiheadAttention(nn.Module):
 
     - A query whose keys are all masked has output ``out_proj.bias`` and weights 0, with or without ``need_weights``;
       torch.nn's has NaN with them. NaN or inf at padded positions of *projected* keys and values are not used.
-    - ``need_weights=True`` takes the same fused op; averaged weights come from a second pass that holds no ``[N, H, L,
-      S]``.
+    - ``need_weights=True`` is fused too: on the CPU output and weights are one op, in one pass up to 1024 keys, and
+      averaged weights never hold ``[N, H, L, S]``.
     - ``is_causal=True`` without ``attn_mask`` is a causal mask. With one it is torch.nn's hint, as there: the mask is
       taken to be causal if neither ``need_weights`` nor ``key_padding_mask`` is given, else the hint is ignored.
     - Keys that ``add_bias_kv`` and ``add_zero_attn`` append are seen by all queries, whatever ``window``, ``rope`` and
