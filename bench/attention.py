@@ -105,6 +105,30 @@ def _train(dtype: torch.dtype, columns: int, length: int, causal: bool) -> Workl
     )
 
 
+def _short(batch: int, heads: int, length: int, columns: int, train: bool) -> Workload:
+    """Many short sequences, as small models have them: what each of them costs beside the products."""
+
+    def make() -> dict[str, Call]:
+        args = [torch.randn(batch, heads, length, columns, requires_grad=train) for _ in range(3)]
+        grad = torch.randn(batch, heads, length, columns)
+
+        def call(function: Callable[..., Any]) -> Call:
+            return _training(function, args, grad, *args) if train else _inference(function, *args)
+
+        return {
+            "lect11ext": call(scaled_dot_product_attention),
+            "eager": call(torch_attention),
+            "compile": call(torch.compile(torch_attention)),
+        }
+
+    return Workload(
+        f"attention/{'train' if train else 'forward'}/float32/{batch}x{heads}/L{length}/d{columns}",
+        make,
+        ("lect11ext", "eager", "compile"),
+        work=_product(torch.float32, batch, heads, float(length**2), 2 * columns, BACKWARD if train else 1),
+    )
+
+
 def _decode(dtype: torch.dtype, keys: int) -> Workload:
     """One query of 256 heads and samples: keys and values are read once, and that is all."""
     batch, heads, columns = 8, 32, 64
@@ -260,6 +284,11 @@ WORKLOADS = (
         _train(dtype, columns, length, causal)
         for dtype in BOTH
         for columns, length, causal in [(64, 128, False), (64, 1024, False), (64, 2048, True), (128, 1024, False)]
+    ]
+    + [
+        _short(*sizes, train)
+        for sizes in ((64, 4, 20, 16), (64, 8, 20, 64), (32, 8, 64, 64))
+        for train in (False, True)
     ]
     + [_decode(dtype, keys) for dtype in BOTH for keys in (1024, 8192)]
     + [_skipping(kind, dtype) for kind in ("window256", "half_mask") for dtype in BOTH]

@@ -56,32 +56,19 @@ std::tuple<Tensor, Tensor> gru(GRU_LAYER_PARAMETERS) {
 
 }  // namespace layers
 
-attention_op::Outputs attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                             const OptionalTensor& dropout_key, double dropout_p, std::optional<double> scale,
-                             std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool bottom_right,
-                             std::optional<double> softcap) {
-  return attention_op::call_forward(attention_op::ATTENTION_INPUTS);
+namespace attention {
+
+using namespace attention_op;
+
+const OptionalTensor kNone;
+
+Outputs attend(ATTENTION_PARAMETERS) { return call_forward(ATTENTION_INPUTS); }
+Tensor weights(ATTENTION_WEIGHTS_PARAMETERS) { return call_weights(ATTENTION_WEIGHTS_INPUTS(kNone)); }
+OutputsAndWeights attend_with_weights(WITH_WEIGHTS_PARAMETERS) {
+  return call_with_weights(WITH_WEIGHTS_INPUTS(kNone), average_heads);
 }
 
-at::Tensor attention_weights(const at::Tensor& query, const at::Tensor& key, const at::Tensor& lse,
-                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                             const OptionalTensor& dropout_key, double dropout_p, std::optional<double> scale,
-                             std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool bottom_right,
-                             std::optional<double> softcap, bool average_heads) {
-  const OptionalTensor none;
-  return attention_op::call_weights(attention_op::ATTENTION_WEIGHTS_INPUTS(none));
-}
-
-attention_op::OutputsAndWeights attend_with_weights(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& dropout_key, double dropout_p,
-    std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-    bool bottom_right, std::optional<double> softcap, bool average_heads) {
-  const OptionalTensor none;
-  return attention_op::call_with_weights(attention_op::WITH_WEIGHTS_INPUTS(none), average_heads);
-}
+}  // namespace attention
 
 py::dict build_info() {
   py::dict info;
@@ -149,9 +136,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::get<0>(additive_attention(query, key, value, score_weight, attn_mask, /*save_weights=*/false));
       },
       NoGil());
-  m.def("attention", &attend, NoGil());
-  m.def("attention_weights", &attention_weights, NoGil());
-  m.def("attention_with_weights", &attend_with_weights, NoGil());
+  m.def("attention", &attention::attend, NoGil());
+  m.def("attention_weights", &attention::weights, NoGil());
+  m.def("attention_with_weights", &attention::attend_with_weights, NoGil());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

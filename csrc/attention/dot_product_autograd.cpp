@@ -6,7 +6,6 @@
 //
 // Beyond that the two tangents are composites of ATen. An op that is given output and lse takes them for functions of
 // the inputs: all of their derivatives come through the inputs.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -121,10 +120,6 @@ struct Carried {
 };
 
 bool inputs_need_grad(const Inputs& in) { return autograd::needs_grad(in.query, in.key, in.value, in.attn_mask); }
-torch::autograd::Edge edge(const Tensor& t) {
-  return t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge();
-}
-torch::autograd::Edge edge(const OptionalTensor& t) { return edge(autograd::tensor_or_none(t)); }
 
 torch::autograd::edge_list input_edges(const Inputs& in) {
   return {edge(in.query), edge(in.key), edge(in.value), edge(in.has_float_mask() ? in.attn_mask : kNone)};
@@ -374,13 +369,7 @@ Gradients autograd_backward_tangent(
 template <c10::DispatchKey dispatch_key, c10::DeviceType device>
 Outputs autocast_forward(ATTENTION_PARAMETERS) {
   const c10::impl::ExcludeDispatchKeyGuard without(dispatch_key);
-  const auto type = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  const Tensor q = cast(query), k = cast(key), v = cast(value);
-  const bool casts_mask = autograd::defined(attn_mask) && attn_mask->scalar_type() != at::kBool;
-  const OptionalTensor mask = casts_mask ? OptionalTensor(cast(*attn_mask)) : attn_mask;
-  return call_forward({q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dropout_key, dropout_p, scale,
-                       window_left, window_right, bottom_right, softcap});
+  return call_forward(CastInputs(ATTENTION_INPUTS, device).in);
 }
 
 }  // namespace

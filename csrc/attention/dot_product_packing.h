@@ -63,9 +63,9 @@ class Packing {
   // the operands that were announced, in order.
   template <class Args, class Packed>
   void run_by_heads(void (*kernel)(const Args&, int64_t, int64_t), Args& args, int64_t items, int64_t cost,
-                    Packed packed, bool widens = prefers_float_products()) {
+                    Packed packed) {
     constexpr int64_t kCache = 256 * 1024;
-    args.plan = make_plan(widens);
+    args.plan = make_plan(prefers_float_products());
     const int64_t heads = args.sequences * args.kv_heads, of_head = items / heads, panels = panel_count(args.keys);
     const int64_t few = std::max<int64_t>(1, kCache / std::max<int64_t>(1, panels * panel_bytes()));
     const int64_t cost_of_head = cost * of_head + pack_cost() * panels;

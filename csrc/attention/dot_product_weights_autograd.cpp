@@ -20,10 +20,6 @@ bool has_tangents(const WeightsInputs& w) {
          (w.in.has_float_mask() && autograd::has_tangent(*w.in.attn_mask));
 }
 
-torch::autograd::Edge edge(const Tensor& t) {
-  return t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge();
-}
-
 struct WeightsNode : autograd::Node {
   std::array<autograd::SavedVariable, 6> saved_;
   double dropout_p_ = 0;

@@ -17,15 +17,17 @@ struct WeightsInputs {
   c10::SymDimVector shape() const;
 };
 
-#define ATTENTION_WEIGHTS_SCHEMA                                                                                    \
-  "Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_key, "            \
-  "float dropout_p, float? scale, int? window_left, int? window_right, bool bottom_right, float? softcap, "         \
-  "bool average_heads"
-#define ATTENTION_WEIGHTS_PARAMETERS                                                                                \
-  const Tensor &query, const Tensor &key, const Tensor &lse, const OptionalTensor &attn_mask,                       \
-      const OptionalTensor &alibi_slopes, const OptionalTensor &dropout_key, double dropout_p,                      \
-      std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,         \
-      bool bottom_right, std::optional<double> softcap, bool average_heads
+// What attention_weights and attention_with_weights are given beside three tensors.
+#define WEIGHTS_OPTIONS_SCHEMA \
+  "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_key, float dropout_p, float? scale, int? window_left, " \
+  "int? window_right, bool bottom_right, float? softcap, bool average_heads"
+#define WEIGHTS_OPTIONS \
+  const OptionalTensor &attn_mask, const OptionalTensor &alibi_slopes, const OptionalTensor &dropout_key, \
+      double dropout_p, std::optional<double> scale, std::optional<int64_t> window_left, \
+      std::optional<int64_t> window_right, bool bottom_right, std::optional<double> softcap, bool average_heads
+
+#define ATTENTION_WEIGHTS_SCHEMA "Tensor query, Tensor key, Tensor lse, " WEIGHTS_OPTIONS_SCHEMA
+#define ATTENTION_WEIGHTS_PARAMETERS const Tensor &query, const Tensor &key, const Tensor &lse, WEIGHTS_OPTIONS
 // `none` is an OptionalTensor without a tensor.
 #define ATTENTION_WEIGHTS_INPUTS(none)                                                                              \
   WeightsInputs {                                                                                                   \
@@ -39,15 +41,8 @@ struct WeightsInputs {
 
 // Of attention and its weights in one op.
 using OutputsAndWeights = std::tuple<Tensor, Tensor, Tensor>;  // output, lse, weights
-#define WITH_WEIGHTS_SCHEMA                                                                                         \
-  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_key, "          \
-  "float dropout_p, float? scale, int? window_left, int? window_right, bool bottom_right, float? softcap, "         \
-  "bool average_heads"
-#define WITH_WEIGHTS_PARAMETERS                                                                                     \
-  const Tensor &query, const Tensor &key, const Tensor &value, const OptionalTensor &attn_mask,                     \
-      const OptionalTensor &alibi_slopes, const OptionalTensor &dropout_key, double dropout_p,                      \
-      std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,         \
-      bool bottom_right, std::optional<double> softcap, bool average_heads
+#define WITH_WEIGHTS_SCHEMA "Tensor query, Tensor key, Tensor value, " WEIGHTS_OPTIONS_SCHEMA
+#define WITH_WEIGHTS_PARAMETERS const Tensor &query, const Tensor &key, const Tensor &value, WEIGHTS_OPTIONS
 #define WITH_WEIGHTS_INPUTS(none)                                                                                   \
   Inputs {                                                                                                          \
     query, key, value, attn_mask, alibi_slopes, none, none, dropout_key, dropout_p, scale, window_left, window_right, \

@@ -1,6 +1,5 @@
 // Attention and its weights as one op: schema, devices, derivatives. What the two separate ops say of output, lse and
 // weights holds here; the derivatives are theirs too.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -96,14 +95,7 @@ OutputsAndWeights autograd_with_weights(WITH_WEIGHTS_PARAMETERS) {
 template <c10::DispatchKey dispatch_key, c10::DeviceType device>
 OutputsAndWeights autocast_with_weights(WITH_WEIGHTS_PARAMETERS) {
   const c10::impl::ExcludeDispatchKeyGuard without(dispatch_key);
-  const auto type = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  const Tensor q = cast(query), k = cast(key), v = cast(value);
-  const bool casts_mask = autograd::defined(attn_mask) && attn_mask->scalar_type() != at::kBool;
-  const OptionalTensor mask = casts_mask ? OptionalTensor(cast(*attn_mask)) : attn_mask;
-  return call_with_weights({q, k, v, mask, alibi_slopes, kNone, kNone, dropout_key, dropout_p, scale, window_left,
-                            window_right, bottom_right, softcap},
-                           average_heads);
+  return call_with_weights(CastInputs(WITH_WEIGHTS_INPUTS(kNone), device).in, average_heads);
 }
 
 }  // namespace
