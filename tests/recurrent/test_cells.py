@@ -85,8 +85,8 @@ def test_any_shape(
 @pytest.mark.parametrize("hidden", [*range(1, 18), 31, 33, 64, 65, 127, 129, 257, 513])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_size(variant: str, hidden: int, dtype: torch.dtype, capability: str) -> None:
-    # float64's "exact" values have an error of their own: oneDNN's bound for sums of this length.
-    slack = ONE_STEP * (8 * hidden).bit_length() if dtype == torch.float64 else ONE_STEP
+    # oneDNN's bound for sums of this length: plain PyTorch's error depends on the processor, and is small by luck on some.
+    slack = ONE_STEP * (8 * hidden).bit_length() if dtype.itemsize > 2 else ONE_STEP
     for batch in (*range(1, 10), 13, 31, 97):
         args = operands(variant, batch, hidden, hidden, dtype)
         check_rule(cell(functional, variant), cell(reference, variant), args, slack)

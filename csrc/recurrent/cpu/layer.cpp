@@ -106,21 +106,23 @@ class Recurrence : LayerShare<S, kCell> {
       // With few rows the products of several blocks come first: their activations are then independent of one another,
       // and fill one another's waiting times.
       const int64_t together = n == 0 ? 1 : kLayerRows / n;
-      for (int64_t first = blocks_.first; first < blocks_.last; first += together) {
-        const int64_t last = std::min(first + together, blocks_.last);
-        for (int64_t block = first; block < last; ++block) {
-          multiply_states(s, block, rows, n, sums_at_ + (block - first) * n);
-        }
-        for (int64_t block = first; block < last; ++block) {
-          const Cell cell(args_, block);
-          for (int64_t i = 0; i < n; ++i) {
-            if (!packed() && !schedule_.active(t, rows[i])) continue;
-            activate(s, t, block, rows[i], sums_at_[(block - first) * n + i], cell);
+      for (int64_t first = 0; first < blocks_.count(); first += together) {
+        const int64_t last = std::min(first + together, blocks_.count());
+        for (int64_t i = first; i < last; ++i) multiply_states(s, swept(i), rows, n, sums_at_ + (i - first) * n);
+        for (int64_t i = first; i < last; ++i) {
+          const Cell cell(args_, swept(i));
+          for (int64_t row = 0; row < n; ++row) {
+            if (!packed() && !schedule_.active(t, rows[row])) continue;
+            activate(s, t, swept(i), rows[row], sums_at_[(i - first) * n + row], cell);
           }
         }
       }
+      sweep_.turn();
     });
   }
+
+  // The i-th block whose product is due.
+  int64_t swept(int64_t i) const { return blocks_.first + sweep_.at(i, blocks_.count()); }
 
   // Calls back for groups of rows whose products go together: of those that take part, or, where the weights are read
   // in place, of neighbours.
@@ -141,7 +143,7 @@ class Recurrence : LayerShare<S, kCell> {
 
   // The same in the second part of a step.
   template <class Call>
-  void each_active_group(int64_t t, const Call& call) const {
+  void each_active_group(int64_t t, const Call& call) {
     int64_t rows[kLayerRows];
     for (int64_t b = 0; b < args_.batch;) {
       int64_t n = 0;
@@ -173,11 +175,13 @@ class Recurrence : LayerShare<S, kCell> {
     const int64_t t = schedule_.time(s);
     each_group(s, t, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
-      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
+      for (int64_t turn = 0; turn < blocks_.count(); ++turn) {
+        const int64_t block = swept(turn);
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]);
         multiply_states(s, block, rows, n, sums);
         for (int64_t i = 0; i < n; ++i) measure_block<kGates>(sums[i], units(block), moments(block, rows[i]));
       }
+      sweep_.turn();
     });
     wait();
     each_active_group(t, [&](const int64_t* rows, int64_t n) {
@@ -206,23 +210,27 @@ class Recurrence : LayerShare<S, kCell> {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = operand(s, rows[i]);
-      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
+      for (int64_t turn = 0; turn < blocks_.count(); ++turn) {
+        const int64_t block = swept(turn);
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]);
         panel_product<kFirst>(from, n, deep(args_.hidden), columns(block, 0), kWidth * kDeep, sums, false);
         for (int64_t i = 0; i < n; ++i) reset(s, block, rows[i], sums[i]);
       }
+      sweep_.turn();
     });
     wait();
     each_active_group(t, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = reset_state(rows[i]);
-      for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
+      for (int64_t turn = 0; turn < blocks_.count(); ++turn) {
+        const int64_t block = swept(turn);
         const Cell cell(args_, block);
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]) + kFirst;
         panel_product<kUnits>(from, n, deep(args_.hidden), columns(block, kFirst), kWidth * kDeep, sums, false);
         for (int64_t i = 0; i < n; ++i) activate(s, t, block, rows[i], sums[i] - kFirst, cell);
       }
+      sweep_.turn();
     });
   }
 
@@ -342,6 +350,7 @@ class Recurrence : LayerShare<S, kCell> {
   }
 
   const int64_t parties_;
+  Sweep sweep_;
   C* sums_at_[kLayerRows];
   alignas(64) C sums_[kLayerRows * kWidth] = {};
 };

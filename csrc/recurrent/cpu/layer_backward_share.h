@@ -78,7 +78,9 @@ class BackwardShare {
     const P* from[kLayerRows];
     C* to[kLayerRows];
     for (int64_t i = 0; i < n; ++i) from[i] = operand(s, t, rows[i]) + k;
-    for (int64_t block = blocks_.first; block < blocks_.last; block += kPanel) {
+    const int64_t panels = (blocks_.count() + kPanel - 1) / kPanel;
+    for (int64_t turn = 0; turn < panels; ++turn) {
+      const int64_t block = blocks_.first + sweep_.at(turn, panels) * kPanel;
       const int64_t blocks = std::min(kPanel, blocks_.last - block);
       const P* panel = static_cast<const P*>(args_.panels) + first_unit(block) * deep(columns()) + k * blocks * kUnits;
       for (int64_t i = 0; i < n; ++i) to[i] = scratch_row(scratch, rows[i]) + first_unit(block);
@@ -93,6 +95,7 @@ class BackwardShare {
         default: run.template operator()<kPanel>(); break;
       }
     }
+    sweep_.turn();
   }
 
   // Calls back for groups of the rows that `wanted` holds for.
@@ -136,6 +139,8 @@ class BackwardShare {
     if constexpr (kRounds) return exchange(s, b);
     else return sums_at(product_grad(), t, b);
   }
+
+  Sweep sweep_;
 };
 
 }  // namespace lect11ext::CPU_CAPABILITY

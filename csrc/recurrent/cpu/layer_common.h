@@ -70,6 +70,20 @@ struct Blocks {
     first = blocks * begin / args.shares;
     last = blocks * end / args.shares;
   }
+
+  int64_t count() const { return last - first; }
+};
+
+// An order of panels that are all read in every step: from the first to the last, then back. Where a share's weights are
+// more than its cache holds, what was read last is found there again; always from the first, nothing would be.
+class Sweep {
+ public:
+  // The i-th of `count` in this sweep.
+  int64_t at(int64_t i, int64_t count) const { return back_ ? count - 1 - i : i; }
+  void turn() { back_ = !back_; }
+
+ private:
+  bool back_ = false;
 };
 
 // How much of the state is kept, of units u … u + kLanes − 1 of row (t, b), of which n exist.
