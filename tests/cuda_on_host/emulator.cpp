@@ -67,6 +67,10 @@ class Block {
 };
 
 thread_local Block block;
+// Of the blocks that run together: where each has its shared memory, and which of them this one is.
+constexpr std::size_t kMostTogether = 256;
+unsigned char* shared_of[kMostTogether];
+thread_local std::size_t place_in_cluster = 0, cluster_size = 1;
 
 void Block::enter() {
   (*block.thread_)();
@@ -222,6 +226,12 @@ bool is_shared(const void* address) {
   return address >= first && address < first + sizeof(lect11ext::cuda::dynamic_shared);
 }
 
+void* of_cluster(void* own, unsigned rank) {
+  if (!is_shared(own)) fail("what goes to another block of the cluster is not in shared memory");
+  if (rank >= cluster_size || rank == place_in_cluster) fail("no such other block in the cluster");
+  return shared_of[rank] + (static_cast<unsigned char*>(own) - lect11ext::cuda::dynamic_shared);
+}
+
 void fail(const char* what) {
   std::fprintf(stderr, "CUDA on the host: %s.\n", what);
   std::abort();
@@ -242,6 +252,8 @@ void run(const std::function<void()>& thread, dim3 grid, dim3 size, std::size_t 
     std::vector<std::jthread> threads;
     for (std::size_t n = first; n < first + together; ++n) {
       threads.emplace_back([&, n] {
+        place_in_cluster = n - first, cluster_size = together;
+        if (together <= kMostTogether) shared_of[place_in_cluster] = lect11ext::cuda::dynamic_shared;
         block.run(thread, index(n), grid, size, &all_blocks);
         all_blocks.arrive_and_drop();
       });

@@ -50,7 +50,11 @@ void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t sh
 template <class... Params>
 void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
                      void* stream, const std::type_identity_t<Params>&... args) {
+  constexpr unsigned kPortable = 8;  // what every device has
   reserve_shared(kernel, shared_bytes);
+  if (cluster > kPortable) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allow large clusters");
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;

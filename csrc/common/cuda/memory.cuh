@@ -134,6 +134,15 @@ struct Pack {
   }
 };
 
+// Asks for what will be read later: into the L2 cache, and into no register.
+__device__ inline void prefetch(const void* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  (void)from;
+#endif
+}
+
 // --- strided views ------------------------------------------------------------------------------------------------
 
 // a / b for 0 ≤ a, 0 < b. A division of 64 bits takes several times the instructions of one of 32.

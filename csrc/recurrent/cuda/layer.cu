@@ -6,25 +6,28 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-template <class S, LayerCell kCell, bool kTensorCores>
-class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
+template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
+class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1, kHeld, kClusters> {
   static constexpr bool kLstm = kCell == LayerCell::Lstm;
   static constexpr int kGates = gates_of(kCell), kKept = kCell == LayerCell::GruResetFirst ? 3 : 4;
-  using Team = LayerTeam<S, kTensorCores, kGates>;
-  using Team::active, Team::at, Team::parameter, Team::restarts, Team::time, Team::wait;
+  using Team = LayerTeam<S, kTensorCores, kGates, 1, kHeld, kClusters>;
+  using Team::active, Team::at, Team::operand, Team::parameter, Team::restarts, Team::share_and_wait, Team::time,
+      Team::wait;
   using typename Team::C;
 
  public:
+  // Of what is multiplied: two that steps take in turns, then r ⊙ u.
+  enum Buffer : int { kResetState = 2, kBuffers = kCell == LayerCell::GruResetFirst ? 3 : 2 };
+  enum State : int { kStateH, kStateC, kStates = kLstm ? 2 : 1 };
+
   __device__ Forward(const LayerCuda& args, const LayerPlan& plan)
-      : Team(args, plan, args.panels, args.arrivals, dynamic_shared),
-        args_(args),
-        depth_(cuda_depth(args.hidden, sizeof(S))) {}
+      : Team(args, plan, args.panels, args.arrivals, dynamic_shared), args_(args) {}
 
   __device__ void run() {
-    this->keep_weights();
+    this->prepare(kBuffers);
     this->each_unit([&](int64_t b, int64_t unit) { start(b, unit); });
     for (int64_t s = 0; s < args_.steps; ++s) {
-      wait();
+      share_and_wait(s % 2, 0, 1);
       if constexpr (kCell == LayerCell::GruResetFirst) step_reset_first(s);
       else if (args_.norm != nullptr) step_normed(s);
       else step(s);
@@ -40,8 +43,10 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
     C of[kGates];
   };
 
-  __device__ S& state_h(int64_t b, int64_t unit) const { return static_cast<S*>(args_.state_h)[at(b, unit)]; }
-  __device__ C& state_c(int64_t b, int64_t unit) const { return static_cast<C*>(args_.state_c)[at(b, unit)]; }
+  __device__ S& state_h(int64_t b, int64_t unit) const {
+    return this->template state<S>(kStateH, args_.state_h, b, unit);
+  }
+  __device__ C& state_c(int64_t b, int64_t unit) const { return this->state(kStateC, args_.state_c, b, unit); }
   __device__ C* waiting_sums(int64_t b, int64_t unit) const {
     return static_cast<C*>(args_.sums) + b * kGates * args_.hidden + unit;
   }
@@ -65,7 +70,7 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
       if constexpr (kLstm) state_c(b, unit) = 0;
     }
     state_h(b, unit) = h;
-    static_cast<S*>(args_.exchange[s % 2])[b * depth_ + unit] = to_storage<S>(masked(b, unit, h));
+    operand(s % 2, args_.exchange[s % 2], b, 0, unit) = to_storage<S>(masked(b, unit, h));
   }
 
   // Of the states that only every so many steps are kept, the one after step s.
@@ -107,6 +112,12 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
     return sums;
   }
 
+  __device__ void prefetch_pre(int64_t t, int64_t b, int64_t unit) const {
+    const S* pre = over_time(static_cast<const S*>(args_.pre), args_.pre_strides, t, b) + unit;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) prefetch(pre + g * args_.hidden);
+  }
+
   __device__ C bias(int gate, int64_t unit) const {
     return args_.bias_hh == nullptr ? C(0) : parameter(args_.bias_hh, gate * args_.hidden + unit);
   }
@@ -115,8 +126,12 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
   template <class Finish>
   __device__ void multiply_state(int64_t s, Finish finish) {
     this->template multiply<0, kGates>(
-        args_.exchange[s % 2], depth_, 0, this->plan_.chunks,
-        [&](int64_t b, int64_t unit) { return load_pre(time(s), b, unit); }, finish);
+        this->rows_of(s % 2, args_.exchange[s % 2]), 0, this->plan_.chunks,
+        [&](int64_t b, int64_t unit) {
+          if (s + 1 < args_.steps) prefetch_pre(time(s + 1), b, unit);
+          return load_pre(time(s), b, unit);
+        },
+        finish);
   }
 
   __device__ void step(int64_t s) {
@@ -188,13 +203,15 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) waiting_sums(b, unit)[g * args_.hidden] = sums[g];
     });
-    this->each_pass([&](int64_t tile, int64_t row) {
-      for (int64_t b = row + threadIdx.x; b < this->end_of_pass(row); b += kLayerThreads) measure(tile, b);
+    this->each_pass([&](int64_t first_tile, int64_t row) {
+      this->each_tile_of(first_tile, [&](int64_t tile) {
+        for (int64_t b = row + threadIdx.x; b < this->end_of_pass(row); b += kLayerThreads) measure(tile, b);
+      });
     });
     wait();
     this->each_pass([&](int64_t tile, int64_t row) {
       this->find_row_numbers(row, [&](int64_t b, int lane, C* numbers) { find_statistics(b, lane, numbers); });
-      this->each_unit_of(tile, row, [&](int64_t b, int64_t unit, int) {
+      this->each_unit_of(tile, row, [&](int64_t b, int64_t unit) {
         if (!active(t, b)) return keep(s, t, b, unit);
         const C* numbers = this->row_numbers(b - row);
         C sums[kGates];
@@ -262,38 +279,43 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell)> {
   __device__ void step_reset_first(int64_t s) {
     const int64_t t = time(s), chunks = this->plan_.chunks;
     const auto load = [&](int64_t b, int64_t unit) { return load_pre(t, b, unit); };
-    this->template multiply<0, 2>(args_.exchange[s % 2], depth_, 0, chunks, load,
+    this->template multiply<0, 2>(this->rows_of(s % 2, args_.exchange[s % 2]), 0, chunks, load,
                                   [&](int64_t b, int64_t unit, const Sums& pre, const C(&sums)[2]) {
                                     const C r = sigmoid(pre.of[0] + sums[0]), u = masked(b, unit, state_h(b, unit));
                                     waiting_sums(b, unit)[0] = r;
                                     waiting_sums(b, unit)[args_.hidden] = sigmoid(pre.of[1] + sums[1]);
-                                    static_cast<S*>(args_.reset_state)[b * depth_ + unit] = to_storage<S>(r * u);
+                                    operand(kResetState, args_.reset_state, b, 0, unit) = to_storage<S>(r * u);
                                   });
-    wait();
-    this->template multiply<2, 1>(
-        args_.reset_state, depth_, 0, chunks, load, [&](int64_t b, int64_t unit, const Sums& pre, const C(&sum)[1]) {
-          if (!active(t, b)) return keep(s, t, b, unit);
-          const C sums[] = {waiting_sums(b, unit)[0], waiting_sums(b, unit)[args_.hidden], sum[0]};
-          activate(s, t, b, unit, pre, sums);
-        });
+    share_and_wait(kResetState, 0, 1);
+    this->template multiply<2, 1>(this->rows_of(kResetState, args_.reset_state), 0, chunks, load,
+                                  [&](int64_t b, int64_t unit, const Sums& pre, const C(&sum)[1]) {
+                                    if (!active(t, b)) return keep(s, t, b, unit);
+                                    const C sums[] = {waiting_sums(b, unit)[0], waiting_sums(b, unit)[args_.hidden],
+                                                      sum[0]};
+                                    activate(s, t, b, unit, pre, sums);
+                                  });
   }
 
   const LayerCuda& args_;
-  const int64_t depth_;
 };
 
-template <class S, LayerCell kCell, bool kTensorCores>
+template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     forward_kernel(const __grid_constant__ LayerCuda args, const __grid_constant__ LayerPlan plan) {
-  Forward<S, kCell, kTensorCores>(args, plan).run();
+  Forward<S, kCell, kTensorCores, kHeld, kClusters>(args, plan).run();
 }
 
 template <class S, LayerCell kCell, bool kTensorCores>
 void run(const LayerCuda& args, void* stream) {
+  // Half of the registers: over 128 blocks all of H 1024, of TF32 too. One more of the GRU would spill.
+  constexpr int kHeld = !kTensorCores ? 0 : kCell == LayerCell::Gru ? 7 : 8;
+  using Kernel = Forward<S, kCell, kTensorCores, kHeld, false>;
   pack_weights<S, kTensorCores, false>(args, gates_of(kCell), args.panels, stream);
-  const int64_t chunks = cuda_depth(args.hidden, sizeof(S)) * sizeof(S) / kCudaChunkBytes;
-  const LayerPlan plan = Forward<S, kCell, kTensorCores>::plan(args, chunks);
-  launch_teams(forward_kernel<S, kCell, kTensorCores>, args, plan, stream);
+  const LayerPlan plan = Kernel::plan(args, Kernel::kBuffers, Kernel::kStates);
+  auto kernel = forward_kernel<S, kCell, kTensorCores, 0, false>;
+  if (plan.clusters) kernel = forward_kernel<S, kCell, kTensorCores, kHeld, true>;
+  else if (plan.registers) kernel = forward_kernel<S, kCell, kTensorCores, kHeld, false>;
+  launch_teams(kernel, args, plan, stream);
 }
 
 }  // namespace

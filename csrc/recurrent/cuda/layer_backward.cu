@@ -6,23 +6,23 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-template <class S, LayerCell kCell, bool kTensorCores>
-class Backward : public LayerTeam<S, kTensorCores, 1> {
+template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
+class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kClusters> {
   static constexpr bool kLstm = kCell == LayerCell::Lstm, kResetFirst = kCell == LayerCell::GruResetFirst;
   static constexpr int kGates = gates_of(kCell);
-  using Team = LayerTeam<S, kTensorCores, 1>;
-  using Team::active, Team::at, Team::parameter, Team::restarts, Team::time, Team::wait;
+  using Team = LayerTeam<S, kTensorCores, 1, kGates, kHeld, kClusters>;
+  using Team::active, Team::at, Team::parameter, Team::restarts, Team::share_and_wait, Team::time, Team::wait;
   using typename Team::C;
 
  public:
+  enum Buffer : int { kBuffers = 2 };  // of what is multiplied: steps take them in turns
+  enum State : int { kCarryH, kCarryC, kProduct, kCarryMask, kStates };
+
   __device__ Backward(const LayerCudaBackward& args, const LayerPlan& plan)
-      : Team(args, plan, args.panels, args.arrivals, dynamic_shared),
-        args_(args),
-        depth_(cuda_depth(args.hidden, sizeof(S))),
-        gate_chunks_(plan.chunks / kGates) {}
+      : Team(args, plan, args.panels, args.arrivals, dynamic_shared), args_(args), gate_chunks_(plan.chunks / kGates) {}
 
   __device__ void run() {
-    this->keep_weights();
+    this->prepare(kBuffers);
     this->each_unit([&](int64_t b, int64_t unit) { start(b, unit); });
     for (int64_t s = args_.steps - 1; s >= 0; --s) {
       const int64_t t = time(s);
@@ -30,21 +30,24 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
       if constexpr (kResetFirst) back_through_reset(s, t);
       else if (args_.norm != nullptr) back_through_norm(s, t);
       if (s == 0 && args_.grad_h == nullptr && args_.grad_mask == nullptr) break;
-      wait();
+      share_and_wait(s % 2, 0, kResetFirst ? 2 : kGates);
       back_to_state(s, t);
     }
     this->each_unit([&](int64_t b, int64_t unit) {
-      const auto give = [&](void* to, const void* from) {
-        if (to != nullptr) static_cast<S*>(to)[at(b, unit)] = to_storage<S>(static_cast<const C*>(from)[at(b, unit)]);
+      const auto give = [&](void* to, const C& from) {
+        if (to != nullptr) static_cast<S*>(to)[at(b, unit)] = to_storage<S>(from);
       };
-      give(args_.grad_h, args_.carry_h);
-      give(args_.grad_c, args_.carry_c);
-      give(args_.grad_mask, args_.carry_mask);
+      give(args_.grad_h, carry_h(b, unit));
+      if constexpr (kLstm) give(args_.grad_c, carry_c(b, unit));
+      give(args_.grad_mask, carry_mask(b, unit));
     });
   }
 
  private:
-  __device__ C& scratch(void* tensor, int64_t b, int64_t unit) const { return static_cast<C*>(tensor)[at(b, unit)]; }
+  __device__ C& carry_h(int64_t b, int64_t unit) const { return this->state(kCarryH, args_.carry_h, b, unit); }
+  __device__ C& carry_c(int64_t b, int64_t unit) const { return this->state(kCarryC, args_.carry_c, b, unit); }
+  __device__ C& product(int64_t b, int64_t unit) const { return this->state(kProduct, args_.product, b, unit); }
+  __device__ C& carry_mask(int64_t b, int64_t unit) const { return this->state(kCarryMask, args_.carry_mask, b, unit); }
   __device__ const S* row(const void* tensor, TimeStrides strides, int64_t t, int64_t b) const {
     return over_time(static_cast<const S*>(tensor), strides, t, b);
   }
@@ -54,7 +57,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
   }
   // What the product of step s sees of the gradient of its gate.
   __device__ S& exchanged(int64_t s, int64_t b, int gate, int64_t unit) const {
-    return static_cast<S*>(args_.exchange[s % 2])[(b * kGates + gate) * depth_ + unit];
+    return this->operand(s % 2, args_.exchange[s % 2], b, gate, unit);
   }
   // Whether a step's state reaches the next without the product.
   __device__ bool passes_by() const { return !kLstm || args_.zoneout_h.mask != nullptr || args_.zoneout_h.rate != 0; }
@@ -72,12 +75,10 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
   }
 
   __device__ void start(int64_t b, int64_t unit) {
-    const auto load = [&](const void* grad, void* carry) {
-      if (carry != nullptr) scratch(carry, b, unit) = grad == nullptr ? C(0) : parameter(grad, at(b, unit));
-    };
-    load(args_.grad_h_out, args_.carry_h);
-    load(args_.grad_c_out, args_.carry_c);
-    load(nullptr, args_.carry_mask);
+    const auto given = [&](const void* grad) { return grad == nullptr ? C(0) : parameter(grad, at(b, unit)); };
+    carry_h(b, unit) = given(args_.grad_h_out);
+    if constexpr (kLstm) carry_c(b, unit) = given(args_.grad_c_out);
+    if (args_.carry_mask != nullptr) carry_mask(b, unit) = 0;
   }
 
   // --- gates
@@ -124,7 +125,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
     const auto plus_gate = [&](C sum, int g) {
       return grad_gates == nullptr ? sum : sum + from_storage<C>(grad_gates[g * args_.hidden + unit]);
     };
-    C& carry = scratch(args_.carry_h, b, unit);
+    C& carry = carry_h(b, unit);
     C dh = carry;
     if (grad_out != nullptr) dh += from_storage<C>(grad_out[unit]);
     dh = clip(dh);
@@ -143,7 +144,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
       const auto peep = [&](int part) {
         return args_.peephole == nullptr ? C(0) : parameter(args_.peephole, part * args_.hidden + unit);
       };
-      C& carry = scratch(args_.carry_c, b, unit);
+      C& carry = carry_c(b, unit);
       C dc = carry;
       if (grad_cells != nullptr) dc += from_storage<C>(grad_cells[unit]);
       dc = clip(dc);
@@ -202,10 +203,12 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
 
   __device__ void back_through_norm(int64_t s, int64_t t) {
     __syncthreads();  // the gates' gradients are those of other threads
-    this->each_pass([&](int64_t tile, int64_t first_row) {
-      for (int64_t b = first_row + threadIdx.x; b < this->end_of_pass(first_row); b += kLayerThreads) {
-        if (active(t, b)) measure(t, tile, b);
-      }
+    this->each_pass([&](int64_t first_tile, int64_t first_row) {
+      this->each_tile_of(first_tile, [&](int64_t tile) {
+        for (int64_t b = first_row + threadIdx.x; b < this->end_of_pass(first_row); b += kLayerThreads) {
+          if (active(t, b)) measure(t, tile, b);
+        }
+      });
     });
     wait();
     const C each = C(1) / C(kGates * args_.hidden);
@@ -216,7 +219,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
           if (lane == 0) numbers[which] = sum * each;
         }
       });
-      this->each_unit_of(tile, first_row, [&](int64_t b, int64_t unit, int) {
+      this->each_unit_of(tile, first_row, [&](int64_t b, int64_t unit) {
         if (!active(t, b)) return;
         const C* numbers = this->row_numbers(b - first_row);
         const C rstd = *over_time(static_cast<const C*>(args_.rstd), args_.rstd_strides, t, b);
@@ -249,7 +252,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
   template <class Finish>
   __device__ void multiply_gates(int64_t s, int first, int last, Finish finish) {
     this->template multiply<0, 1>(
-        args_.exchange[s % 2], kGates * depth_, first * gate_chunks_, last * gate_chunks_,
+        this->rows_of(s % 2, args_.exchange[s % 2]), first * gate_chunks_, last * gate_chunks_,
         [](int64_t, int64_t) { return 0; },
         [&](int64_t b, int64_t unit, int, const C(&sum)[1]) { finish(b, unit, sum[0]); });
   }
@@ -258,7 +261,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
 
   // From n through r ⊙ u: the gradient of r, and u's part of it.
   __device__ void back_through_reset(int64_t s, int64_t t) {
-    wait();
+    share_and_wait(s % 2, 2, 3);
     multiply_gates(s, 2, 3, [&](int64_t b, int64_t unit, C grad) {
       if (!active(t, b)) return;
       const C r = from_storage<C>(row(args_.gates, args_.gates_strides, t, b)[unit]);
@@ -267,7 +270,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
       if (args_.hidden_mask != nullptr) dr *= mask_at(b, unit);
       if (grad_gates != nullptr) dr += from_storage<C>(grad_gates[unit]);
       sums_at(args_.grad_pre, t, b, 0, unit) = exchanged(s, b, 0, unit) = to_storage<S>(dr * r * (1 - r));
-      scratch(args_.product, b, unit) = grad * r;
+      product(b, unit) = grad * r;
     });
   }
 
@@ -275,34 +278,37 @@ class Backward : public LayerTeam<S, kTensorCores, 1> {
   __device__ void back_to_state(int64_t s, int64_t t) {
     multiply_gates(s, 0, kResetFirst ? 2 : kGates, [&](int64_t b, int64_t unit, C grad) {
       if (!active(t, b)) return;
-      if constexpr (kResetFirst) grad += scratch(args_.product, b, unit);
+      if constexpr (kResetFirst) grad += product(b, unit);
       if (args_.hidden_mask != nullptr) {
-        C& sum = scratch(args_.carry_mask, b, unit);
+        C& sum = carry_mask(b, unit);
         sum = std::fma(grad, before(s, t, b, unit, args_.h, args_.out), sum);
         grad *= mask_at(b, unit);
       }
-      C& carry = scratch(args_.carry_h, b, unit);
+      C& carry = carry_h(b, unit);
       carry = is_cut(s, t, b) ? C(0) : passes_by() ? carry + grad : grad;
     });
   }
 
   const LayerCudaBackward& args_;
-  const int64_t depth_, gate_chunks_;
+  const int64_t gate_chunks_;
 };
 
-template <class S, LayerCell kCell, bool kTensorCores>
+template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     backward_kernel(const __grid_constant__ LayerCudaBackward args, const __grid_constant__ LayerPlan plan) {
-  Backward<S, kCell, kTensorCores>(args, plan).run();
+  Backward<S, kCell, kTensorCores, kHeld, kClusters>(args, plan).run();
 }
 
 template <class S, LayerCell kCell, bool kTensorCores>
 void run(const LayerCudaBackward& args, void* stream) {
-  constexpr int kGates = gates_of(kCell);
-  pack_weights<S, kTensorCores, true>(args, kGates, args.panels, stream);
-  const int64_t chunks = kGates * cuda_depth(args.hidden, sizeof(S)) * sizeof(S) / kCudaChunkBytes;
-  const LayerPlan plan = Backward<S, kCell, kTensorCores>::plan(args, chunks);
-  launch_teams(backward_kernel<S, kCell, kTensorCores>, args, plan, stream);
+  constexpr int kHeld = kTensorCores ? 24 : 0;  // as many registers as the forward's
+  using Kernel = Backward<S, kCell, kTensorCores, kHeld, false>;
+  pack_weights<S, kTensorCores, true>(args, gates_of(kCell), args.panels, stream);
+  const LayerPlan plan = Kernel::plan(args, Kernel::kBuffers, Kernel::kStates);
+  auto kernel = backward_kernel<S, kCell, kTensorCores, 0, false>;
+  if (plan.clusters) kernel = backward_kernel<S, kCell, kTensorCores, kHeld, true>;
+  else if (plan.registers) kernel = backward_kernel<S, kCell, kTensorCores, kHeld, false>;
+  launch_teams(kernel, args, plan, stream);
 }
 
 }  // namespace

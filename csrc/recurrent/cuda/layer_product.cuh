@@ -12,9 +12,16 @@ namespace lect11ext::cuda {
 
 inline constexpr int kLayerThreads = 256;
 inline constexpr int kLayerWarps = kLayerThreads / 32;
-inline constexpr int kTile = static_cast<int>(kCudaTileUnits);
+// Warps side by side, along the batch and along tiles together, are at most 4; so a thread has at most two units a
+// pass.
+inline constexpr int kLayerGroupBits = 2, kLayerItems = 2;
+inline constexpr int kTile = static_cast<int>(kCudaTileUnits), kTileBits = 3;
+static_assert(kTile == 1 << kTileBits);
 inline constexpr int kQuarters = 4;
 inline constexpr int kPieces = kTile * kQuarters;  // of a tile's chunk: one for each lane
+
+// From row to row of sums of so many tiles: an odd number of tiles, so that four rows lie in different banks.
+constexpr int sum_stride(int tiles) { return (tiles | 1) * kTile; }
 
 struct Lane {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / kQuarters, q = lane % kQuarters;
@@ -30,33 +37,36 @@ class WarpProduct {
   struct Operand {
     uint4 low, high;
 
-    __device__ void load(const Lane& lane, const S* first, int64_t stride, int64_t rows) {
+    template <class Read>
+    __device__ void load(const Lane& lane, const S* first, int64_t stride, int rows, Read read) {
       const auto piece = [&](int row) {
-        return row < rows ? __ldcg(reinterpret_cast<const uint4*>(first + row * stride) + lane.q) : uint4{0, 0, 0, 0};
+        return row < rows ? read(reinterpret_cast<const uint4*>(first + row * stride) + lane.q) : uint4{0, 0, 0, 0};
       };
       low = piece(lane.g);
       high = piece(lane.g + 8);
     }
   };
 
-  __device__ void multiply(const Operand& rows, const uint4* tiles, const Lane& lane, int64_t) {
+  // weights(tile) are this lane's.
+  template <class Weights>
+  __device__ void multiply(const Operand& rows, Weights weights_of, int) {
     const uint4 low = rounded(rows.low), high = rounded(rows.high);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const uint4 weights = tiles[tile * kPieces + lane.lane];
+      const uint4 weights = weights_of(tile);
       mma<S>(sums_[tile], {low.x, high.x, low.y, high.y}, {weights.x, weights.y});
       mma<S>(sums_[tile], {low.z, high.z, low.w, high.w}, {weights.z, weights.w});
     }
   }
 
-  // To [kRows, kTiles, 8].
-  __device__ void store(float* to, const Lane& lane, int64_t) const {
+  // To [kRows, sum_stride].
+  __device__ void store(float* to, const Lane& lane, int) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane.g + i / 2 * 8, column = 2 * lane.q + i % 2;
-        to[(row * kTiles + tile) * kTile + column] = sums_[tile][i];
+      for (int half = 0; half < 2; ++half) {
+        float* const row = to + (lane.g + half * 8) * sum_stride(kTiles) + tile * kTile;
+        reinterpret_cast<float2*>(row)[lane.q] = {sums_[tile][2 * half], sums_[tile][2 * half + 1]};
       }
     }
   }
@@ -80,21 +90,24 @@ class WarpProduct<S, false, kTiles> {
   struct Operand {
     Pack<S, kElements> rows[kRows];
 
-    __device__ void load(const Lane& lane, const S* first, int64_t stride, int64_t count) {
+    template <class Read>
+    __device__ void load(const Lane& lane, const S* first, int64_t stride, int count, Read read) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         if (row >= count) break;
-        const uint4 words = __ldcg(reinterpret_cast<const uint4*>(first + row * stride) + lane.q);
+        const uint4 words = read(reinterpret_cast<const uint4*>(first + row * stride) + lane.q);
         memcpy(&rows[row], &words, sizeof(words));
       }
     }
   };
 
-  __device__ void multiply(const Operand& operand, const uint4* tiles, const Lane& lane, int64_t count) {
+  template <class Weights>
+  __device__ void multiply(const Operand& operand, Weights weights_of, int count) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+      const uint4 words = weights_of(tile);
       Pack<S, kElements> weights;
-      memcpy(&weights, tiles + tile * kPieces + lane.lane, sizeof(weights));
+      memcpy(&weights, &words, sizeof(weights));
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         if (row >= count) break;
@@ -106,7 +119,7 @@ class WarpProduct<S, false, kTiles> {
     }
   }
 
-  __device__ void store(S* to, const Lane& lane, int64_t count) const {
+  __device__ void store(S* to, const Lane& lane, int count) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -115,7 +128,7 @@ class WarpProduct<S, false, kTiles> {
         S sum = sums_[tile][row];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane.q == 0) to[(row * kTiles + tile) * kTile + lane.g] = sum;
+        if (lane.q == 0) to[row * sum_stride(kTiles) + tile * kTile + lane.g] = sum;
       }
     }
   }

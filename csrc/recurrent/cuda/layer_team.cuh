@@ -1,27 +1,15 @@
 // How the blocks of a layer's kernel share the work: teams, their tiles of units and rows of the batch, the weights
-// that a block keeps, a step's product, and the barrier between steps.
+// that a block keeps, a step's product, and the barrier between steps. Who gets what: layer_plan.cuh.
 #pragma once
 
-#include <algorithm>
-
 #include "common/cuda/cluster.cuh"
-#include "common/cuda/launch.h"
 #include "common/cuda/math.cuh"
-#include "recurrent/cuda/layer_product.cuh"
+#include "recurrent/cuda/layer_pack.cuh"
+#include "recurrent/cuda/layer_plan.cuh"
 
 namespace lect11ext::cuda {
 
 constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
-
-// The same for all blocks of a launch.
-struct LayerPlan {
-  int64_t teams, members;  // blocks of a team
-  bool clusters;           // whether a team is a cluster
-  int64_t row_groups;      // warps side by side along the batch; the others share the depth
-  int64_t chunks;          // of the product's depth
-  int64_t kept_chunks;     // those whose weights are in shared memory
-  size_t shared_bytes;
-};
 
 // Row (t, b) of a tensor over time; null of null.
 template <class T>
@@ -29,31 +17,25 @@ __device__ inline T* over_time(T* tensor, TimeStrides strides, int64_t t, int64_
   return tensor == nullptr ? nullptr : tensor + t * strides.step + b * strides.row;
 }
 
-// One block's part, for products with kColumns tiles of weights for each tile of units.
-template <class S, bool kTensorCores, int kColumns>
+// One block's part, for products with kColumns tiles of weights for each tile of units. What is multiplied has kParts
+// parts to a row, one behind the other. kHeld: chunks of weights that a warp holds in registers, or 0. kClusters:
+// whether a team is a cluster; each build knows which memory it reads, since an access to any kind takes longer.
+template <class S, bool kTensorCores, int kColumns, int kParts, int kHeld, bool kClusters>
 class LayerTeam {
  public:
-  // The largest cluster that every device has, and what it is worth: each tile more of a block is a product more a
-  // step.
-  static constexpr int64_t kClusterBlocks = 8, kClusterTiles = 2 * kClusterBlocks;
-
-  static LayerPlan plan(const LayerCommon& args, int64_t chunks) {
-    const int64_t blocks = device_attribute(cudaDevAttrMultiProcessorCount), tiles = cuda_tiles(args.hidden);
-    LayerPlan plan{};
-    plan.clusters =
-        device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && tiles <= kClusterTiles && blocks >= kClusterBlocks;
-    plan.members = std::min(tiles, plan.clusters ? kClusterBlocks : blocks);
-    plan.teams = std::clamp<int64_t>((args.batch + kRows - 1) / kRows, 1, blocks / plan.members);
-    const int64_t rows = (args.batch + plan.teams - 1) / plan.teams;
-    plan.row_groups = 1;
-    while (plan.row_groups < kLayerWarps && plan.row_groups * kRows < rows) plan.row_groups *= 2;
-    plan.chunks = chunks;
-    const int64_t own_tiles = (tiles + plan.members - 1) / plan.members;
-    const int64_t chunk_bytes = own_tiles * kColumns * kPieces * kVectorBytes;
-    const int64_t space = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kSumBytes;
-    plan.kept_chunks = std::clamp<int64_t>(space / chunk_bytes, 0, chunks);
-    plan.shared_bytes = kSumBytes + plan.kept_chunks * chunk_bytes;
-    return plan;
+  // For `buffers` tensors that are multiplied, and `states` that stay with their units' threads.
+  static LayerPlan plan(const LayerCommon& args, int64_t buffers, int64_t states) {
+    LayerNeeds needs{};
+    needs.rows = kRows;
+    needs.element = sizeof(S);
+    needs.row_bytes = kParts * cuda_depth(args.hidden, sizeof(S)) * int64_t{sizeof(S)};
+    needs.buffers = buffers;
+    needs.chunks = needs.row_bytes / kCudaChunkBytes;
+    needs.chunk_bytes = kColumns * kPieces * kVectorBytes;
+    needs.held_chunks = kHeld;
+    needs.sum_bytes = kSumBytes;
+    needs.state_bytes = states * int64_t{sizeof(C)};
+    return plan_layer(args, needs);
   }
 
  protected:
@@ -61,23 +43,50 @@ class LayerTeam {
   template <int kTiles>
   using Product = WarpProduct<S, kTensorCores, kTiles>;
   static constexpr int kRows = Product<kColumns>::kRows;
-  static constexpr int kPassRows = kLayerWarps * kRows;  // at most
+  static constexpr int kPassRows = kRows << kLayerGroupBits;  // at most
+  static_assert(kPassRows * kTile <= kLayerItems * kLayerThreads && kLayerItems == 2);
   // Shared memory besides weights: the warps' sums, and two numbers for every row of a pass.
-  static constexpr int64_t kSumBytes = (kPassRows * kColumns * kTile + kPassRows * 2) * sizeof(C);
+  static constexpr int64_t kNumbersAt = kLayerWarps * kRows * sum_stride(kColumns), kSums = kNumbersAt + kPassRows * 2;
+  static constexpr int64_t kSumBytes = kSums * sizeof(C);
+
+  // Rows of this team of what is multiplied.
+  struct Rows {
+    S* first;
+    int64_t stride;
+  };
 
   __device__ LayerTeam(const LayerCommon& args, const LayerPlan& plan, const void* panels, void* arrivals,
                        unsigned char* shared)
       : common_(args),
         plan_(plan),
+        depth_(cuda_depth(args.hidden, sizeof(S))),
         panels_(static_cast<const uint4*>(panels)),
         sums_(reinterpret_cast<C*>(shared)),
-        kept_(reinterpret_cast<uint4*>(shared + kSumBytes)),
+        states_(reinterpret_cast<C*>(shared + plan.states_at)),
+        operands_(reinterpret_cast<S*>(shared + plan.operands_at)),
+        kept_(reinterpret_cast<uint4*>(shared + plan.kept_at)),
         member_(blockIdx.x % plan.members),
         arrivals_(static_cast<unsigned long long*>(arrivals) + blockIdx.x / plan.members),
-        tiles_(cuda_tiles(args.hidden)) {
+        tiles_(cuda_tiles(args.hidden)),
+        first_tile_(std::min(member_ * plan.own_tiles, tiles_)),
+        last_tile_(std::min(first_tile_ + plan.own_tiles, tiles_)) {
     const int64_t team = blockIdx.x / plan.members;
     first_row_ = args.batch * team / plan.teams;
     last_row_ = args.batch * (team + 1) / plan.teams;
+  }
+
+  // Before anything else.
+  __device__ void prepare(int buffers) {
+    hold_weights();
+    keep_weights();
+    if constexpr (kClusters) {  // what lies beyond the units is multiplied too
+      const int64_t pieces = buffers * plan_.team_rows * plan_.operand_stride / kVector<S>;
+      for (int64_t i = threadIdx.x; i < pieces; i += kLayerThreads) {
+        reinterpret_cast<uint4*>(operands_)[i] = uint4{0, 0, 0, 0};
+      }
+      cluster_wait();
+    }
+    __syncthreads();
   }
 
   // --- time and rows
@@ -96,76 +105,70 @@ class LayerTeam {
 
   // --- tiles and passes over the rows
 
-  // Calls back with every tile of this block, and the first row of every pass.
+  // Calls back with the first tile of those that go side by side, and the first row of every pass.
   template <class Call>
   __device__ void each_pass(Call call) const {
-    for (int64_t tile = member_; tile < tiles_; tile += plan_.members) {
-      for (int64_t row = first_row_; row < last_row_; row += plan_.row_groups * kRows) call(tile, row);
+    for (int64_t tile = first_tile_; tile < last_tile_; tile += int64_t{1} << plan_.tile_shift) {
+      for (int64_t row = first_row_; row < last_row_; row += rows_of_pass()) call(tile, row);
     }
   }
+  __device__ int64_t rows_of_pass() const { return int64_t{kRows} << plan_.row_shift; }
+  __device__ int64_t end_of_pass(int64_t first_row) const { return std::min(first_row + rows_of_pass(), last_row_); }
+  __device__ int64_t units(int64_t tile) const { return std::min<int64_t>(kTile, common_.hidden - tile * kTile); }
 
-  // Calls back with the units of a pass that are this thread's: always the same ones.
+  // Calls back with every tile of a pass.
+  template <class Call>
+  __device__ void each_tile_of(int64_t tile, Call call) const {
+    const int64_t end = std::min(tile + (int64_t{1} << plan_.tile_shift), last_tile_);
+    for (; tile < end; ++tile) call(tile);
+  }
+
+  // Items of a pass, each a unit of a row. A thread's are always the same: threadIdx.x, and kLayerThreads more.
+  __device__ int items() const { return kRows * kTile << (plan_.row_shift + plan_.tile_shift); }
+
+  // Calls back with an item's row and unit, if there is such an item.
+  template <class Call>
+  __device__ void with_item(int64_t tile, int64_t first_row, int item, Call call) const {
+    const int width = kTile << plan_.tile_shift;
+    const int64_t row = first_row + (item >> (kTileBits + plan_.tile_shift)),
+                  unit = tile * kTile + (item & (width - 1));
+    if (item < items() && row < last_row_ && unit < std::min(last_tile_ * kTile, common_.hidden)) call(row, unit);
+  }
+
   template <class Call>
   __device__ void each_unit_of(int64_t tile, int64_t first_row, Call call) const {
-    for (int item = threadIdx.x; item < plan_.row_groups * kRows * kTile; item += kLayerThreads) {
-      const int64_t row = first_row + item / kTile, unit = tile * kTile + item % kTile;
-      if (row < last_row_ && unit < common_.hidden) call(row, unit, item);
-    }
+    for (int item = threadIdx.x; item < items(); item += kLayerThreads) with_item(tile, first_row, item, call);
   }
-
-  __device__ int64_t end_of_pass(int64_t first_row) const {
-    return std::min(first_row + plan_.row_groups * kRows, last_row_);
-  }
-  __device__ int64_t units(int64_t tile) const { return std::min<int64_t>(kTile, common_.hidden - tile * kTile); }
 
   template <class Call>
   __device__ void each_unit(Call call) const {
-    each_pass([&](int64_t tile, int64_t row) {
-      each_unit_of(tile, row, [&](int64_t b, int64_t unit, int) { call(b, unit); });
-    });
+    each_pass([&](int64_t tile, int64_t row) { each_unit_of(tile, row, call); });
   }
 
-  // --- products
-
-  __device__ void keep_weights() {
-    const int64_t pieces = plan_.kept_chunks * kColumns * kPieces;
-    uint4* to = kept_;
-    for (int64_t tile = member_; tile < tiles_; tile += plan_.members, to += pieces) {
-      for (int64_t i = threadIdx.x; i < pieces; i += kLayerThreads) to[i] = panel(tile)[i];
-    }
-    __syncthreads();
+  // A unit's value of state number `which`, in shared memory where there is room, else in `tensor`, [B, H] of T.
+  template <class T = C>
+  __device__ T& state(int which, void* tensor, int64_t b, int64_t unit) const {
+    if (!plan_.near_states) return static_cast<T*>(tensor)[at(b, unit)];
+    const int64_t width = plan_.own_tiles * kTile, row = which * plan_.team_rows + b - first_row_;
+    return reinterpret_cast<T&>(states_[row * width + unit - first_tile_ * kTile]);
   }
 
-  // Chunks first … last − 1 of the depth of `operand` times columns kFirst … kFirst + kCount − 1 of the weights. Calls
-  // back with every unit of this thread: load(b, unit), before the product, so that what it reads comes meanwhile, and
-  // finish(b, unit, what it read, sums) after it.
-  template <int kFirst, int kCount, class Load, class Finish>
-  __device__ void multiply(const void* operand, int64_t stride, int64_t first, int64_t last, Load load, Finish finish) {
-    each_pass([&](int64_t tile, int64_t row) {
-      decltype(load(row, row)) loaded{};
-      each_unit_of(tile, row, [&](int64_t b, int64_t unit, int item) {
-        if (item == static_cast<int>(threadIdx.x)) loaded = load(b, unit);
-      });
-      warp_product<kFirst, kCount>(static_cast<const S*>(operand), stride, tile, row, first, last);
-      __syncthreads();
-      each_unit_of(tile, row, [&](int64_t b, int64_t unit, int item) {
-        C sums[kCount] = {};
-        const int64_t groups = plan_.row_groups;
-        for (int64_t split = 0; split < kLayerWarps / groups; ++split) {
-          const C* from = sums_ + (split * groups * kRows + item / kTile) * kCount * kTile + item % kTile;
-#pragma unroll
-          for (int column = 0; column < kCount; ++column) sums[column] += from[column * kTile];
-        }
-        if (item != static_cast<int>(threadIdx.x)) loaded = load(b, unit);
-        finish(b, unit, loaded, sums);
-      });
-      __syncthreads();
-    });
+  // --- what is multiplied
+
+  // Tensor number `buffer`: in every block of a cluster, or `tensor`, [B, kParts · depth].
+  __device__ Rows rows_of(int buffer, void* tensor) const {
+    const int64_t stride = kClusters ? plan_.operand_stride : kParts * depth_;
+    if constexpr (kClusters) return {operands_ + buffer * plan_.team_rows * stride, stride};
+    return {static_cast<S*>(tensor) + first_row_ * stride, stride};
+  }
+  __device__ S& operand(int buffer, void* tensor, int64_t b, int part, int64_t unit) const {
+    const Rows rows = rows_of(buffer, tensor);
+    return rows.first[(b - first_row_) * rows.stride + part * depth_ + unit];
   }
 
   // Waits for all blocks of the team, and for what they have written.
   __device__ void wait() {
-    if (plan_.clusters) return cluster_wait();
+    if constexpr (kClusters) return cluster_wait();
     __syncthreads();
     awaited_ += plan_.members;
     if (threadIdx.x == 0 && plan_.members > 1) {
@@ -177,11 +180,47 @@ class LayerTeam {
     __syncthreads();
   }
 
+  // The same, and parts first … last − 1 of a buffer are then with all of them.
+  __device__ void share_and_wait(int buffer, int first, int last) {
+    if constexpr (kClusters) {
+      __syncthreads();
+      share(buffer, first, last);
+    }
+    wait();
+  }
+
+  // --- products
+
+  // Chunks first … last − 1 of the depth of `operand` times columns kFirst … kFirst + kCount − 1 of the weights. Calls
+  // back with every unit of this thread: load(b, unit), before the product, so that what it reads comes meanwhile, and
+  // finish(b, unit, what it read, sums) after it.
+  template <int kFirst, int kCount, class Load, class Finish>
+  __device__ void multiply(Rows operand, int first, int last, Load load, Finish finish) {
+    each_pass([&](int64_t tile, int64_t row) {
+      decltype(load(row, row)) loaded[kLayerItems] = {};
+#pragma unroll
+      for (int i = 0; i < kLayerItems; ++i) {
+        with_item(tile, row, threadIdx.x + i * kLayerThreads,
+                  [&](int64_t b, int64_t unit) { loaded[i] = load(b, unit); });
+      }
+      warp_product<kFirst, kCount>(operand, tile, row, first, last);
+      __syncthreads();
+#pragma unroll 1
+      for (int i = 0; i < kLayerItems; ++i) {
+        const int item = threadIdx.x + i * kLayerThreads;
+        with_item(tile, row, item, [&](int64_t b, int64_t unit) {
+          C sums[kCount] = {};
+          add_sums<kCount>(item, sums);
+          finish(b, unit, i == 0 ? loaded[0] : loaded[1], sums);
+        });
+      }
+      __syncthreads();
+    });
+  }
+
   // --- two numbers for every row of a pass
 
-  __device__ C* row_numbers(int64_t row_of_pass) const {
-    return sums_ + kPassRows * kColumns * kTile + 2 * row_of_pass;
-  }
+  __device__ C* row_numbers(int64_t row_of_pass) const { return sums_ + kNumbersAt + 2 * row_of_pass; }
 
   // find(b, lane, numbers), by the lanes of a warp, for every row of a pass.
   template <class Find>
@@ -204,112 +243,174 @@ class LayerTeam {
 
   const LayerCommon& common_;
   const LayerPlan& plan_;
+  const int64_t depth_;  // of a part
   int64_t first_row_, last_row_;
 
  private:
   static constexpr unsigned kPollNanoseconds = 20;
-  // Chunks whose rows are on their way at a time: reading from the L2 cache takes longer than multiplying.
-  static constexpr int kAhead = sizeof(typename Product<kColumns>::Operand) > 64 ? 1 : 4;
+  // Chunks whose rows are on their way at a time, as far as registers reach: reading from the L2 cache takes longer
+  // than multiplying.
+  static constexpr int kAhead = sizeof(typename Product<kColumns>::Operand) > 64 ? 1
+                                : kHeld == 0                                     ? 4
+                                : kClusters                                      ? 1
+                                                                                 : 2;
 
   __device__ const uint4* panel(int64_t tile) const { return panels_ + tile * plan_.chunks * kColumns * kPieces; }
 
+  // A warp's part: rows, a tile, and every how many-th chunk of the depth.
+  struct Part {
+    int row, tile, split, splits;
+  };
+  __device__ Part part_of(int warp) const {
+    const int shift = plan_.row_shift + plan_.tile_shift;
+    return {kRows * (warp & ((1 << plan_.row_shift) - 1)), warp >> plan_.row_shift & ((1 << plan_.tile_shift) - 1),
+            warp >> shift, kLayerWarps >> shift};
+  }
+
+  // --- weights
+
+  __device__ void keep_weights() {
+    const int64_t pieces = plan_.kept_chunks * kColumns * kPieces;
+    uint4* to = kept_;
+    for (int64_t tile = first_tile_; tile < last_tile_; ++tile, to += pieces) {
+      for (int64_t i = threadIdx.x; i < pieces; i += kLayerThreads) to[i] = panel(tile)[i];
+    }
+  }
+
+  __device__ void hold_weights() {
+    const Lane lane;
+    const Part part = part_of(lane.warp);
+    const int64_t tile = first_tile_ + part.tile;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t chunk = part.split + i * part.splits;
+      if (tile >= last_tile_ || chunk >= plan_.chunks) continue;
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        held_[i][column] = panel(tile)[(chunk * kColumns + column) * kPieces + lane.lane];
+      }
+    }
+  }
+
+  // --- what is multiplied
+
+  // This block's units of a buffer, to all other blocks of the cluster: a thread a piece and a block.
+  __device__ void share(int buffer, int first, int last) const {
+    constexpr int kTilePieces = kTile / kVector<S>;
+    const Rows rows = rows_of(buffer, nullptr);
+    const int own = kTilePieces << plan_.tile_shift, members = static_cast<int>(plan_.members);
+    const int count = static_cast<int>(last_row_ - first_row_) * own * members;
+    const int pieces = static_cast<int>(last_tile_ - first_tile_) * kTilePieces;
+    for (int part = first; part < last; ++part) {
+      S* const first_piece = rows.first + part * depth_ + first_tile_ * kTile;
+      for (int i = threadIdx.x; i < count; i += kLayerThreads) {
+        const int to = i & (members - 1), place = i >> plan_.member_shift, piece = place & (own - 1);
+        if (to == member_ || piece >= pieces) continue;
+        S* const from = first_piece + place / own * rows.stride + piece * kVector<S>;
+        cluster_store(from, to, *reinterpret_cast<const uint4*>(from));
+      }
+    }
+  }
+
+  // --- products
+
   template <int kFirst, int kCount>
-  __device__ void warp_product(const S* operand, int64_t stride, int64_t tile, int64_t row, int64_t first,
-                               int64_t last) {
+  __device__ void warp_product(Rows operand, int64_t first_tile, int64_t row, int first, int last) {
     using Tiles = Product<kCount>;
     const Lane lane;
-    const int64_t groups = plan_.row_groups, group = lane.warp % groups, split = lane.warp / groups;
-    const int64_t splits = kLayerWarps / groups, first_row = row + group * kRows;
-    const int64_t rows = last_row_ - first_row;
-    if (rows <= 0) return;
-    constexpr int64_t kChunk = kCudaChunkBytes / sizeof(S);
-    const uint4* kept = kept_ + tile / plan_.members * plan_.kept_chunks * kColumns * kPieces;
+    const Part part = part_of(lane.warp);
+    const int64_t first_row = row + part.row, tile = first_tile + part.tile;
+    const int rows = static_cast<int>(std::min<int64_t>(last_row_ - first_row, kRows));
+    if (rows <= 0 || tile >= last_tile_) return;
+    const S* from = operand.first + (first_row - first_row_) * operand.stride;
     Tiles product;
-    for (int64_t chunk = first + split; chunk < last; chunk += kAhead * splits) {
+    if constexpr (kHeld > 0) multiply_held<kFirst>(product, from, operand.stride, rows, part, first, last);
+    else multiply_kept<kFirst>(product, from, operand.stride, rows, tile, part, first, last);
+    product.store(sums_ + lane.warp * kRows * sum_stride(kCount), lane, rows);
+  }
+
+  static __device__ uint4 read_piece(const uint4* piece) {
+    if constexpr (kClusters) return *piece;
+    else return __ldcg(piece);
+  }
+
+  // By weights of registers, whose index must be known when it is compiled.
+  template <int kFirst, class Tiles>
+  __device__ void multiply_held(Tiles& product, const S* from, int64_t stride, int rows, Part part, int first,
+                                int last) {
+    const Lane lane;
+    const auto is_due = [&](int i) {
+      const int chunk = part.split + i * part.splits;
+      return chunk >= first && chunk < last;
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; i += kAhead) {
+      typename Tiles::Operand ahead[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (is_due(i + j))
+          ahead[j].load(lane, from + (part.split + (i + j) * part.splits) * kChunk, stride, rows, read_piece);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (is_due(i + j)) product.multiply(ahead[j], [&](int t) { return held_[i + j][kFirst + t]; }, rows);
+      }
+    }
+  }
+
+  // By weights of shared memory, and of the L2 cache what is not there.
+  template <int kFirst, class Tiles>
+  __device__ void multiply_kept(Tiles& product, const S* from, int64_t stride, int rows, int64_t tile, Part part,
+                                int first, int last) {
+    const Lane lane;
+    const uint4* kept = kept_ + (tile - first_tile_) * plan_.kept_chunks * kColumns * kPieces;
+    for (int chunk = first + part.split; chunk < last; chunk += kAhead * part.splits) {
       typename Tiles::Operand ahead[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const int64_t at = chunk + i * splits;
-        if (at < last) ahead[i].load(lane, operand + first_row * stride + at * kChunk, stride, rows);
+        const int at = chunk + i * part.splits;
+        if (at < last) ahead[i].load(lane, from + at * kChunk, stride, rows, read_piece);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const int64_t at = chunk + i * splits;
+        const int at = chunk + i * part.splits;
         if (at >= last) break;
-        const int64_t from = (at * kColumns + kFirst) * kPieces;
-        // Two calls, so that each knows which memory it reads: an access to either kind takes longer.
-        if (at < plan_.kept_chunks) product.multiply(ahead[i], kept + from, lane, rows);
-        else product.multiply(ahead[i], panel(tile) + from, lane, rows);
+        const auto by = [&](const uint4* tiles) {
+          tiles += (at * kColumns + kFirst) * kPieces + lane.lane;
+          product.multiply(ahead[i], [&](int t) { return tiles[t * kPieces]; }, rows);
+        };
+        // Two calls, so that each knows which memory it reads.
+        if (at < plan_.kept_chunks) by(kept);
+        else by(panel(tile));
       }
     }
-    product.store(sums_ + (split * groups + group) * kRows * kCount * kTile, lane, rows);
   }
 
+  // What the warps have found for an item, in the order of their chunks.
+  template <int kCount>
+  __device__ void add_sums(int item, C (&sums)[kCount]) const {
+    const int row = item >> (kTileBits + plan_.tile_shift), tile = item >> kTileBits & ((1 << plan_.tile_shift) - 1);
+    const int shift = plan_.row_shift + plan_.tile_shift;
+    const int first = (tile << plan_.row_shift) + row / kRows;
+    for (int split = 0; split < kLayerWarps >> shift; ++split) {
+      const C* from = sums_ + (((split << shift) + first) * kRows + row % kRows) * sum_stride(kCount) + item % kTile;
+#pragma unroll
+      for (int column = 0; column < kCount; ++column) sums[column] += from[column * kTile];
+    }
+  }
+
+  static constexpr int64_t kChunk = kCudaChunkBytes / sizeof(S);
   const uint4* panels_;
-  C* sums_;      // [splits, rows of a pass, columns, 8]
+  // In shared memory:
+  C* sums_;      // [warps, kRows, sum_stride], then the rows' numbers
+  C* states_;    // [states, rows of the team, own units]
+  S* operands_;  // [buffers, rows of the team, operand_stride]
   uint4* kept_;  // [own tiles, kept chunks, kColumns, 32]
+  uint4 held_[std::max(kHeld, 1)][kColumns];
   const int64_t member_;
   unsigned long long* arrivals_;
   unsigned long long awaited_ = 0;
-  const int64_t tiles_;
+  const int64_t tiles_, first_tile_, last_tile_;
 };
-
-// Lays out weight_hh as pieces of 16 bytes, [tiles, chunks, kColumns, 8, 4]. Forward, column j of a tile holds gate j's
-// rows of its units; backward, where kColumns is one, it holds the units' columns of all gates, one gate after another.
-template <class S, bool kTensorCores, bool kBackward>
-__global__ void pack_kernel(const __grid_constant__ LayerCommon args, int64_t gates, uint4* panels, int64_t pieces) {
-  constexpr int kElements = kVector<S>;
-  const int64_t H = args.hidden, depth = cuda_depth(H, sizeof(S)), columns = kBackward ? 1 : gates;
-  const int64_t chunks = depth * (kBackward ? gates : 1) * static_cast<int64_t>(sizeof(S)) / kCudaChunkBytes;
-  const S* weight = static_cast<const S*>(args.weight_hh);
-  for (int64_t i = int64_t{blockIdx.x} * kLayerThreads + threadIdx.x; i < pieces;
-       i += int64_t{gridDim.x} * kLayerThreads) {
-    const int64_t unit = i / (columns * chunks * kPieces) * kTile + i % kPieces / kQuarters;
-    const int64_t column = i / kPieces % columns, chunk = i / (columns * kPieces) % chunks;
-    const int64_t k = (chunk * kQuarters + i % kQuarters) * kElements;
-    Pack<S, kElements> piece = Pack<S, kElements>::zero();
-    for (int e = 0; e < kElements; ++e) {
-      const int64_t along = (k + e) % depth, gate = kBackward ? (k + e) / depth : column;
-      if (unit >= H || along >= H) continue;
-      const int64_t row = gate * H + (kBackward ? along : unit), at = kBackward ? unit : along;
-      piece.data[e] = weight[row * args.weight_hh_stride + at];
-    }
-    uint4 words;
-    memcpy(&words, &piece, sizeof(words));
-    panels[i] = WarpProduct<S, kTensorCores, 1>::rounded(words);
-  }
-}
-
-template <class S, bool kTensorCores, bool kBackward>
-void pack_weights(const LayerCommon& args, int64_t gates, void* panels, void* stream) {
-  const int64_t depth = cuda_depth(args.hidden, sizeof(S));
-  const int64_t pieces = cuda_tiles(args.hidden) * kTile * gates * depth / kVector<S>;
-  launch(pack_kernel<S, kTensorCores, kBackward>, grid_stride_blocks(pieces, kLayerThreads), dim3(kLayerThreads), 0,
-         stream, args, gates, static_cast<uint4*>(panels), pieces);
-}
-
-// Starts a kernel by its plan.
-template <class Args>
-void launch_teams(void (*kernel)(Args, LayerPlan), const Args& args, const LayerPlan& plan, void* stream) {
-  const dim3 grid(static_cast<unsigned>(plan.teams * plan.members)), block(kLayerThreads);
-  if (plan.clusters) {
-    launch_clusters(kernel, static_cast<unsigned>(plan.members), grid, block, plan.shared_bytes, stream, args, plan);
-  } else {
-    launch_together(kernel, grid, block, plan.shared_bytes, stream, args, plan);
-  }
-}
-
-// Calls f with the storage type and whether tensor cores multiply it.
-template <class F>
-void with_product(DType dtype, bool tensor_cores, F f) {
-  with_type(dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    if constexpr (std::is_same_v<S, float>) {
-      tensor_cores ? f(type, std::true_type{}) : f(type, std::false_type{});
-    } else {
-      f(type, std::bool_constant<!std::is_same_v<S, double>>{});
-    }
-  });
-}
 
 }  // namespace lect11ext::cuda

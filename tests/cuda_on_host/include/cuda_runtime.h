@@ -69,6 +69,8 @@ int lane();
 [[noreturn]] void fail(const char* what);
 // Whether an address is in the block's dynamic shared memory, which instructions for global memory do not reach.
 bool is_shared(const void* address);
+// Where an address of this block's shared memory lies in that of block `rank` of its cluster.
+void* of_cluster(void* own, unsigned rank);
 template <class T>
 T* global(T* address) {
   if (is_shared(address)) fail("an access to global memory goes to shared memory");
@@ -201,7 +203,10 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 10
+};
 
 namespace cuda_on_host {
 // One multiprocessor: what a library does only for large problems begins at a small size here. Tests set others.
@@ -290,7 +295,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const std::type_identity_t<Params>&... args) {
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
   const unsigned cluster = config->attrs[0].val.clusterDim.x;
-  if (cluster == 0 || cluster > 8 || config->gridDim.x % cluster != 0) {
+  if (cluster == 0 || cluster > 16 || config->gridDim.x % cluster != 0) {
     return cuda_on_host::last_error = cudaErrorInvalidConfiguration;
   }
   return cuda_on_host::launch(kernel, config->gridDim, config->blockDim, pointers, config->dynamicSmemBytes, cluster);

@@ -7,4 +7,8 @@ namespace lect11ext::cuda {
 
 inline void cluster_wait() { cuda_on_host::wait(cuda_on_host::Barrier::Grid); }
 
+inline void cluster_store(void* own, uint32_t rank, uint4 value) {
+  *static_cast<uint4*>(cuda_on_host::of_cluster(own, rank)) = value;
+}
+
 }  // namespace lect11ext::cuda
