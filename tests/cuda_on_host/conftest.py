@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from host_kernels import Kernels
@@ -15,3 +17,16 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     from build import build
 
     return Kernels(build(tmp_path_factory.mktemp("cuda_on_host")))
+
+
+@pytest.fixture
+def device(kernels: Kernels) -> Iterator[Any]:
+    """Sets how many blocks run at a time, their shared memory, and whether there are clusters: by default one block
+    with all of it, and none."""
+    everything = 227 * 1024
+
+    def describe(blocks: int, shared: int = everything, *, clusters: bool = False) -> None:
+        kernels.library.set_device(blocks, shared, 9 if clusters else 8)
+
+    yield describe
+    describe(1)

@@ -84,6 +84,10 @@ extern "C" void set_device(int multiprocessors, int most_shared, int compute_maj
   cuda_on_host::compute_major = compute_major;
 }
 
+// Of the latest launch.
+extern "C" std::size_t shared_bytes() { return cuda_on_host::shared_bytes; }
+extern "C" std::size_t blocks_together() { return cuda_on_host::blocks_together; }
+
 extern "C" int64_t additive_weight_rows(const lect11ext::AdditiveBackward* args) {
   return lect11ext::cuda::additive_weight_rows(*args);
 }

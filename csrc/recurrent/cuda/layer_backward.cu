@@ -39,7 +39,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kC
       };
       give(args_.grad_h, carry_h(b, unit));
       if constexpr (kLstm) give(args_.grad_c, carry_c(b, unit));
-      give(args_.grad_mask, carry_mask(b, unit));
+      if (args_.carry_mask != nullptr) give(args_.grad_mask, carry_mask(b, unit));
     });
   }
 

@@ -213,7 +213,8 @@ namespace cuda_on_host {
 inline constexpr unsigned kMostShared = 227 * 1024;
 inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8;
 inline thread_local cudaError_t last_error = cudaSuccess;
-inline std::size_t shared_bytes = 0;  // that the latest launch asked for
+// What the latest launch asked for: shared memory, and blocks that run together.
+inline std::size_t shared_bytes = 0, blocks_together = 0;
 
 template <class... Params, std::size_t... I>
 void call(void (*kernel)(Params...), void** args, std::index_sequence<I...>) {
@@ -230,6 +231,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, void** args
     return last_error = cudaErrorInvalidConfiguration;
   }
   shared_bytes = shared;
+  blocks_together = together;
   run([&] { call(kernel, args, std::index_sequence_for<Params...>()); }, grid, block, together);
   return cudaSuccess;
 }
