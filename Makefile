@@ -17,7 +17,7 @@ BUILT := .venv/built-$(call tag,$(TORCH))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo dates sunspots test nightly bench cuda gpu-check lint format wheel compat oldest newest link clean
+.PHONY: help demo dates sunspots test nightly bench cuda gpu-check gpu-peers lint format wheel compat oldest newest link clean
 .SILENT:
 
 help:  ## this list
@@ -65,6 +65,9 @@ cuda:  ## compiles every .cu with nvcc alone: registers and spills of each kerne
 # With the Python that has torch for the GPU, and not with .venv.
 gpu-check:  ## on a machine with a GPU: builds, tests, sanitizes and measures the CUDA kernels (GPU_ONLY=attention)
 	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+gpu-peers:  ## packages to measure against on a GPU, into out/peers, which is to be carried to it
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target out/peers flashrnn einops
 
 lint: $(LINTERS)  ## style and types
 	$(BIN)/ruff check

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 import lect11ext
-from lect11ext import functional, nn
+from lect11ext import functional
 
-Call = Callable[[], Any]
+from .gpu_common import Call, Machine, Workload, ceilings, environment, within
+from .gpu_layers import layers
+
 TURNS = 5
 TURN_SECONDS = 0.02
 HOPPER = "LECT11EXT_ATTENTION_HOPPER"
@@ -36,59 +35,6 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 torch_attention = torch.nn.functional.scaled_dot_product_attention
-
-
-@dataclass(frozen=True)
-class Workload:
-    """``make`` returns the implementations; ``work`` is what a call must do, by the ceiling that bounds it."""
-
-    name: str
-    make: Callable[[], dict[str, Call]]
-    work: dict[str, float]
-
-
-class Machine:
-    """Where workloads run, and how large they are: a size is divided by ``shrink``."""
-
-    def __init__(self, device: str, small: bool) -> None:
-        self.device = device
-        self.shrink = 64 if small else 1
-
-    def size(self, n: int, least: int = 1) -> int:
-        return max(least, n // self.shrink)
-
-    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=dtype).requires_grad_(grad)
-
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, call: Call, calls: int) -> float:
-        if self.device != "cuda":
-            begin = time.perf_counter()
-            for _ in range(calls):
-                call()
-            return (time.perf_counter() - begin) / calls
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-
-
-def ceilings(m: Machine) -> dict[str, tuple[Call, float]]:
-    """A large product in three arithmetics, and a large copy: calls, and what each does."""
-    n, numel = m.size(8192), m.size(2**29)
-    out: dict[str, tuple[Call, float]] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        a = m.randn(n, n, dtype=dtype)
-        out[f"product/{name}"] = (lambda a=a: a @ a), 2.0 * n**3
-    source, target = torch.empty(numel, device=m.device), torch.empty(numel, device=m.device)
-    out["copy"] = (lambda: target.copy_(source)), 8.0 * numel
-    return out
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------
@@ -124,46 +70,6 @@ def sampling(m: Machine, train: bool) -> Workload:
     )
 
 
-def layer(m: Machine, kind: str, dtype: torch.dtype, hidden: int, train: bool) -> Workload:
-    steps, batch, hidden = m.size(512, 3), m.size(64, 2), m.size(hidden, 8)
-    gates = 4 if kind == "LSTM" else 3
-
-    def make() -> dict[str, Call]:
-        torchs = getattr(torch.nn, kind)(hidden, hidden).to(m.device, dtype)
-        ours = getattr(nn, kind)(hidden, hidden).to(m.device, dtype)
-        ours.load_state_dict(torchs.state_dict())
-        x, grad = m.randn(steps, batch, hidden, dtype=dtype), m.randn(steps, batch, hidden, dtype=dtype)
-
-        def call(module: torch.nn.Module) -> Call:
-            if train:
-                return lambda: torch.autograd.grad(module(x)[0], list(module.parameters()), grad)
-            return lambda: module(x)[0]
-
-        return {"lect11ext": call(ours), "cudnn": call(torchs)}
-
-    products = 2.0 * 2 * gates * hidden**2 * steps * batch * (3 if train else 1)
-    name = f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/T{steps}/B{batch}/H{hidden}"
-    return Workload(name, make, {f"product/{str(dtype)[6:]}": products})
-
-
-@contextmanager
-def _hopper(on: bool) -> Iterator[None]:
-    before = os.environ.get(HOPPER)
-    os.environ[HOPPER] = "1" if on else "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(HOPPER) if before is None else os.environ.update({HOPPER: before})
-
-
-def _within(context: Callable[[], Any], call: Call) -> Call:
-    def run() -> Any:
-        with context():
-            return call()
-
-    return run
-
-
 def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal: bool, train: bool) -> Workload:
     batch, heads, length = max(1, 16384 // length), 16, m.size(length, 20)
 
@@ -177,12 +83,12 @@ def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal:
             return lambda: f(*args, **options)
 
         ours = call(functional.scaled_dot_product_attention, is_causal=causal)
-        calls = {"lect11ext": _within(lambda: _hopper(False), ours)}
+        calls = {"lect11ext": within(lambda: environment(**{HOPPER: "0"}), ours)}
         if dtype.itemsize == 2:
-            calls["lect11ext sm_90a"] = _within(lambda: _hopper(True), ours)
+            calls["lect11ext sm_90a"] = within(lambda: environment(**{HOPPER: "1"}), ours)
         for name, backend in BACKENDS.items():
             context = lambda backend=backend: sdpa_kernel([backend])  # noqa: E731
-            calls[name] = _within(context, call(torch_attention, is_causal=causal))
+            calls[name] = within(context, call(torch_attention, is_causal=causal))
         if not causal:
             calls["flex"] = call(torch.compile(flex_attention))
         return calls
@@ -202,7 +108,7 @@ def decoding(m: Machine) -> Workload:
         calls = {"lect11ext": lambda: functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)}
         for name, backend in BACKENDS.items():
             context = lambda backend=backend: sdpa_kernel([backend])  # noqa: E731
-            calls[name] = _within(context, lambda: torch_attention(query, key, value, enable_gqa=True))
+            calls[name] = within(context, lambda: torch_attention(query, key, value, enable_gqa=True))
         return calls
 
     return Workload("attention/decode/bfloat16", make, {"copy": 2.0 * 2 * batch * kv_heads * keys * columns})
@@ -242,8 +148,7 @@ def workloads(m: Machine) -> list[Workload]:
         *(attention(m, bf16, d, n, c, t) for d in (64, 128) for n in (2048, 8192, 16384) for c in both for t in both),
         *(attention(m, f32, d, 2048, False, t) for d in (64, 128) for t in both),
         decoding(m),
-        *(layer(m, kind, bf16, 1024, t) for kind in ("LSTM", "GRU") for t in both),
-        *(layer(m, "LSTM", f32, hidden, t) for hidden in (256, 1024) for t in both),
+        *layers(m),
         *(additive(m, train) for train in both),
     ]
 

@@ -1,30 +1,26 @@
 // Dot-product attention on a GPU without torch: the kernels of sm_90a against those for all devices, results and time.
 //
-//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DLECT11EXT_SM90A -I csrc
+//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DLECT11EXT_SM90A -I csrc -I
+//   tools
 //     -o attention_on_gpu tools/attention_on_gpu.cu csrc/attention/cuda/dot_product_{forward,backward}.cu
 //     csrc/attention/cuda/dot_product_hopper_{forward,backward}.cu csrc/common/cuda/tensor_map.cu
 //
 // Links CUDA's runtime statically: what is built where there is no GPU runs where there is one. A line for each shape:
 // largest differences, in units of the largest value; TFLOP/s of both, forward and backward (five products), as others
 // count. Stops after three minutes, since a barrier that is wrong waits for ever.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <random>
-#include <vector>
 
 #include "attention/cuda/dot_product_hopper.h"
-#include "common/cuda/launch.h"
+#include "on_gpu.h"
 
 namespace {
 
 using namespace lect11ext;
-using S = __nv_bfloat16;
+using namespace lect11ext::on_gpu;
 
 struct Case {
   const char* name;
@@ -33,64 +29,7 @@ struct Case {
   int64_t window = kOpen;
 };
 
-template <class T>
-struct Device {
-  T* data = nullptr;
-  size_t count = 0;
-  explicit Device(size_t count) : count(count) { cuda::check(cudaMalloc(&data, count * sizeof(T) + 16), "allocate"); }
-  ~Device() { cudaFree(data); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-  // NaN, so that what is not written shows.
-  void poison() { cuda::check(cudaMemset(data, 0xFF, count * sizeof(T)), "fill"); }
-  std::vector<T> read() const {
-    std::vector<T> host(count);
-    cuda::check(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "copy");
-    return host;
-  }
-  void draw(std::mt19937& random) {
-    constexpr size_t kDrawn = 1000003;  // repeated, since drawing takes longer than all the rest
-    std::normal_distribution<float> normal;
-    std::vector<T> host(count);
-    for (size_t i = 0; i < count; ++i) host[i] = i < kDrawn ? T(__float2bfloat16(normal(random))) : host[i - kDrawn];
-    cuda::check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "copy");
-  }
-};
-
-double wide(float x) { return x; }
-double wide(S x) { return __bfloat162float(x); }
-
-// Of two results, in units of the largest value; NaN if one has it where the other has not.
-template <class T>
-double difference(const std::vector<T>& a, const std::vector<T>& b) {
-  double largest = 1e-30, most = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const double x = wide(a[i]), y = wide(b[i]);
-    if (x == y) continue;  // infinities
-    if (std::isnan(x) != std::isnan(y)) return NAN;
-    if (std::isfinite(y)) largest = std::max(largest, std::abs(y));
-    most = std::max(most, std::abs(x - y));
-  }
-  return most / largest;
-}
-
 void choose(bool hopper) { setenv("LECT11EXT_ATTENTION_HOPPER", hopper ? "1" : "0", 1); }
-
-template <class Run>
-double milliseconds(Run run) {
-  constexpr int kRuns = 10;
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin);
-  cudaEventCreate(&end);
-  for (int i = 0; i < 3; ++i) run();
-  cudaEventRecord(begin);
-  for (int i = 0; i < kRuns; ++i) run();
-  cudaEventRecord(end);
-  cuda::check(cudaEventSynchronize(end), "wait");
-  float elapsed = 0;
-  cudaEventElapsedTime(&elapsed, begin, end);
-  return elapsed / kRuns;
-}
 
 void compare(const Case& c) {
   std::mt19937 random(1);

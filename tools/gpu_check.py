@@ -27,10 +27,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ["build", "kernels", "tests", "hopper", "sanitize", "bench"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+PEERS = ROOT / "out" / "peers"  # packages that are measured against, where `make gpu-peers` has put them
 TAIL = 4000  # characters of a command's output that are kept in the JSON; all of it goes to a file
 RESERVE = 15.0  # seconds at the end
 HOPPER = {"LECT11EXT_ATTENTION_HOPPER": "1"}
-KERNELS = ["dot_product_forward", "dot_product_backward", "dot_product_hopper_forward", "dot_product_hopper_backward"]
+# Programs that need no torch, each with the kernels that it tries.
+PROGRAMS = {
+    "attention_on_gpu": [
+        *(
+            f"attention/cuda/dot_product_{name}.cu"
+            for name in ("forward", "backward", "hopper_forward", "hopper_backward")
+        ),
+        "common/cuda/tensor_map.cu",
+    ],
+    "layer_on_gpu": ["recurrent/cuda/layer.cu", "recurrent/cuda/layer_backward.cu"],
+}
 FOR_DEVICES = re.compile(r"\bdevice: str\b")  # the fixture by which a test is run on both
 NVCC = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
 
@@ -54,7 +65,7 @@ class Run:
         with log.open("w") as file:
             try:
                 status = subprocess.run(
-                    command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                    command, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}", **environment},
                     stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False,
                 ).returncode  # fmt: skip
             except subprocess.TimeoutExpired:
@@ -87,14 +98,15 @@ def build(run: Run) -> None:
 
 
 def kernels(run: Run) -> None:
-    """The two families of attention's kernels against one another, without torch."""
-    program = run.out / "attention_on_gpu"
-    sources = [f"csrc/attention/cuda/{name}.cu" for name in KERNELS]
-    sources += ["csrc/common/cuda/tensor_map.cu", "tools/attention_on_gpu.cu"]
-    command = [*NVCC, "-DLECT11EXT_SM90A", "-I", "csrc", "--threads", "8", "-o", str(program), *sources]
-    if run.command("kernels: compile", command, share=0.4) == 0:
-        run.command("kernels: run", [str(program)], share=0.4)
-        program.unlink()
+    """Attention's two families of kernels, and a layer's paths, against one another, without torch."""
+    for name, kernels in PROGRAMS.items():
+        if run.only not in f"{name} recurrent":
+            continue
+        program, sources = run.out / name, [f"csrc/{kernel}" for kernel in kernels]
+        options = ["-DLECT11EXT_SM90A", "-I", "csrc", "-I", "tools", "--threads", "8", "-o", str(program)]
+        if run.command(f"kernels: compile {name}", [*NVCC, *options, *sources, f"tools/{name}.cu"], share=0.4) == 0:
+            run.command(f"kernels: run {name}", [str(program)], share=0.4)
+            program.unlink()
 
 
 def tests(run: Run, environment: dict[str, str] | None = None, pattern: str = "**/test_*.py") -> None:

@@ -1,0 +1,76 @@
+// What programs that try kernels on a GPU without torch share: memory, comparison, time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "common/cuda/launch.h"
+
+namespace lect11ext::on_gpu {
+
+using S = __nv_bfloat16;
+
+template <class T>
+struct Device {
+  T* data = nullptr;
+  size_t count = 0;
+  explicit Device(size_t count) : count(count) { cuda::check(cudaMalloc(&data, count * sizeof(T) + 16), "allocate"); }
+  ~Device() { cudaFree(data); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  void clear() { cuda::check(cudaMemset(data, 0, count * sizeof(T)), "fill"); }
+  // NaN, so that what is not written shows.
+  void poison() { cuda::check(cudaMemset(data, 0xFF, count * sizeof(T)), "fill"); }
+  std::vector<T> read() const {
+    std::vector<T> host(count);
+    cuda::check(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "copy");
+    return host;
+  }
+  void draw(std::mt19937& random, float spread = 1) {
+    constexpr size_t kDrawn = 1000003;  // repeated, since drawing takes longer than all the rest
+    std::normal_distribution<float> normal(0, spread);
+    std::vector<T> host(count);
+    for (size_t i = 0; i < count; ++i) host[i] = i < kDrawn ? T(__float2bfloat16(normal(random))) : host[i - kDrawn];
+    cuda::check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "copy");
+  }
+};
+
+inline double wide(float x) { return x; }
+inline double wide(S x) { return __bfloat162float(x); }
+
+// Of two results, in units of the largest value; NaN if one has it where the other has not.
+template <class T>
+double difference(const std::vector<T>& a, const std::vector<T>& b) {
+  double largest = 1e-30, most = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double x = wide(a[i]), y = wide(b[i]);
+    if (x == y) continue;  // infinities
+    if (std::isnan(x) != std::isnan(y)) return NAN;
+    if (std::isfinite(y)) largest = std::max(largest, std::abs(y));
+    most = std::max(most, std::abs(x - y));
+  }
+  return most / largest;
+}
+
+template <class Run>
+double milliseconds(Run run) {
+  constexpr int kRuns = 10;
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  for (int i = 0; i < 3; ++i) run();
+  cudaEventRecord(begin);
+  for (int i = 0; i < kRuns; ++i) run();
+  cudaEventRecord(end);
+  cuda::check(cudaEventSynchronize(end), "wait");
+  float elapsed = 0;
+  cudaEventElapsedTime(&elapsed, begin, end);
+  return elapsed / kRuns;
+}
+
+}  // namespace lect11ext::on_gpu
