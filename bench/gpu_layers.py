@@ -99,7 +99,10 @@ def layer(
         for name, variables in PATHS.items():
             if hidden <= CLUSTER_UNITS[name]:
                 calls[name] = within(lambda variables=variables: environment(**variables), calls["lect11ext"])
-        if layers == directions == 1:
+        if layers > 1 or both:
+            overlap = {"LECT11EXT_LAYER_OVERLAP": "1"}
+            calls["lect11ext overlap"] = within(lambda: environment(**overlap), calls["lect11ext"])
+        else:
             flash = _flashrnn(torchs, kind)
             if flash is not None and not train:  # its gradients come in shapes of their own
                 calls["flashrnn"] = call(flash, torchs)

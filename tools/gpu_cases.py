@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from lect11ext import functional, nn
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
 KEY = torch.tensor([7, 0])
+LAYER_PATHS = {
+    "grid": {"LECT11EXT_LAYER_CLUSTER": "0"},
+    "shared memory": {"LECT11EXT_LAYER_CLUSTER": "0", "LECT11EXT_LAYER_REGISTERS": "0"},
+    "clusters of 16": {"LECT11EXT_LAYER_CLUSTER": "16"},
+}
+OVERLAP = {"LECT11EXT_LAYER_OVERLAP": "1"}
 Case = Callable[[torch.device], list[Tensor]]
 
 
@@ -46,11 +53,16 @@ def cell(kind: str, dtype: torch.dtype) -> Case:
     return run
 
 
-def layer(kind: str, dtype: torch.dtype, hidden: int, **options: Any) -> Case:
+def layer(
+    kind: str, dtype: torch.dtype, hidden: int, path: dict[str, str] | None = None, steps: int = 7, **options: Any
+) -> Case:
+    """``path``: variables of the environment that choose between kernels (docs/gpu.md)."""
+
     def run(device: torch.device) -> list[Tensor]:
-        module = getattr(nn, kind)(24, hidden, bidirectional=True, **options).to(device, dtype)
-        x = drawn(device, 7, 3, 24, dtype=dtype)
-        return with_gradients(module(x)[0], [x, *module.parameters()])
+        module = getattr(nn, kind)(24, hidden, **{"bidirectional": True, **options}).to(device, dtype)
+        x = drawn(device, steps, 3, 24, dtype=dtype)
+        with patch.dict(os.environ, path or {}):
+            return with_gradients(module(x)[0], [x, *module.parameters()])
 
     return run
 
@@ -88,6 +100,10 @@ def cases() -> dict[str, Case]:
         out[f"{kind}Cell bf16"] = cell(f"{kind}Cell", bf16)
         for dtype, hidden in ((f32, 40), (bf16, 64), (f64, 20), (f32, 300)):
             out[f"{kind} {str(dtype)[6:]} {hidden}"] = layer(kind, dtype, hidden)
+        for name, path in LAYER_PATHS.items():
+            out[f"{kind} {name}"] = layer(kind, bf16, 130, path)
+        out[f"{kind} overlap"] = layer(kind, f32, 40, OVERLAP)
+        out[f"{kind} wave"] = layer(kind, f32, 40, OVERLAP, steps=70, num_layers=2, bidirectional=False)
     out["LSTM peephole"] = layer("LSTM", f32, 40, peephole=True)
     out["GRU reset before"] = layer("GRU", f32, 40, reset_after=False)
     for dtype in (f32, f64, bf16, f16):

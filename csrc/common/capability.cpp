@@ -73,14 +73,16 @@ Capability best_capability() {
   return best;
 }
 
-bool prefers_float_products() {
+bool is_intel() {
 #if defined(__x86_64__)
   static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
-  return intel && capability() == Capability::AVX512_BF16;
+  return intel;
 #else
   return false;
 #endif
 }
+
+bool prefers_float_products() { return is_intel() && capability() == Capability::AVX512_BF16; }
 
 Capability capability() { return in_use().load(std::memory_order_relaxed); }
 

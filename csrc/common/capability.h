@@ -19,6 +19,7 @@ Capability best_capability();
 // The one in use: the best, or a lower one forced by LECT11EXT_CPU_CAPABILITY or by set_capability.
 Capability capability();
 void set_capability(const char* name);
+bool is_intel();  // the processor
 // Whether, where the arithmetic binds, bfloat16 is better multiplied as float although there are dot products of it:
 // Intel's cores without AMX (or with AMX hidden from a virtual machine) do half as many multiply-adds by dot products
 // as in float, AMD's twice as many.

@@ -21,12 +21,16 @@ namespace {
 // one: left to itself the BLAS cuts sums too, by the number of threads, and bits would depend on it.
 constexpr int64_t kBlasRows = 256;
 
-// Rounding, and a call's 15 µs, are repaid from this many multiply-adds on (docs/performance-notes.md).
-constexpr int64_t kWorthTheBlas = 1 << 22;
+// bfloat16: rounding, and a call's 15 µs, are repaid from this many multiply-adds on. Float: MKL is the faster one on
+// Intel's processors alone, and of long sums (docs/performance-notes.md).
+constexpr int64_t kWorthTheBlas = 1 << 22, kFloatWorthTheBlas = 1 << 27;
 
 bool is_for_blas(at::ScalarType type, int64_t multiply_adds) {
-  return type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() >= Capability::AVX512_BF16 &&
-         at::globalContext().userEnabledMkldnn();
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  if (type == at::kFloat) {
+    return multiply_adds >= kFloatWorthTheBlas && is_intel() && capability() >= Capability::AVX512 && at::hasMKL();
+  }
+  return type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() >= Capability::AVX512_BF16;
 }
 
 // The BLAS asks OpenMP how many threads there are, which inside a parallel region is still the number outside.

@@ -8,8 +8,8 @@
 
 namespace lect11ext::recurrent {
 
-// The CPU's kernels multiply in float32 and take grad_pre as it is. Large products of bfloat16 are left to the BLAS
-// where the machine multiplies it, with grad_pre rounded.
+// The CPU's kernels multiply in float32 and take grad_pre as it is. Large products are left to the BLAS where it is
+// faster: of bfloat16 where the machine multiplies it, with grad_pre rounded, and of float on Intel's processors.
 //
 // On the CPU products are collected, and run() computes all of them in one parallel region: a cell has up to six, and
 // to wake the threads for each costs as much as a small one takes. On CUDA each is launched at once.

@@ -85,7 +85,7 @@ def test_any_shape(
 @pytest.mark.parametrize("hidden", [*range(1, 18), 31, 33, 64, 65, 127, 129, 257, 513])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_size(variant: str, hidden: int, dtype: torch.dtype, capability: str) -> None:
-    # oneDNN's bound for sums of this length: plain PyTorch's error depends on the processor, and is small by luck on some.
+    # oneDNN's bound for sums of this length: plain PyTorch's error, small by luck on some, depends on the processor.
     slack = ONE_STEP * (8 * hidden).bit_length() if dtype.itemsize > 2 else ONE_STEP
     for batch in (*range(1, 10), 13, 31, 97):
         args = operands(variant, batch, hidden, hidden, dtype)

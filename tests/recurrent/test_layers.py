@@ -72,10 +72,15 @@ def test_every_capability(kind: str, capability: str) -> None:
                 check(ours(kind, **options), plain(kind, **options), args, chain(shape[0], dtype))
 
 
+FOR_THE_BLAS = {torch.bfloat16: (8, 33, 48, 128), torch.float32: (8, 220, 48, 160)}  # more than one call's rows
+
+
+@pytest.mark.parametrize("dtype", FOR_THE_BLAS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_large_enough_for_the_blas(kind: str) -> None:
-    shape = (8, 33, 48, 128)  # more than one call's rows
-    check(ours(kind), plain(kind), operands(kind, shape, torch.bfloat16, grad=True), ONE_STEP * shape[0])
+def test_products_large_enough_for_the_blas(kind: str, dtype: torch.dtype) -> None:
+    shape = FOR_THE_BLAS[dtype]
+    args = operands(kind, shape, dtype, grad=True)
+    check(ours(kind), plain(kind), args, ONE_STEP * shape[0] if dtype == torch.bfloat16 else chain(shape[0], dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,10 +165,18 @@ def grads(function: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves)]
 
 
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)  # bfloat16's products may be the BLAS's
+@pytest.mark.parametrize(
+    "kept, shape",
+    [
+        (torch.float32, (23, 3, 64, 256)),
+        (torch.float32, (64, 12, 64, 256)),  # products may be the BLAS's
+        (torch.bfloat16, (23, 3, 64, 256)),  # the same
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits_for_any_number_of_threads(kind: str, kept: torch.dtype) -> None:
-    args = operands(kind, (23, 3, 64, 256), kept)
+def test_the_same_bits_for_any_number_of_threads(kind: str, kept: torch.dtype, shape: tuple[int, ...]) -> None:
+    args = operands(kind, shape, kept)
     threads = torch.get_num_threads()
     results = []
     try:

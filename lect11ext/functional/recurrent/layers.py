@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .checks import (
     zoneout_rates,
 )
 from .masks import bernoulli, dropout_mask, normed_sums, without_padding
+from .overlap import fits_twice, is_wanted, side_by_side, wave
 
 Layer = Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Any, ...]]
 
@@ -170,9 +172,11 @@ def lstm(
         return (output, cells, h, c) if keeps_cells else (output, h, c)
 
     run = _normed(layer, items, norms, lengths, batch_first, bidirectional)
+    draws = training and max(rate_h, rate_c, recurrent_dropout, dropout) > 0
     (output, *cells), (h_n, c_n) = _stack(
-        "lstm", run, input, (h, c), len(items), batch_first, bidirectional, dropout if training else 0.0, generator
-    )
+        "lstm", run, input, (h, c), len(items), batch_first, bidirectional, dropout if training else 0.0, generator,
+        in_pieces=not (return_cells or recompute or truncate) and lengths is reset is None and not draws,
+    )  # fmt: skip
     return output, (h_n, c_n), *cells
 
 
@@ -253,9 +257,11 @@ def gru(
             ) from None  # fmt: skip
 
     run = _normed(layer, items, norms, lengths, batch_first, bidirectional)
+    draws = training and max(zoneout, recurrent_dropout, dropout) > 0
     (output,), (h_n,) = _stack(
-        "gru", run, input, (state,), len(items), batch_first, bidirectional, dropout if training else 0.0, generator
-    )
+        "gru", run, input, (state,), len(items), batch_first, bidirectional, dropout if training else 0.0, generator,
+        in_pieces=not (recompute or truncate) and lengths is reset is None and not draws,
+    )  # fmt: skip
     return output, h_n
 
 
@@ -319,6 +325,10 @@ def _tensors(
     }  # fmt: skip
 
 
+def _in_order(layer: Layer, item: int, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return layer(x, states, item, False)
+
+
 def _stack(
     function: str,
     layer: Layer,
@@ -329,11 +339,12 @@ def _stack(
     bidirectional: bool,
     dropout: float,
     generator: torch.Generator | None,
+    in_pieces: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers over one another, each in one or two directions.
 
     ``layer`` gives its output, whatever else it has over time, and its last states. Given back: what the last layer has
-    over time, and the last states of all.
+    over time, and the last states of all. ``in_pieces``: whether time may be cut, with states handed on.
     """
     for name, tensor in (("input", input), *zip(("h", "c"), states, strict=False)):
         if not isinstance(tensor, Tensor):
@@ -353,17 +364,26 @@ def _stack(
         batch = 0 if batch_first else 1
         result, unbatched = _stack(
             function, layer, input.unsqueeze(batch), tuple(s.unsqueeze(1) for s in states), items, batch_first,
-            bidirectional, dropout, generator,
+            bidirectional, dropout, generator, in_pieces,
         )  # fmt: skip
         return tuple(r.squeeze(batch) for r in result), tuple(s.squeeze(1) for s in unbatched)
     directions = 2 if bidirectional else 1
     if items == 0 or items % directions != 0:
         raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {items}")
-    last_states = []
+    last_states: list[tuple[Tensor, ...]] = []
+    overlaps = is_wanted(input) and fits_twice(input, states[-1].size(-1), states[-1].size(1))
+    if overlaps and in_pieces and directions == 1 < items:
+        layers = [partial(_in_order, layer, i) for i in range(items)]
+        given = [tuple(s[i] for s in states) for i in range(items)]
+        over_time, last_states = wave(layers, input, given, 1 if batch_first else 0)
+        return over_time, tuple(torch.stack(s) for s in zip(*last_states, strict=True))
     for first in range(0, items, directions):
         if first > 0 and dropout > 0:  # without a generator the mask is the one that torch.nn draws
             input = drop(input, dropout) if generator is None else input * dropout_mask(input, dropout, generator)
-        results = [layer(input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)]
+        calls = [
+            partial(layer, input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)
+        ]
+        results = side_by_side(input, calls) if overlaps and directions > 1 else [call() for call in calls]
         parts = zip(*(r[: -len(states)] for r in results), strict=True)
         over_time = tuple(p[0] if directions == 1 else torch.cat(p, -1) for p in parts)
         last_states += [r[-len(states) :] for r in results]
