@@ -77,7 +77,7 @@ Outputs cuda_forward(const Inputs& in, bool save) {
   Scratch zeros, scratch;
   for (void*& exchange : args.exchange) zeros.add(exchange, operand);
   zeros.add(args.reset_state, operand, in.resets_first());
-  zeros.add(args.arrivals, B * sizeof(int64_t));
+  zeros.add(args.arrivals, cuda_arrivals(B) * sizeof(int64_t));
   zeros.place(in.input.options(), /*zeros=*/true);
   scratch.add(args.panels, tiles * kCudaTileUnits * G * cuda_depth(H, element) * element);
   scratch.add(args.state_h, B * H * element);
@@ -101,7 +101,7 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   const int64_t depth = G * cuda_depth(H, element);
   Scratch zeros, scratch;
   for (void*& exchange : args.exchange) zeros.add(exchange, B * depth * element);
-  zeros.add(args.arrivals, B * sizeof(int64_t));
+  zeros.add(args.arrivals, cuda_arrivals(B) * sizeof(int64_t));
   zeros.place(options, /*zeros=*/true);
   scratch.add(args.panels, tiles * kCudaTileUnits * depth * element);
   scratch.add(args.carry_h, carry);

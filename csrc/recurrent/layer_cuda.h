@@ -1,11 +1,11 @@
 // A layer's recurrence on CUDA: one kernel for all steps, forward, and one backward. What they compute: layer.h.
 //
 // A block of threads owns some tiles of eight hidden units, and holds these units' rows of the weights (backward: their
-// columns) in shared memory for all steps, as far as they fit; what does not fit is read from the L2 cache in every
-// step. A team is as many blocks as own all units. It works at some rows of the batch, apart from all other teams, and
-// its blocks meet at a barrier after every step, having written what the next one multiplies to `exchange`. All blocks
-// of a team run at the same time: a small team is a cluster, where there are clusters; else the launch is a cooperative
-// one.
+// columns) in registers or in shared memory for all steps, as far as they fit; what does not fit is read from the L2
+// cache in every step. A team is as many blocks as own all units. It works at some rows of the batch, apart from all
+// other teams, and its blocks meet at a barrier after every step, having written what the next one multiplies to one
+// another's shared memory, where a team is a cluster, else to `exchange`. All blocks of a team run at the same time:
+// the launch is one of clusters, or a cooperative one (cuda/layer_plan.cuh).
 //
 // A step's product is cut along its depth among the warps of a block, and their sums are added in a fixed order: the
 // results are the same bits in every run, but may differ between devices.
@@ -28,6 +28,10 @@ constexpr int64_t cuda_depth(int64_t size, int64_t bytes) {
   return (size + chunk - 1) / chunk * chunk;
 }
 
+// A team's counter has a line of the caches to itself: in 64-bit words. A team has eight rows of the batch or more.
+inline constexpr int64_t kCudaArrivals = 16;
+constexpr int64_t cuda_arrivals(int64_t batch) { return (batch + 7) / 8 * kCudaArrivals; }
+
 struct LayerCuda : LayerOutputs {
   // --- read
   const void* pre;  // [T, B, G·H]: the input's part of the sums, with bias_ih
@@ -43,7 +47,7 @@ struct LayerCuda : LayerOutputs {
   void* state_c;      // [B, H] of C; LSTM only
   void* sums;         // [B, G, H] of C: what waits in mid-step; null where nothing does
   void* moments;      // [tiles, B, 2] of C: mean and sum of squares about it, of a tile's v; with a norm
-  void* arrivals;     // [teams] of 64 bits, zero at first; B are enough
+  void* arrivals;     // [cuda_arrivals(B)] of 64 bits, zero at first
 };
 
 struct LayerCudaBackward : LayerGradients {
@@ -53,10 +57,10 @@ struct LayerCudaBackward : LayerGradients {
   void* panels;             // [tiles, 8, G · depth of H] of S: of weight_hh, columns of a tile
   void* exchange[2];        // [B, G · depth of H] of S, zero at first: gradients of a step's product
   void *carry_h, *carry_c;  // [B, H] of C; c for the LSTM only
-  void* product;            // the same; with a hidden_mask, or of a GRU that resets first
+  void* product;            // the same, of a GRU that resets first
   void* carry_mask;         // the same: the mask's gradient so far
   void* moments;            // [tiles, B, 2] of C: sums of a norm's gradient
-  void* arrivals;           // [teams] of 64 bits, zero at first; B are enough
+  void* arrivals;           // [cuda_arrivals(B)] of 64 bits, zero at first
 };
 
 namespace cuda {

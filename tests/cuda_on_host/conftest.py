@@ -30,3 +30,4 @@ def device(kernels: Kernels) -> Iterator[Any]:
 
     yield describe
     describe(1)
+    kernels.library.set_clusters(1000, 90)

@@ -142,7 +142,7 @@ class Layer:
             hidden_mask=self.mask, lengths=self.length, reset=self.restart,
             reset_strides=None if self.restart is None else over_time(self.restart, self.batch_first),
             zoneout_h=zoneout(self.keep_h, self.rate_h), zoneout_c=zoneout(self.keep_c, self.rate_c),
-            tensor_cores=self.tf32, arrivals=torch.zeros(self.batch, dtype=torch.int64),
+            tensor_cores=self.tf32, arrivals=torch.zeros(-(-self.batch // 8) * 16, dtype=torch.int64),
         )  # fmt: skip
 
     @property

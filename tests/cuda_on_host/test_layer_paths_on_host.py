@@ -81,6 +81,30 @@ def test_what_clusters_do_not_take(kernels: Kernels, device: Any, monkeypatch: p
     assert kernels.library.blocks_together() == 5
 
 
+def test_clusters_need_their_own_build_and_room(kernels: Kernels, device: Any) -> None:
+    """Code for older devices has no clusters; where fewer run at a time, each takes more rows."""
+    device(19, clusters=True)
+    layer = Layer("lstm", dtype=BF16, steps=2, batch=70, hidden=60)
+    kernels.library.set_clusters(1000, 80)
+    check(layer, kernels)
+    assert kernels.library.blocks_together() == 16  # two teams over the grid
+    for most in (1, 2):
+        kernels.library.set_clusters(most, 90)
+        check(layer, kernels)
+        assert kernels.library.blocks_together() == 8
+    kernels.library.set_clusters(0, 90)
+    check(layer, kernels)
+    assert kernels.library.blocks_together() == 16
+
+
+@pytest.mark.parametrize("size", ["3", "12", "-1", "32", "many"])
+def test_odd_sizes_of_clusters(kernels: Kernels, device: Any, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setenv("LECT11EXT_LAYER_CLUSTER", size)
+    device(40, clusters=True)
+    check(Layer("gru", dtype=BF16, steps=2, hidden=60), kernels)
+    assert kernels.library.blocks_together() == 8  # over the grid: as many blocks as tiles
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype, tf32", [(F32, True), (BF16, False)])
 @pytest.mark.parametrize("registers", [True, False])

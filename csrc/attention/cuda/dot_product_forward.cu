@@ -98,7 +98,7 @@ void run(const AttentionForward& args, const ForwardPlan& plan, void* stream) {
   const int64_t blocks = plan.tiles.count() * (args.heads / plan.packed);
   if (blocks == 0) return;
   const dim3 grid(grid_size(blocks), static_cast<unsigned>(plan.chunks), static_cast<unsigned>(plan.splits));
-  reserve_shared(forward_kernel<S, kWidth, kPlain>, plan.shared_bytes);
+  reserve_shared(forward_kernel<S, kWidth, kPlain>);
   launch(forward_kernel<S, kWidth, kPlain>, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
 }
 

@@ -56,14 +56,14 @@ bool run(const AttentionBackward& args, const float* correction, void* stream) {
   if (args.grad_query != nullptr) {
     of_queries.order = BlockOrder::of(ceil_divide(args.queries, Queries::kRows), args.batch * args.heads,
                                       4 * args.keys * kColumns, group);
-    reserve_shared(hopper_queries_kernel<S, kColumns>, Queries::kBytes);
+    reserve_shared(hopper_queries_kernel<S, kColumns>);
     launch(hopper_queries_kernel<S, kColumns>, of_queries.order.blocks(), Queries::kThreads, Queries::kBytes, stream,
            args, of_queries);
   }
   if (args.grad_key != nullptr || args.grad_value != nullptr) {
     of_keys.order = BlockOrder::of(ceil_divide(args.keys, Keys::kRows), args.batch * args.kv_heads,
                                    4 * args.queries * kColumns * group, 1);
-    reserve_shared(hopper_keys_kernel<S, kColumns>, Keys::kBytes);
+    reserve_shared(hopper_keys_kernel<S, kColumns>);
     launch(hopper_keys_kernel<S, kColumns>, of_keys.order.blocks(), Keys::kThreads, Keys::kBytes, stream, args,
            of_keys);
   }

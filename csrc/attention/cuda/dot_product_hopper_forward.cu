@@ -286,7 +286,7 @@ bool run(const AttentionForward& args, void* stream) {
   }
   plan.first_key = static_cast<int>(keys.first);
   plan.order = BlockOrder::of(tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
-  reserve_shared(hopper_forward_kernel<S, kColumns>, Kernel::kBytes);
+  reserve_shared(hopper_forward_kernel<S, kColumns>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
   launch(hopper_forward_kernel<S, kColumns>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes, stream,
          args, plan);

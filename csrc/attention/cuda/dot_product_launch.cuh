@@ -137,7 +137,7 @@ void launch_derivative(const DerivativeArgs& args, int64_t columns, void* stream
   const int64_t units = Pairs<S, kPart>::kKeysAreRows ? args.kv_heads : args.heads;
   const int64_t blocks = plan.tiles.count() * units;
   if (blocks == 0) return;
-  reserve_shared(derivative_kernel<S, kPart, kWidth>, plan.shared_bytes);
+  reserve_shared(derivative_kernel<S, kPart, kWidth>);
   launch(derivative_kernel<S, kPart, kWidth>, dim3(grid_size(blocks), static_cast<unsigned>(plan.chunks)),
          dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
 }
@@ -156,7 +156,7 @@ void run_mask(const DerivativeArgs& args, const DerivativePlan& plan, void* stre
   using C = Compute<S>;
   const int64_t numel = mask_numel(plan), blocks = MaskWalk(args, plan, Derivative<S, kPart, 64>::kCols).blocks();
   if (numel == 0) return;
-  reserve_shared(mask_kernel<S, kPart>, plan.shared_bytes);
+  reserve_shared(mask_kernel<S, kPart>);
   launch(mask_kernel<S, kPart>, dim3(grid_size(blocks), static_cast<unsigned>(plan.splits)), dim3(32 * plan.warps),
          plan.shared_bytes, stream, args, plan);
   if (plan.splits == 1) return;

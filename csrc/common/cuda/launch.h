@@ -29,10 +29,28 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
         "launch a kernel");
 }
 
-// More than 48 KiB must be asked for.
+// Of the current device.
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "tell the current device");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
+  return value;
+}
+
 template <class Kernel>
-void reserve_shared(Kernel* kernel, size_t bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+cudaFuncAttributes attributes_of(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "describe a kernel");
+  return attributes;
+}
+
+// More than 48 KiB must be asked for. It is always all that there is: a thread's larger launch must not fail because
+// another's smaller one comes between.
+template <class Kernel>
+void reserve_shared(Kernel* kernel) {
+  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t left = most - static_cast<int64_t>(attributes_of(kernel).sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(left)),
         "reserve shared memory");
 }
 
@@ -41,41 +59,62 @@ template <class... Params>
 void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                      const std::type_identity_t<Params>&... args) {
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  reserve_shared(kernel, shared_bytes);
+  reserve_shared(kernel);
   check(cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream)),
         "launch a cooperative kernel");
 }
 
 // Where only the blocks of a cluster, `cluster` neighbours, wait for one another.
-template <class... Params>
-void launch_clusters(void (*kernel)(Params...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
-                     void* stream, const std::type_identity_t<Params>&... args) {
-  constexpr unsigned kPortable = 8;  // what every device has
-  reserve_shared(kernel, shared_bytes);
-  if (cluster > kPortable) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allow large clusters");
+class Clusters {
+ public:
+  Clusters(unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes, void* stream) {
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim.x = cluster;
+    attribute_.val.clusterDim.y = attribute_.val.clusterDim.z = 1;
+    config_.gridDim = grid;
+    config_.blockDim = block;
+    config_.dynamicSmemBytes = shared_bytes;
+    config_.stream = static_cast<cudaStream_t>(stream);
+    config_.attrs = &attribute_;
+    config_.numAttrs = 1;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, args...), "launch a kernel of clusters");
-}
+  Clusters(const Clusters&) = delete;
+  Clusters& operator=(const Clusters&) = delete;
 
-// Of the current device.
-inline int64_t device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "tell the current device");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
-  return value;
-}
+  // How many of them the device runs at a time: none where the kernel was compiled for devices that have no clusters,
+  // whatever this one has.
+  template <class Kernel>
+  int64_t active(Kernel* kernel) const {
+    constexpr int kFirstPtx = 90;
+    if (attributes_of(kernel).ptxVersion < kFirstPtx) return 0;
+    prepare(kernel);
+    int count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config_) != cudaSuccess) {
+      cudaGetLastError();  // forget it: there are none, then
+      return 0;
+    }
+    return count;
+  }
+
+  template <class... Params>
+  void launch(void (*kernel)(Params...), const std::type_identity_t<Params>&... args) const {
+    prepare(kernel);
+    check(cudaLaunchKernelEx(&config_, kernel, args...), "launch a kernel of clusters");
+  }
+
+ private:
+  template <class Kernel>
+  void prepare(Kernel* kernel) const {
+    constexpr unsigned kPortable = 8;  // what every device has
+    reserve_shared(kernel);
+    if (attribute_.val.clusterDim.x > kPortable) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allow large clusters");
+    }
+  }
+
+  cudaLaunchAttribute attribute_{};
+  cudaLaunchConfig_t config_{};
+};
 
 // As many threads as the current device holds at a time. 2048 is what a multiprocessor of sm_80, sm_90 and sm_100
 // holds; where it is 1536 (sm_86, sm_89) the figure is a little high, and nothing depends on it but speed.

@@ -307,15 +307,14 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
 
 template <class S, LayerCell kCell, bool kTensorCores>
 void run(const LayerCuda& args, void* stream) {
-  // Half of the registers: over 128 blocks all of H 1024, of TF32 too. One more of the GRU would spill.
-  constexpr int kHeld = !kTensorCores ? 0 : kCell == LayerCell::Gru ? 7 : 8;
+  // Half of the registers: over 128 blocks all of H 1024, of TF32 too. Two more of the GRU would spill.
+  constexpr int kHeld = !kTensorCores ? 0 : kCell == LayerCell::Gru ? 6 : 8;
   using Kernel = Forward<S, kCell, kTensorCores, kHeld, false>;
   pack_weights<S, kTensorCores, false>(args, gates_of(kCell), args.panels, stream);
-  const LayerPlan plan = Kernel::plan(args, Kernel::kBuffers, Kernel::kStates);
-  auto kernel = forward_kernel<S, kCell, kTensorCores, 0, false>;
-  if (plan.clusters) kernel = forward_kernel<S, kCell, kTensorCores, kHeld, true>;
-  else if (plan.registers) kernel = forward_kernel<S, kCell, kTensorCores, kHeld, false>;
-  launch_teams(kernel, args, plan, stream);
+  const LayerKernels<LayerCuda> kernels{forward_kernel<S, kCell, kTensorCores, 0, false>,
+                                        forward_kernel<S, kCell, kTensorCores, kHeld, false>,
+                                        forward_kernel<S, kCell, kTensorCores, kHeld, true>};
+  launch_layer(kernels, args, Kernel::needs(args, Kernel::kBuffers, Kernel::kStates), stream);
 }
 
 }  // namespace

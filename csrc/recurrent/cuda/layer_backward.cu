@@ -304,11 +304,10 @@ void run(const LayerCudaBackward& args, void* stream) {
   constexpr int kHeld = kTensorCores ? 24 : 0;  // as many registers as the forward's
   using Kernel = Backward<S, kCell, kTensorCores, kHeld, false>;
   pack_weights<S, kTensorCores, true>(args, gates_of(kCell), args.panels, stream);
-  const LayerPlan plan = Kernel::plan(args, Kernel::kBuffers, Kernel::kStates);
-  auto kernel = backward_kernel<S, kCell, kTensorCores, 0, false>;
-  if (plan.clusters) kernel = backward_kernel<S, kCell, kTensorCores, kHeld, true>;
-  else if (plan.registers) kernel = backward_kernel<S, kCell, kTensorCores, kHeld, false>;
-  launch_teams(kernel, args, plan, stream);
+  const LayerKernels<LayerCudaBackward> kernels{backward_kernel<S, kCell, kTensorCores, 0, false>,
+                                                backward_kernel<S, kCell, kTensorCores, kHeld, false>,
+                                                backward_kernel<S, kCell, kTensorCores, kHeld, true>};
+  launch_layer(kernels, args, Kernel::needs(args, Kernel::kBuffers, Kernel::kStates), stream);
 }
 
 }  // namespace

@@ -26,7 +26,6 @@ namespace lect11ext::cuda {
 struct LayerPlan {
   int64_t teams, members;     // blocks of a team
   bool clusters;              // whether a team is a cluster
-  int member_shift;           // of clusters: log2 of members
   bool registers;             // whether warps hold their weights in registers
   bool near_states;           // whether a block keeps its units' states in shared memory
   int64_t own_tiles;          // of a block, neighbours
@@ -57,8 +56,10 @@ inline int64_t layer_wish(const char* variable, int64_t otherwise) {
   return wish == nullptr || *wish == '\0' ? otherwise : std::strtol(wish, nullptr, 10);
 }
 
-// A plan for teams of at most `most_members` blocks; of clusters one that may need more shared memory than there is.
-inline LayerPlan plan_teams(const LayerCommon& args, const LayerNeeds& needs, int64_t most_members, bool clusters) {
+// A plan for at most `most_teams` of at most `most_members` blocks; of clusters one that may need more shared memory
+// than there is.
+inline LayerPlan plan_teams(const LayerCommon& args, const LayerNeeds& needs, int64_t most_members, bool clusters,
+                            int64_t most_teams) {
   constexpr int64_t kSideBySide = 1 << kLayerGroupBits;  // tiles: more leave too few warps to each
   constexpr int64_t kMostStateBytes = 32 << 10;          // more room is worth more for weights
   const auto log2 = [](int64_t n) { return std::bit_width(static_cast<uint64_t>(n - 1)); };  // rounded up
@@ -68,9 +69,9 @@ inline LayerPlan plan_teams(const LayerCommon& args, const LayerNeeds& needs, in
   plan.clusters = clusters;
   plan.own_tiles = (tiles + most_members - 1) / most_members;
   plan.members = (tiles + plan.own_tiles - 1) / plan.own_tiles;
-  plan.member_shift = log2(plan.members);
-  if (clusters) plan.members = int64_t{1} << plan.member_shift;
-  plan.teams = std::clamp<int64_t>((args.batch + needs.rows - 1) / needs.rows, 1, multiprocessors / plan.members);
+  if (clusters) plan.members = int64_t{1} << log2(plan.members);
+  plan.teams = std::clamp<int64_t>((args.batch + needs.rows - 1) / needs.rows, 1,
+                                   std::min(most_teams, multiprocessors / plan.members));
   plan.team_rows = (args.batch + plan.teams - 1) / plan.teams;
   plan.tile_shift = plan.own_tiles <= kSideBySide ? log2(plan.own_tiles) : 0;
   const bool side_by_side = plan.own_tiles <= int64_t{1} << plan.tile_shift;
@@ -97,29 +98,52 @@ inline LayerPlan plan_teams(const LayerCommon& args, const LayerNeeds& needs, in
   return plan;
 }
 
-inline LayerPlan plan_layer(const LayerCommon& args, const LayerNeeds& needs) {
+// The builds of a kernel: weights in shared memory; in registers; and for clusters, with weights in registers where the
+// arithmetic has such a build, else in shared memory.
+template <class Args>
+struct LayerKernels {
+  void (*shared)(Args, LayerPlan);
+  void (*registers)(Args, LayerPlan);
+  void (*clusters)(Args, LayerPlan);
+};
+
+// Starts it on clusters, if the device, the sizes and the build allow it.
+template <class Args>
+bool launch_clusters(const LayerKernels<Args>& kernels, const Args& args, const LayerNeeds& needs, void* stream) {
   constexpr int64_t kClusterBlocks = 8, kClusterTiles = 4;  // the largest cluster that every device has; tiles a block
+  constexpr int64_t kMostBlocks = 16;
+  const int64_t blocks = layer_wish("LECT11EXT_LAYER_CLUSTER", kClusterBlocks);
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t cluster = layer_wish("LECT11EXT_LAYER_CLUSTER", kClusterBlocks);
-  const bool has_clusters = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && cluster <= multiprocessors;
-  if (has_clusters && cluster > 0 && cuda_tiles(args.hidden) <= cluster * kClusterTiles) {
-    const LayerPlan plan = plan_teams(args, needs, cluster, true);
-    const bool fits = plan.shared_bytes <= size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-    // Of what could be in registers there is no build for clusters that has it elsewhere.
-    if (fits && (needs.held_chunks > 0 ? plan.registers : plan.kept_chunks == plan.chunks)) return plan;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9 || blocks > std::min(kMostBlocks, multiprocessors) ||
+      blocks < 1 || !std::has_single_bit(static_cast<uint64_t>(blocks))) {
+    return false;
   }
-  return plan_teams(args, needs, multiprocessors, false);
+  if (cuda_tiles(args.hidden) > blocks * kClusterTiles) return false;
+  int64_t active = multiprocessors / blocks;
+  for (;;) {
+    const LayerPlan plan = plan_teams(args, needs, blocks, true, active);
+    const bool fits = plan.shared_bytes <= size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    const bool is_built = needs.held_chunks > 0 ? plan.registers : plan.kept_chunks == plan.chunks;
+    if (!fits || !is_built) return false;
+    const dim3 grid(static_cast<unsigned>(plan.teams * plan.members));
+    const Clusters clusters(static_cast<unsigned>(plan.members), grid, kLayerThreads, plan.shared_bytes, stream);
+    // The blocks of a cluster are neighbours on the chip, so that some of it may be left over. A second round of
+    // clusters would take as long as the first: rather fewer of them, with more rows each.
+    const int64_t most = clusters.active(kernels.clusters);
+    if (most == 0) return false;
+    if (plan.teams <= most) return clusters.launch(kernels.clusters, args, plan), true;
+    active = most;
+  }
 }
 
-// Starts a kernel by its plan.
 template <class Args>
-void launch_teams(void (*kernel)(Args, LayerPlan), const Args& args, const LayerPlan& plan, void* stream) {
-  const dim3 grid(static_cast<unsigned>(plan.teams * plan.members)), block(kLayerThreads);
-  if (plan.clusters) {
-    launch_clusters(kernel, static_cast<unsigned>(plan.members), grid, block, plan.shared_bytes, stream, args, plan);
-  } else {
-    launch_together(kernel, grid, block, plan.shared_bytes, stream, args, plan);
-  }
+void launch_layer(const LayerKernels<Args>& kernels, const Args& args, const LayerNeeds& needs, void* stream) {
+  if (launch_clusters(kernels, args, needs, stream)) return;
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const LayerPlan plan = plan_teams(args, needs, multiprocessors, false, multiprocessors);
+  const dim3 grid(static_cast<unsigned>(plan.teams * plan.members));
+  launch_together(plan.registers ? kernels.registers : kernels.shared, grid, kLayerThreads, plan.shared_bytes, stream,
+                  args, plan);
 }
 
 // Calls f with the storage type and whether tensor cores multiply it.

@@ -24,7 +24,7 @@ template <class S, bool kTensorCores, int kColumns, int kParts, int kHeld, bool 
 class LayerTeam {
  public:
   // For `buffers` tensors that are multiplied, and `states` that stay with their units' threads.
-  static LayerPlan plan(const LayerCommon& args, int64_t buffers, int64_t states) {
+  static LayerNeeds needs(const LayerCommon& args, int64_t buffers, int64_t states) {
     LayerNeeds needs{};
     needs.rows = kRows;
     needs.element = sizeof(S);
@@ -35,7 +35,7 @@ class LayerTeam {
     needs.held_chunks = kHeld;
     needs.sum_bytes = kSumBytes;
     needs.state_bytes = states * int64_t{sizeof(C)};
-    return plan_layer(args, needs);
+    return needs;
   }
 
  protected:
@@ -66,7 +66,7 @@ class LayerTeam {
         operands_(reinterpret_cast<S*>(shared + plan.operands_at)),
         kept_(reinterpret_cast<uint4*>(shared + plan.kept_at)),
         member_(blockIdx.x % plan.members),
-        arrivals_(static_cast<unsigned long long*>(arrivals) + blockIdx.x / plan.members),
+        arrivals_(static_cast<unsigned long long*>(arrivals) + blockIdx.x / plan.members * kCudaArrivals),
         tiles_(cuda_tiles(args.hidden)),
         first_tile_(std::min(member_ * plan.own_tiles, tiles_)),
         last_tile_(std::min(first_tile_ + plan.own_tiles, tiles_)) {
@@ -304,7 +304,7 @@ class LayerTeam {
     for (int part = first; part < last; ++part) {
       S* const first_piece = rows.first + part * depth_ + first_tile_ * kTile;
       for (int i = threadIdx.x; i < count; i += kLayerThreads) {
-        const int to = i & (members - 1), place = i >> plan_.member_shift, piece = place & (own - 1);
+        const int to = i & (members - 1), place = i / members, piece = place & (own - 1);
         if (to == member_ || piece >= pieces) continue;
         S* const from = first_piece + place / own * rows.stride + piece * kVector<S>;
         cluster_store(from, to, *reinterpret_cast<const uint4*>(from));
@@ -324,6 +324,7 @@ class LayerTeam {
     if (rows <= 0 || tile >= last_tile_) return;
     const S* from = operand.first + (first_row - first_row_) * operand.stride;
     Tiles product;
+    __syncwarp();  // lanes may have come apart over their items
     if constexpr (kHeld > 0) multiply_held<kFirst>(product, from, operand.stride, rows, part, first, last);
     else multiply_kept<kFirst>(product, from, operand.stride, rows, tile, part, first, last);
     product.store(sums_ + lane.warp * kRows * sum_stride(kCount), lane, rows);
@@ -348,12 +349,13 @@ class LayerTeam {
       typename Tiles::Operand ahead[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (is_due(i + j))
+        if (i + j < kHeld && is_due(i + j))
           ahead[j].load(lane, from + (part.split + (i + j) * part.splits) * kChunk, stride, rows, read_piece);
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (is_due(i + j)) product.multiply(ahead[j], [&](int t) { return held_[i + j][kFirst + t]; }, rows);
+        if (i + j < kHeld && is_due(i + j))
+          product.multiply(ahead[j], [&](int t) { return held_[i + j][kFirst + t]; }, rows);
       }
     }
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -176,6 +177,7 @@ def lstm(
     (output, *cells), (h_n, c_n) = _stack(
         "lstm", run, input, (h, c), len(items), batch_first, bidirectional, dropout if training else 0.0, generator,
         in_pieces=not (return_cells or recompute or truncate) and lengths is reset is None and not draws,
+        given=(lengths, reset, *chain.from_iterable((*items, *(norms or ()))), *(peeps or ())),
     )  # fmt: skip
     return output, (h_n, c_n), *cells
 
@@ -261,6 +263,7 @@ def gru(
     (output,), (h_n,) = _stack(
         "gru", run, input, (state,), len(items), batch_first, bidirectional, dropout if training else 0.0, generator,
         in_pieces=not (recompute or truncate) and lengths is reset is None and not draws,
+        given=(lengths, reset, *chain.from_iterable((*items, *(norms or ())))),
     )  # fmt: skip
     return output, h_n
 
@@ -340,11 +343,13 @@ def _stack(
     dropout: float,
     generator: torch.Generator | None,
     in_pieces: bool,
+    given: Sequence[Any],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers over one another, each in one or two directions.
 
     ``layer`` gives its output, whatever else it has over time, and its last states. Given back: what the last layer has
-    over time, and the last states of all. ``in_pieces``: whether time may be cut, with states handed on.
+    over time, and the last states of all. ``in_pieces``: whether time may be cut, with states handed on;
+    ``given``: what ``layer`` reads besides.
     """
     for name, tensor in (("input", input), *zip(("h", "c"), states, strict=False)):
         if not isinstance(tensor, Tensor):
@@ -364,18 +369,19 @@ def _stack(
         batch = 0 if batch_first else 1
         result, unbatched = _stack(
             function, layer, input.unsqueeze(batch), tuple(s.unsqueeze(1) for s in states), items, batch_first,
-            bidirectional, dropout, generator, in_pieces,
+            bidirectional, dropout, generator, in_pieces, given,
         )  # fmt: skip
         return tuple(r.squeeze(batch) for r in result), tuple(s.squeeze(1) for s in unbatched)
     directions = 2 if bidirectional else 1
     if items == 0 or items % directions != 0:
         raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {items}")
     last_states: list[tuple[Tensor, ...]] = []
+    reads = [t for t in (*states, *given) if isinstance(t, Tensor)]
     overlaps = is_wanted(input) and fits_twice(input, states[-1].size(-1), states[-1].size(1))
     if overlaps and in_pieces and directions == 1 < items:
         layers = [partial(_in_order, layer, i) for i in range(items)]
-        given = [tuple(s[i] for s in states) for i in range(items)]
-        over_time, last_states = wave(layers, input, given, 1 if batch_first else 0)
+        first_states = [tuple(s[i] for s in states) for i in range(items)]
+        over_time, last_states = wave(layers, input, first_states, 1 if batch_first else 0, (input, *reads))
         return over_time, tuple(torch.stack(s) for s in zip(*last_states, strict=True))
     for first in range(0, items, directions):
         if first > 0 and dropout > 0:  # without a generator the mask is the one that torch.nn draws
@@ -383,7 +389,8 @@ def _stack(
         calls = [
             partial(layer, input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)
         ]
-        results = side_by_side(input, calls) if overlaps and directions > 1 else [call() for call in calls]
+        together = overlaps and directions > 1
+        results = side_by_side((input, *reads), calls) if together else [call() for call in calls]
         parts = zip(*(r[: -len(states)] for r in results), strict=True)
         over_time = tuple(p[0] if directions == 1 else torch.cat(p, -1) for p in parts)
         last_states += [r[-len(states) :] for r in results]

@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..random import in_functorch
 
 PIECES = 4  # of time: the last layer begins when the others have done one each
 LEAST_STEPS = 32  # of a piece: below, launches take longer than what they overlap
@@ -22,9 +25,15 @@ TILE_UNITS, TEAM_ROWS, CLUSTER_BLOCKS, CLUSTER_TILES = 8, 16, 8, 32  # as csrc/r
 
 
 def is_wanted(input: Tensor) -> bool:
-    if os.environ.get("LECT11EXT_LAYER_OVERLAP", "0") != "1" or torch.compiler.is_compiling():
+    if os.environ.get("LECT11EXT_LAYER_OVERLAP", "0") != "1" or torch.compiler.is_compiling() or in_functorch():
         return False
-    return input.is_cuda
+    return input.is_cuda and type(input) in (Tensor, torch.nn.Parameter)
+
+
+@cache
+def _side_stream(device: torch.device, i: int) -> torch.cuda.Stream:
+    """Always the same: the allocator keeps memory for each stream apart."""
+    return torch.cuda.Stream(device)
 
 
 def fits_twice(input: Tensor, hidden: int, batch: int) -> bool:
@@ -36,16 +45,19 @@ def fits_twice(input: Tensor, hidden: int, batch: int) -> bool:
 
 
 class Streams:
-    """One for each of some things that run at the same time; the first is the current one. On the CPU there are none,
-    and everything runs in the order in which it is called."""
+    """One for each of some things that run at the same time, and read ``reads``; the first is the current one. On the
+    CPU there are none, and everything runs in the order in which it is called."""
 
-    def __init__(self, input: Tensor, count: int) -> None:
+    def __init__(self, reads: Sequence[Tensor], count: int) -> None:
         self.streams: list[Any] = []
-        if input.is_cuda:
-            current = torch.cuda.current_stream(input.device)
-            self.streams = [current, *(torch.cuda.Stream(input.device) for _ in range(count - 1))]
+        if reads[0].is_cuda:
+            device = reads[0].device
+            current = torch.cuda.current_stream(device)
+            self.streams = [current, *(_side_stream(device, i) for i in range(1, count))]
             for stream in self.streams[1:]:
                 stream.wait_stream(current)
+                for tensor in reads:  # their memory is not for others before the backward on this stream has read it
+                    tensor.record_stream(stream)
 
     def on(self, i: int) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.streams[i]) if self.streams else nullcontext()
@@ -58,9 +70,9 @@ class Streams:
                 tensor.record_stream(self.streams[target])
 
 
-def side_by_side(input: Tensor, calls: Sequence[Callable[[], tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+def side_by_side(reads: Sequence[Tensor], calls: Sequence[Callable[[], tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
     """The results of calls that do not depend on one another."""
-    streams, results = Streams(input, len(calls)), []
+    streams, results = Streams(reads, len(calls)), []
     for i, call in enumerate(calls):
         with streams.on(i):
             results.append(call())
@@ -81,11 +93,12 @@ def wave(
     input: Tensor,
     states: Sequence[tuple[Tensor, ...]],
     time: int,
+    reads: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
     """Layers over one another, in one direction: ``layer(piece of the input, states)`` gives what it has over time, and
     its last states. Dimension ``time`` of the input is cut. Given back: what the last layer has over time, and the last
     states of all."""
-    streams, last_states, outputs = Streams(input, len(layers)), list(states), []
+    streams, last_states, outputs = Streams(reads, len(layers)), list(states), []
     for begin, end in pieces_of(input.size(time)):
         piece = input.narrow(time, begin, end - begin)
         for i, layer in enumerate(layers):

@@ -211,7 +211,7 @@ enum cudaFuncAttribute {
 namespace cuda_on_host {
 // One multiprocessor: what a library does only for large problems begins at a small size here. Tests set others.
 inline constexpr unsigned kMostShared = 227 * 1024;
-inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8;
+inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8, ptx_version = 90, most_clusters = 1000;
 inline thread_local cudaError_t last_error = cudaSuccess;
 // What the latest launch asked for: shared memory, and blocks that run together.
 inline std::size_t shared_bytes = 0, blocks_together = 0;
@@ -263,6 +263,17 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes;
+  int ptxVersion;
+};
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {0, cuda_on_host::ptx_version};
+  return cudaSuccess;
+}
+
 template <class... Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** args, std::size_t shared = 0,
                              cudaStream_t = nullptr) {
@@ -290,6 +301,13 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
+  const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  *count = std::min(cuda_on_host::multiprocessors / size, cuda_on_host::most_clusters);
+  return cudaSuccess;
+}
 
 // With clusters along x.
 template <class... Params>
