@@ -8,6 +8,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "common/dispatch.h"
@@ -25,12 +26,16 @@ constexpr int64_t kBlasRows = 256;
 // Intel's processors alone, and of long sums (docs/performance-notes.md).
 constexpr int64_t kWorthTheBlas = 1 << 22, kFloatWorthTheBlas = 1 << 27;
 
-bool is_for_blas(at::ScalarType type, int64_t multiply_adds) {
-  if (!at::globalContext().userEnabledMkldnn()) return false;
-  if (type == at::kFloat) {
-    return multiply_adds >= kFloatWorthTheBlas && is_intel() && capability() >= Capability::AVX512 && at::hasMKL();
+// The type in which the BLAS is given a product; none where our own kernel is faster.
+std::optional<at::ScalarType> blas_type(at::ScalarType type, int64_t multiply_adds) {
+  if (!at::globalContext().userEnabledMkldnn()) return std::nullopt;
+  if (type == at::kFloat || (type == at::kBFloat16 && prefers_float_products())) {
+    const bool faster = is_intel() && capability() >= Capability::AVX512 && at::hasMKL();
+    if (faster && multiply_adds >= kFloatWorthTheBlas) return at::kFloat;
+  } else if (type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() >= Capability::AVX512_BF16) {
+    return at::kBFloat16;
   }
-  return type == at::kBFloat16 && multiply_adds >= kWorthTheBlas && capability() >= Capability::AVX512_BF16;
+  return std::nullopt;
 }
 
 // The BLAS asks OpenMP how many threads there are, which inside a parallel region is still the number outside.
@@ -55,7 +60,8 @@ void Products::BlasProduct::run(int64_t begin, int64_t end) const {
   for (int64_t first = begin * kBlasRows; first < std::min(end * kBlasRows, c.size(0)); first += kBlasRows) {
     const int64_t rows = std::min(kBlasRows, c.size(0) - first);
     at::Tensor out = c.narrow(0, first, rows);
-    at::mm_out(out, a.narrow(0, first, rows), b);
+    if (b.scalar_type() == c.scalar_type()) at::mm_out(out, a.narrow(0, first, rows), b);
+    else out.copy_(at::mm(a.narrow(0, first, rows), b));
   }
 }
 
@@ -70,9 +76,10 @@ void Products::add(const at::Tensor& grad_pre, bool transposed, const at::Tensor
                    bool accumulate) {
   const int64_t multiply_adds = grad_pre.numel() * b.size(1);
   multiply_adds_ += multiply_adds;
-  if (!accumulate && is_for_blas(b.scalar_type(), multiply_adds)) {
-    const at::Tensor& a = rounded(grad_pre, b.scalar_type());
-    blas_.push_back({transposed ? a.t() : a, b, c});
+  const auto type = accumulate ? std::nullopt : blas_type(b.scalar_type(), multiply_adds);
+  if (type.has_value()) {
+    const at::Tensor& a = rounded(grad_pre, *type);
+    blas_.push_back({transposed ? a.t() : a, b.to(*type), c});
     return;
   }
   const at::Tensor a = transposed ? grad_pre.t() : grad_pre;

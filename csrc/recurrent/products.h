@@ -9,7 +9,8 @@
 namespace lect11ext::recurrent {
 
 // The CPU's kernels multiply in float32 and take grad_pre as it is. Large products are left to the BLAS where it is
-// faster: of bfloat16 where the machine multiplies it, with grad_pre rounded, and of float on Intel's processors.
+// faster: of bfloat16 where the machine multiplies it, with grad_pre rounded, and of float on Intel's processors, of
+// bfloat16 as float too where that is faster there.
 //
 // On the CPU products are collected, and run() computes all of them in one parallel region: a cell has up to six, and
 // to wake the threads for each costs as much as a small one takes. On CUDA each is launched at once.
@@ -29,7 +30,7 @@ class Products {
 
  private:
   struct BlasProduct {
-    at::Tensor a, b, c;  // c = a · b, all of one type
+    at::Tensor a, b, c;  // c = a · b, c of their type or of a narrower one
 
     int64_t blocks() const;
     void run(int64_t begin, int64_t end) const;
