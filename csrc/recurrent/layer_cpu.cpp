@@ -29,7 +29,7 @@ void run_shares(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
   args.shares == 1 ? run(0, 1) : at::parallel_for(0, args.shares, 1, run);
 }
 
-constexpr int64_t kRowsWorthFloat = 16;
+constexpr int64_t kRowsWorthFloat = 4;
 
 // Whether weights can be multiplied as they lie, with this many rows; else they are laid out as panels, converted. What
 // reads the weights for few rows is bound by their bytes, whatever multiplies faster.
