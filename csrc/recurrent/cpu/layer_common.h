@@ -74,8 +74,8 @@ struct Blocks {
   int64_t count() const { return last - first; }
 };
 
-// An order of panels that are all read in every step: from the first to the last, then back. Where a share's weights are
-// more than its cache holds, what was read last is found there again; always from the first, nothing would be.
+// An order of panels that are all read in every step: from the first to the last, then back. Where a share's weights
+// are more than its cache holds, what was read last is found there again; always from the first, nothing would be.
 class Sweep {
  public:
   // The i-th of `count` in this sweep.
