@@ -29,21 +29,26 @@ void run_shares(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
   args.shares == 1 ? run(0, 1) : at::parallel_for(0, args.shares, 1, run);
 }
 
+// Rows for which it pays to lay weights out as panels first, which are streamed at twice the speed.
+constexpr int64_t kRowsWorthPacking = 32;
+
+// Rows of a step for which bfloat16 is multiplied as float, where the processor prefers that: fewer are bound by
+// reading the weights, and so by their bytes.
 constexpr int64_t kRowsWorthFloat = 4;
 
-// Whether weights can be multiplied as they lie, with this many rows; else they are laid out as panels, converted. What
-// reads the weights for few rows is bound by their bytes, whatever multiplies faster.
-bool is_multiplied(at::ScalarType type, int64_t rows) {
+// Whether weights can be multiplied as they lie; else they are laid out as panels, converted.
+bool is_multiplied(at::ScalarType type, int64_t steps, int64_t rows) {
   if (type == at::kFloat || type == at::kDouble) return true;
-  return type == at::kBFloat16 && capability() >= Capability::AVX512_BF16 &&
-         (rows < kRowsWorthFloat || !prefers_float_products());
+  if (type != at::kBFloat16 || capability() < Capability::AVX512_BF16) return false;
+  return !prefers_float_products() || rows < kRowsWorthFloat || steps * rows < kRowsWorthPacking;
 }
 
 // The build of a kernel. Where bfloat16 is multiplied as float though there are dot products of it, the build for
 // processors that have none does so.
 template <class Kernel>
-Kernel* build_of(Kernel* best, [[maybe_unused]] Kernel* without_dots, at::ScalarType type, int64_t rows) {
-  const bool as_float = type == at::kBFloat16 && capability() >= Capability::AVX512_BF16 && !is_multiplied(type, rows);
+Kernel* build_of(Kernel* best, Kernel* without_dots, at::ScalarType type, const LayerCommon& args) {
+  const bool as_float =
+      type == at::kBFloat16 && capability() >= Capability::AVX512_BF16 && !is_multiplied(type, args.steps, args.batch);
   return as_float ? without_dots : best;
 }
 
@@ -52,9 +57,6 @@ namespace without_dots = AVX512;
 #else
 namespace without_dots = DEFAULT;
 #endif
-
-// Rows for which it pays to lay weights out as panels first, which are streamed at twice the speed.
-constexpr int64_t kRowsWorthPacking = 32;
 
 // A kernel's scratch: parts are named by where their pointer goes, and put there once all are known.
 class Scratch {
@@ -102,7 +104,7 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   args.bias_hh = bias_hh.data();
 
   const bool halts = in.has_norm() || in.resets_first();  // in mid-step
-  const bool packs = T * B >= kRowsWorthPacking || halts || !is_multiplied(in.input.scalar_type(), B);
+  const bool packs = T * B >= kRowsWorthPacking || halts || !is_multiplied(in.input.scalar_type(), T, B);
   args.shares = shares_for(B * G * H * H, H);
   // Enough rows that a panel of weight_ih is read from memory for many of them, few enough to find their sums in the
   // caches again.
@@ -123,7 +125,7 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   scratch.place();
   Barrier barrier(args.shares);
   args.barrier = &barrier;
-  run_shares(build_of(layer_kernel, without_dots::layer_kernel, in.input.scalar_type(), B), args);
+  run_shares(build_of(layer_kernel, without_dots::layer_kernel, in.input.scalar_type(), args), args);
   return out;
 }
 
@@ -139,7 +141,7 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   const int64_t element = element_size(args.dtype), carry = B * blocks * kUnits * element;
   const int64_t even_columns = G * H + G * H % 2;
   const at::ScalarType type = options.dtype().toScalarType();
-  const bool rounds = is_multiplied(type, B) && options.dtype().itemsize() == 2;
+  const bool rounds = is_multiplied(type, args.steps, B) && options.dtype().itemsize() == 2;
   Scratch scratch;
   scratch.add(args.panels, blocks * even_columns * kUnits * element);
   for (void*& exchange : args.exchange) scratch.add(exchange, B * even_columns * element, rounds);
@@ -151,7 +153,7 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   scratch.place();
   Barrier barrier(args.shares);
   args.barrier = &barrier;
-  run_shares(build_of(layer_backward_kernel, without_dots::layer_backward_kernel, type, B), args);
+  run_shares(build_of(layer_backward_kernel, without_dots::layer_backward_kernel, type, args), args);
 }
 
 }  // namespace
