@@ -79,6 +79,14 @@ def _forward(dtype: torch.dtype, columns: int, length: int, causal: bool) -> Wor
     )
 
 
+def _against_torch(call: Callable[[Callable[..., Any]], Call]) -> dict[str, Call]:
+    return {
+        "lect11ext": call(scaled_dot_product_attention),
+        "eager": call(torch_attention),
+        "compile": call(torch.compile(torch_attention)),
+    }
+
+
 def _train(dtype: torch.dtype, columns: int, length: int, causal: bool) -> Workload:
     batch, heads = HEADS[length]
 
@@ -89,11 +97,7 @@ def _train(dtype: torch.dtype, columns: int, length: int, causal: bool) -> Workl
         def call(function: Callable[..., Any]) -> Call:
             return _training(function, args, grad, *args, is_causal=causal)
 
-        return {
-            "lect11ext": call(scaled_dot_product_attention),
-            "eager": call(torch_attention),
-            "compile": call(torch.compile(torch_attention)),
-        }
+        return _against_torch(call)
 
     pairs = length * (length + 1) / 2 if causal else length**2
     return Workload(
@@ -115,11 +119,7 @@ def _short(batch: int, heads: int, length: int, columns: int, train: bool) -> Wo
         def call(function: Callable[..., Any]) -> Call:
             return _training(function, args, grad, *args) if train else _inference(function, *args)
 
-        return {
-            "lect11ext": call(scaled_dot_product_attention),
-            "eager": call(torch_attention),
-            "compile": call(torch.compile(torch_attention)),
-        }
+        return _against_torch(call)
 
     return Workload(
         f"attention/{'train' if train else 'forward'}/float32/{batch}x{heads}/L{length}/d{columns}",
@@ -193,11 +193,7 @@ def _option(kind: str, length: int) -> Workload:
         def call(function: Callable[..., Any]) -> Call:
             return _training(function, args, grad, *args, **options)
 
-        return {
-            "lect11ext": call(scaled_dot_product_attention),
-            "eager": call(torch_attention),
-            "compile": call(torch.compile(torch_attention)),
-        }
+        return _against_torch(call)
 
     return Workload(
         f"attention-{kind}/train/float32/L{length}",

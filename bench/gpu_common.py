@@ -57,7 +57,7 @@ class Machine:
 
 
 def ceilings(m: Machine) -> dict[str, tuple[Call, float]]:
-    """A large product in three arithmetics, and a large copy: calls, and what each does."""
+    """A large product in two arithmetics, and a large copy: calls, and what each does."""
     n, numel = m.size(8192), m.size(2**29)
     out: dict[str, tuple[Call, float]] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):

@@ -11,13 +11,12 @@ from lect11ext import nn
 
 from .gpu_common import Call, Machine, Workload, environment, within
 
-# Beside the path that the library chooses: each variable forces another.
+# Beside the path that the library chooses: each variable forces another, up to some hidden size.
 PATHS = {
-    "lect11ext grid": {"LECT11EXT_LAYER_CLUSTER": "0"},
-    "lect11ext cluster16": {"LECT11EXT_LAYER_CLUSTER": "16"},
-    "lect11ext shared": {"LECT11EXT_LAYER_REGISTERS": "0"},
+    "lect11ext grid": ({"LECT11EXT_LAYER_CLUSTER": "0"}, 256),
+    "lect11ext cluster16": ({"LECT11EXT_LAYER_CLUSTER": "16"}, 512),
+    "lect11ext shared": ({"LECT11EXT_LAYER_REGISTERS": "0"}, 1056),
 }
-CLUSTER_UNITS = {"lect11ext grid": 256, "lect11ext cluster16": 512, "lect11ext shared": 1056}  # beyond: as chosen
 
 
 def _graphed(m: Machine, call: Call) -> Call:
@@ -96,8 +95,8 @@ def layer(
             return (lambda: torch.autograd.grad(forward(), list(module.parameters()), grad)) if train else inference
 
         calls = {"lect11ext": call(ours, ours), "cudnn": call(torchs, torchs)}
-        for name, variables in PATHS.items():
-            if hidden <= CLUSTER_UNITS[name]:
+        for name, (variables, most_hidden) in PATHS.items():
+            if hidden <= most_hidden:
                 calls[name] = within(lambda variables=variables: environment(**variables), calls["lect11ext"])
         if layers > 1 or both:
             overlap = {"LECT11EXT_LAYER_OVERLAP": "1"}

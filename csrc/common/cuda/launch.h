@@ -96,9 +96,9 @@ class Clusters {
     return count;
   }
 
+  // After `active`, which makes the kernel ready.
   template <class... Params>
   void launch(void (*kernel)(Params...), const std::type_identity_t<Params>&... args) const {
-    prepare(kernel);
     check(cudaLaunchKernelEx(&config_, kernel, args...), "launch a kernel of clusters");
   }
 

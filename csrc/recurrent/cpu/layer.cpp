@@ -124,6 +124,13 @@ class Recurrence : LayerShare<S, kCell> {
   // The i-th block whose product is due.
   int64_t swept(int64_t i) const { return blocks_.first + sweep_.at(i, blocks_.count()); }
 
+  // Calls back with every block.
+  template <class Call>
+  void each_swept(const Call& call) {
+    for (int64_t i = 0; i < blocks_.count(); ++i) call(swept(i));
+    sweep_.turn();
+  }
+
   // Calls back for groups of rows whose products go together: of those that take part, or, where the weights are read
   // in place, of neighbours.
   template <class Call>
@@ -143,7 +150,7 @@ class Recurrence : LayerShare<S, kCell> {
 
   // The same in the second part of a step.
   template <class Call>
-  void each_active_group(int64_t t, const Call& call) {
+  void each_active_group(int64_t t, const Call& call) const {
     int64_t rows[kLayerRows];
     for (int64_t b = 0; b < args_.batch;) {
       int64_t n = 0;
@@ -175,13 +182,11 @@ class Recurrence : LayerShare<S, kCell> {
     const int64_t t = schedule_.time(s);
     each_group(s, t, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
-      for (int64_t turn = 0; turn < blocks_.count(); ++turn) {
-        const int64_t block = swept(turn);
+      each_swept([&](int64_t block) {
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]);
         multiply_states(s, block, rows, n, sums);
         for (int64_t i = 0; i < n; ++i) measure_block<kGates>(sums[i], units(block), moments(block, rows[i]));
-      }
-      sweep_.turn();
+      });
     });
     wait();
     each_active_group(t, [&](const int64_t* rows, int64_t n) {
@@ -210,27 +215,23 @@ class Recurrence : LayerShare<S, kCell> {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = operand(s, rows[i]);
-      for (int64_t turn = 0; turn < blocks_.count(); ++turn) {
-        const int64_t block = swept(turn);
+      each_swept([&](int64_t block) {
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]);
         panel_product<kFirst>(from, n, deep(args_.hidden), columns(block, 0), kWidth * kDeep, sums, false);
         for (int64_t i = 0; i < n; ++i) reset(s, block, rows[i], sums[i]);
-      }
-      sweep_.turn();
+      });
     });
     wait();
     each_active_group(t, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = reset_state(rows[i]);
-      for (int64_t turn = 0; turn < blocks_.count(); ++turn) {
-        const int64_t block = swept(turn);
+      each_swept([&](int64_t block) {
         const Cell cell(args_, block);
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]) + kFirst;
         panel_product<kUnits>(from, n, deep(args_.hidden), columns(block, kFirst), kWidth * kDeep, sums, false);
         for (int64_t i = 0; i < n; ++i) activate(s, t, block, rows[i], sums[i] - kFirst, cell);
-      }
-      sweep_.turn();
+      });
     });
   }
 

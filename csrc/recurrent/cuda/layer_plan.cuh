@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
 #include "common/cuda/launch.h"
@@ -25,7 +24,6 @@ namespace lect11ext::cuda {
 // The same for all blocks of a launch. Groups are powers of two.
 struct LayerPlan {
   int64_t teams, members;     // blocks of a team
-  bool clusters;              // whether a team is a cluster
   bool registers;             // whether warps hold their weights in registers
   bool near_states;           // whether a block keeps its units' states in shared memory
   int64_t own_tiles;          // of a block, neighbours
@@ -66,7 +64,6 @@ inline LayerPlan plan_teams(const LayerCommon& args, const LayerNeeds& needs, in
   const auto to_pieces = [](int64_t bytes) { return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes; };
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount), tiles = cuda_tiles(args.hidden);
   LayerPlan plan{};
-  plan.clusters = clusters;
   plan.own_tiles = (tiles + most_members - 1) / most_members;
   plan.members = (tiles + plan.own_tiles - 1) / plan.own_tiles;
   if (clusters) plan.members = int64_t{1} << log2(plan.members);
