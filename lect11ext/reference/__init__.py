@@ -13,7 +13,8 @@ from .attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
-from .autoencoder import gaussian_rsample_kl, philox_normal
+from .autoencoder import gaussian_rsample_kl
+from .random import philox_normal
 from .recurrent import gru_cell, gru_layer, lstm_cell, lstm_layer
 
 __all__ = [

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .autoencoder import philox_words
+from .random import philox_words
 
 Window = tuple[int | None, int | None]
 

@@ -1,4 +1,4 @@
-"""Fused functions of autoencoders."""
+"""The stochastic bottleneck of a variational autoencoder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_INT, OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
-from .._load import _C
-from .random import in_functorch, philox_key
+from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_INT, OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
+from ..._load import _C
+from ..random import in_functorch, philox_key
 
 
 def gaussian_rsample_kl(

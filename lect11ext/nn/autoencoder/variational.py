@@ -1,4 +1,4 @@
-"""Modules of autoencoders."""
+"""The stochastic bottleneck of a variational autoencoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import gaussian_rsample_kl
+from ...functional import gaussian_rsample_kl
 
 
 class GaussianLatent(nn.Module):

@@ -1,0 +1,5 @@
+"""Modules of autoencoders."""
+
+from .variational import GaussianLatent
+
+__all__ = ["GaussianLatent"]
