@@ -20,7 +20,17 @@ from lect11ext._load import _C
 from . import PROCESSORS
 from .ceilings import CEILINGS
 
-FAMILIES = ["autoencoder", "recurrent", "layers", "attention", "additive", "compilation"]
+FAMILIES = [
+    "autoencoder",
+    "corruption",
+    "hashing",
+    "sparse_code",
+    "recurrent",
+    "layers",
+    "attention",
+    "additive",
+    "compilation",
+]
 HERE = Path(__file__).parent
 
 

@@ -5,6 +5,12 @@
 
 #include "attention/additive_ops.h"
 #include "attention/dot_product_weights_inputs.h"
+#include "autoencoder/corruption_inputs.h"
+#include "autoencoder/corruption_ops.h"
+#include "autoencoder/penalties_inputs.h"
+#include "autoencoder/reconstruction_inputs.h"
+#include "autoencoder/hashing_ops.h"
+#include "autoencoder/sparse_code_ops.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/capability.h"
@@ -36,6 +42,18 @@ std::tuple<at::Tensor, at::Tensor> draw_gaussian_rsample_kl(
   }
   return gaussian_rsample_kl(mean, logvar, prior_mean, prior_logvar, used, samples, free_bits, logvar_min, logvar_max,
                              reduction);
+}
+
+std::tuple<at::Tensor, at::Tensor> draw_corrupt(
+    const at::Tensor& input, const std::string& kind, double amount, double low, double high, bool return_mask,
+    const std::optional<at::Generator>& generator, const OptionalTensor& key) {
+  at::Tensor used = key.value_or(at::Tensor());
+  if (!key.has_value()) {
+    const corruption::Inputs in{input, "input", corruption::parse_kind(kind), amount};
+    in.check_operands();
+    used = philox_key(input, (in.is_double_stream() ? 2 : 1) * input.sym_numel(), generator);
+  }
+  return corrupt(input, used, kind, amount, low, high, return_mask);
 }
 
 namespace layers {
@@ -94,6 +112,26 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("num_samples").noconvert(),  // a fraction is no number of samples
         py::arg("free_bits"), py::arg("logvar_min"), py::arg("logvar_max"), py::arg("reduction"), py::arg("generator"),
         py::arg("key"));
+  m.def("corrupt", &draw_corrupt, NoGil(), py::arg("input"), py::arg("kind"), py::arg("amount"), py::arg("low"),
+        py::arg("high"), py::arg("return_mask").noconvert(), py::arg("generator"), py::arg("key"));
+  m.def(
+      "penalized_activation",
+      [](const at::Tensor& input, const OptionalTensor& scale, const std::string& activation,
+         const std::string& penalty) { return penalties::call_forward(input, scale, activation, penalty); },
+      NoGil());
+  m.def(
+      "topk_code",
+      [](const at::Tensor& input, int64_t k, const std::string& activation) { return topk_code(input, k, activation); },
+      NoGil(), py::arg("input"), py::arg("k").noconvert(), py::arg("activation"));
+  m.def("sparse_decode", &sparse_decode, NoGil());
+  m.def("sparse_dots", &sparse_dots, NoGil());
+  m.def(
+      "reconstruction_loss",
+      [](const at::Tensor& input, const at::Tensor& target, const OptionalTensor& logvar, const OptionalTensor& weight,
+         const std::string& likelihood, const std::string& reduction) {
+        return reconstruction::call_forward(input, target, logvar, weight, likelihood, reduction);
+      },
+      NoGil());
   m.def(
       "philox_key",
       [](const at::Tensor& like, int64_t numel, const std::optional<at::Generator>& generator) {
@@ -139,6 +177,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention", &attention::attend, NoGil());
   m.def("attention_weights", &attention::weights, NoGil());
   m.def("attention_with_weights", &attention::attend_with_weights, NoGil());
+  m.def("binarize", &binarize, NoGil());
+  m.def("pack_bits", &pack_bits, NoGil());
+  m.def("hamming_distance", &hamming_distance, NoGil());
+  m.def(
+      "hamming_topk",
+      [](const at::Tensor& query, const at::Tensor& codes, int64_t k) { return hamming_topk(query, codes, k); },
+      NoGil(), py::arg("query"), py::arg("codes"), py::arg("k").noconvert());
+  m.def("hamming_radius", &hamming_radius, NoGil(), py::arg("query"), py::arg("codes"), py::arg("radius").noconvert());
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return capability_name(capability()); });
   m.def("best_cpu_capability", [] { return capability_name(best_capability()); });

@@ -221,6 +221,85 @@ def _shape_of(x: Tensor, dim: Any) -> torch.Size:
     return x.movedim(dim, 0).shape[1:] if _is_batched(dim) else x.shape
 
 
+# penalized_activation(input, scale, activation, penalty): rows are of any number of dimensions.
+def _penalized(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    op, size = torch.ops.lect11ext.penalized_activation, info.batch_size
+    if size == 0 or _is_batched(in_dims[1]) or args[3] == "mean":
+        return _run_each(op, size, in_dims, args)
+    return op(args[0].movedim(in_dims[0], 0), *args[1:]), (0, 0)
+
+
+# penalized_activation_backward(grad_output, grad_penalty, input, scale, activation, penalty, mask)
+def _penalized_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    op, size = torch.ops.lect11ext.penalized_activation_backward, info.batch_size
+    if size == 0 or _is_batched(in_dims[3]) or args[5] == "mean" or args[6][1]:  # a scale's gradient is one a sample
+        return _run_each(op, size, in_dims, args)
+    whole = [_repeat(x, dim, size) for x, dim in zip(args[:3], in_dims[:3], strict=True)]
+    return op(*whole, *args[3:]), (0, None)
+
+
+# reconstruction_loss(input, target, logvar, weight, likelihood, reduction), its backward with the gradient in front.
+def _reconstruction(op: Callable[..., Any], backward: bool) -> Rule:
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        size, first = info.batch_size, int(backward)
+        keeps_rows = args[first + 5] in ("none", "sum_features")
+        shared = [i for i in (first + 2, first + 3) if args[i] is not None and not _is_batched(in_dims[i])]
+        # What is one for all samples has a gradient for each.
+        if size == 0 or not keeps_rows or (backward and any(args[-1][i - first] for i in shared)):
+            return _run_each(op, size, in_dims, args)
+        led = list(args)
+        for i in range(first + 2):
+            led[i] = _repeat(args[i], in_dims[i], size)
+        for i in (first + 2, first + 3):
+            led[i] = _lead(args[i], in_dims[i], size, led[first].dim() - 1, False)
+        if not backward:
+            return op(*led), 0
+        grads = [None if g is None else g if i < 3 else g.reshape(size, *_shape_of(args[i], in_dims[i]))
+                 for i, g in enumerate(op(*led), 1)]  # fmt: skip
+        return tuple(grads), tuple(None if g is None else 0 for g in grads)
+
+    return rule
+
+
+def _repeat(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
+    if x is None:
+        return None
+    return x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
+
+
+# binarize, pack_bits, unpack_bits: elements, or rows of any number of dimensions.
+def _rows(op: Callable[..., Any]) -> Rule:
+    def rule(info: Any, in_dims: Sequence[Any], rows: Tensor, *args: Any) -> tuple[Any, Any]:
+        if rows.dim() == 1:  # samples are scalars, which some refuse
+            return _run_each(op, info.batch_size, in_dims, (rows, *args))
+        return op(rows.movedim(in_dims[0], 0), *args), 0
+
+    return rule
+
+
+def _hamming_distance(info: Any, in_dims: Sequence[Any], *codes: Tensor) -> tuple[Any, Any]:
+    # One more dimension in front of both batches, which then broadcast as they did.
+    dims = max(x.dim() - _is_batched(d) for x, d in zip(codes, in_dims, strict=True))
+    whole = []
+    for x, d in zip(codes, in_dims, strict=True):
+        x = x.movedim(d, 0) if _is_batched(d) else x.unsqueeze(0)
+        whole.append(x.reshape(x.size(0), *[1] * (dims + 1 - x.dim()), *x.shape[1:]))
+    return torch.ops.lect11ext.hamming_distance(*whole), 0
+
+
+def _code(op: Callable[..., Any], rows: Sequence[int]) -> Rule:
+    """A rule for an op on sparse codes: arguments ``rows`` take any number of dimensions, others are shared by all."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        if any(_is_batched(d) and i not in rows for i, d in enumerate(in_dims)):
+            return _run_each(op, info.batch_size, in_dims, args)
+        whole = [_repeat(a, in_dims[i], info.batch_size) if i in rows else a for i, a in enumerate(args)]
+        result = op(*whole)
+        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+    return rule
+
+
 def _philox_key(info: Any, in_dims: Sequence[Any], like: Tensor, numel: int, generator: Any = None) -> tuple[Any, Any]:
     """One key for all samples with randomness="same"; with "different" offsets ceil(numel / 4) apart."""
     op = torch.ops.lect11ext.philox_key
@@ -242,7 +321,25 @@ def register() -> None:
     ops = torch.ops.lect11ext
     for op in (ops.philox_normal, ops.clip_gradient, ops.gaussian_rsample_kl, ops.gaussian_rsample_kl_backward):
         torch.library.register_vmap(op.default, _each(op))
+    for op in (ops.corrupt, ops.corrupt_backward):
+        torch.library.register_vmap(op.default, _each(op))
     torch.library.register_vmap(ops.philox_key.default, _philox_key)
+    for op in (ops.binarize, ops.pack_bits, ops.unpack_bits):
+        torch.library.register_vmap(op.default, _rows(op))
+    torch.library.register_vmap(ops.hamming_distance.default, _hamming_distance)
+    torch.library.register_vmap(ops.hamming_topk.default, _each(ops.hamming_topk))
+    torch.library.register_vmap(ops.topk_code.default, _code(ops.topk_code, (0,)))
+    for op in (ops.topk_code_backward, ops.sparse_decode, ops.sparse_dots):
+        torch.library.register_vmap(op.default, _code(op, (0, 1)))
+    torch.library.register_vmap(ops.sparse_outer.default, _each(ops.sparse_outer))
+    torch.library.register_vmap(ops.penalized_activation.default, _penalized)
+    torch.library.register_vmap(
+        ops.reconstruction_loss.default, _reconstruction(ops.reconstruction_loss, backward=False)
+    )
+    torch.library.register_vmap(
+        ops.reconstruction_loss_backward.default, _reconstruction(ops.reconstruction_loss_backward, backward=True)
+    )
+    torch.library.register_vmap(ops.penalized_activation_backward.default, _penalized_backward)
     torch.library.register_vmap(ops.additive_attention.default, _additive)
     torch.library.register_vmap(ops.additive_attention_backward.default, _additive_backward)
     # lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, …)

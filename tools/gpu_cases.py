@@ -44,6 +44,46 @@ def sampling(device: torch.device) -> list[Tensor]:
     return with_gradients(functional.gaussian_rsample_kl(*args, key=KEY.to(device)), args)
 
 
+def corruption(kind: str, dtype: torch.dtype) -> Case:
+    def run(device: torch.device) -> list[Tensor]:
+        x = drawn(device, 37, 21, dtype=dtype)
+        outs = functional.corrupt(x, kind, 0.4, low=-2.0, high=3.0, return_mask=True, key=KEY.to(device))
+        return [*with_gradients(outs[0], [x]), outs[1].to(dtype)]
+
+    return run
+
+
+def sparse_code(dtype: torch.dtype, k: int) -> Case:
+    """Values far enough apart that both devices select the same."""
+
+    def run(device: torch.device) -> list[Tensor]:
+        x = (torch.stack([torch.randperm(90) for _ in range(13)]) - 40).to(device, dtype).requires_grad_()
+        weight, bias = drawn(device, 90, 36, dtype=dtype), drawn(device, 36, dtype=dtype)
+        values, indices = functional.topk_code(x, k)
+        out = functional.sparse_decode(values / 50, indices, weight, bias)
+        grads = torch.autograd.grad(out.float().square().sum(), [x, weight, bias], create_graph=True)
+        return [values, out, *with_gradients(grads[1], [x, weight])]
+
+    return run
+
+
+def hashing(size: int) -> Case:
+    def run(device: torch.device) -> list[Tensor]:
+        x = torch.randn(300, 8 * size).to(device)
+        codes = functional.pack_bits(x, 0.0)
+        query = codes[:5]
+        outs = [
+            functional.binarize(x),
+            functional.unpack_bits(codes),
+            functional.hamming_distance(query, codes),
+            *functional.hamming_topk(query, codes, 20),
+            *functional.hamming_radius(query, codes, 4 * size),
+        ]
+        return [codes.float(), *(out.float() for out in outs)]
+
+    return run
+
+
 def cell(kind: str, dtype: torch.dtype) -> Case:
     def run(device: torch.device) -> list[Tensor]:
         module = getattr(nn, kind)(24, 40).to(device, dtype)
@@ -95,6 +135,14 @@ def additive(device: torch.device) -> list[Tensor]:
 def cases() -> dict[str, Case]:
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     out: dict[str, Case] = {"gaussian_rsample_kl": sampling, "varlen_attention": varlen, "additive_attention": additive}
+    for dtype in (f32, f64, bf16, f16):
+        out[f"sparse code {str(dtype)[6:]}"] = sparse_code(dtype, 7)
+    out["sparse code sorted"] = sparse_code(f32, 90)
+    for noise in ("gaussian", "masking", "salt_and_pepper"):
+        for dtype in (f32, f64, bf16):
+            out[f"corrupt {noise} {str(dtype)[6:]}"] = corruption(noise, dtype)
+    for size in (3, 8, 32):
+        out[f"hashing {size}"] = hashing(size)
     for kind in ("LSTM", "GRU"):
         out[f"{kind}Cell"] = cell(f"{kind}Cell", f32)
         out[f"{kind}Cell bf16"] = cell(f"{kind}Cell", bf16)

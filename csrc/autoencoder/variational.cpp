@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "autoencoder/partial_sums.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/autograd.h"
@@ -77,17 +78,14 @@ void describe(const Inputs& in, const Tensor& grad_kl, View* grad_kl_view, Gauss
   args.high = in.logvar_max.value_or(INFINITY);
 }
 
-GaussianTiles tiles_of(const Inputs& in) {
+RowTiles tiles_of(const Inputs& in) {
   const int64_t numel = in.mean.numel();
-  const bool rows = in.reduction == Reduction::SumLatent && numel > 0;
-  return rows ? GaussianTiles(numel / in.mean.size(-1), in.mean.size(-1)) : GaussianTiles(1, numel);
+  const bool rows = in.reduction == Reduction::Rows && numel > 0;
+  return rows ? RowTiles(numel / in.mean.size(-1), in.mean.size(-1)) : RowTiles(1, numel);
 }
 
 // About a nanosecond a normal and as much for the rest of an element.
-int64_t tile_cost(const GaussianTiles& tiles, int64_t samples) {
-  const int64_t elements = tiles.tiles_per_row > 1 ? GaussianTiles::kElements : tiles.rows_per_tile * tiles.cols;
-  return elements * (samples + 1);
-}
+int64_t tile_cost(const RowTiles& tiles, int64_t samples) { return elements_of(tiles) * (samples + 1); }
 
 void launch(const GaussianForward& args, c10::Device device) {
   if (device.is_cpu()) {
@@ -105,27 +103,6 @@ void launch(const GaussianBackward& args, c10::Device device) {
 #ifdef LECT11EXT_WITH_CUDA
   if (args.tiles.count > 0) cuda::gaussian_backward(args, c10::cuda::getCurrentCUDAStream().stream());
 #endif
-}
-
-// Sums of `count` neighbours each, in order and in double: at::sum's order depends on the number of threads.
-template <class T>
-void sum_partials(const T* partials, T* out, int64_t rows, int64_t count) {
-  for (int64_t row = 0; row < rows; ++row) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(partials[row * count + i]);
-    out[row] = static_cast<T>(sum);
-  }
-}
-
-Tensor sum_tiles(const Tensor& partials, at::IntArrayRef size, const GaussianTiles& tiles) {
-  if (!partials.is_cpu()) return partials.view({tiles.rows, tiles.tiles_per_row}).sum(-1).view(size);
-  Tensor out = at::empty(size, partials.options());
-  if (partials.scalar_type() == at::kDouble) {
-    sum_partials(partials.const_data_ptr<double>(), out.mutable_data_ptr<double>(), tiles.rows, tiles.tiles_per_row);
-  } else {
-    sum_partials(partials.const_data_ptr<float>(), out.mutable_data_ptr<float>(), tiles.rows, tiles.tiles_per_row);
-  }
-  return out;
 }
 
 std::tuple<Tensor, Tensor> kernel_forward(const Inputs& in) {
@@ -165,9 +142,8 @@ Gradients kernel_backward(const OptionalTensor& grad_z, const OptionalTensor& gr
   if (sampled.tensor.defined()) {
     set_views(sampled.tensor.sizes(), args.grad_z_shape, {&sampled});
   }
-  args.grad_kl_scale =
-      in.reduction == Reduction::BatchMean ? 1.0 / static_cast<double>(std::max<int64_t>(in.mean.size(0), 1)) : 1.0;
-  args.tiles = GaussianTiles(1, in.mean.numel());
+  args.grad_kl_scale = reduction_scale(in.mean, in.reduction);
+  args.tiles = RowTiles(1, in.mean.numel());
   const auto options = in.mean.options();
   const auto make = [&](bool wanted, at::ScalarType type, void*& pointer) {
     if (!wanted) return Tensor();

@@ -7,6 +7,7 @@
 // Elements of kl below `free_bits` (where that is positive) are raised to it and have no gradient.
 #pragma once
 
+#include "autoencoder/row_tiles.h"
 #include "common/capability.h"
 #include "common/view.h"
 
@@ -25,25 +26,8 @@ struct Gaussian {
   bool streams;  // whether the outputs are too large to stay in a CPU's caches
 };
 
-// A tile is what one thread does at a time: whole rows of the last dimension where several fit, else part of one row.
-// Tiles depend on the shape alone, so results do not depend on the number of threads.
-struct GaussianTiles {
-  static constexpr int64_t kElements = 1024;  // four float buffers of this length fit the first-level cache
-  int64_t rows = 0, cols = 0;
-  int64_t rows_per_tile = 1;  // > 1 only where tiles_per_row is 1
-  int64_t tiles_per_row = 1;
-  int64_t count = 0;
-
-  GaussianTiles(int64_t rows, int64_t cols) : rows(rows), cols(cols) {
-    if (rows == 0 || cols == 0) return;
-    rows_per_tile = cols < kElements ? kElements / cols : 1;
-    tiles_per_row = (cols + kElements - 1) / kElements;
-    count = tiles_per_row > 1 ? rows * tiles_per_row : (rows + rows_per_tile - 1) / rows_per_tile;
-  }
-};
-
 struct GaussianForward : Gaussian {
-  GaussianTiles tiles{0, 0};
+  RowTiles tiles{0, 0};
   void* z;  // written: samples × numel, dense
   DType z_dtype;
   void* kl;          // written, float or double: numel elements if kl_elements, else one sum a row where tiles_per_row
@@ -51,7 +35,7 @@ struct GaussianForward : Gaussian {
 };
 
 struct GaussianBackward : Gaussian {
-  GaussianTiles tiles{0, 0};
+  RowTiles tiles{0, 0};
   Shape grad_z_shape;  // [samples, *shape]
   View grad_z;         // read; data null where undefined
   View grad_kl;        // read; over `shape`, stride 0 where the reduction summed; data null where undefined

@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor> composite_forward(const Inputs& in) {
   const Terms t = composite_terms(in);
   const Tensor z = (t.mean + t.root * composite_noise(in)).to(in.z_dtype());
   Tensor kl = in.free_bits > 0 ? inside_or(t.kl, at::clamp(t.kl, in.free_bits)) : t.kl;
-  if (in.reduction == Reduction::SumLatent) kl = kl.sum(-1);
+  if (in.reduction == Reduction::Rows) kl = kl.sum(-1);
   if (in.reduction == Reduction::Sum || in.reduction == Reduction::BatchMean) kl = kl.sum();
-  if (in.reduction == Reduction::BatchMean) kl = kl / at::Scalar(in.mean.sym_size(0).max(1));
+  if (in.reduction == Reduction::BatchMean) kl = kl / at::Scalar(batch_of(in.mean));
   return {z, kl};
 }
 
@@ -78,7 +78,7 @@ Gradients composite_backward(const OptionalTensor& grad_z, const OptionalTensor&
   }
   if (autograd::defined(grad_kl)) {
     Tensor w = expand_grad_kl(grad_kl->to(type), in);
-    if (in.reduction == Reduction::BatchMean) w = w / at::Scalar(in.mean.sym_size(0).max(1));
+    if (in.reduction == Reduction::BatchMean) w = w / at::Scalar(batch_of(in.mean));
     // By selection, as torch.clamp has it: a product with zero would be NaN where a factor is infinite.
     const auto active = [&](const Tensor& grad) {
       return in.free_bits > 0 ? at::where(t.kl >= in.free_bits, grad, at::zeros_like(grad)) : grad;

@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "autoencoder/reduction.h"
 #include "common/autograd.h"
 #include "common/random_ops.h"
 #include "common/tensors.h"
@@ -20,15 +21,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-enum class Reduction { None, SumLatent, BatchMean, Sum };
-
-inline Reduction parse_reduction(c10::string_view name) {
-  if (name == "sum_latent") return Reduction::SumLatent;
-  if (name == "none") return Reduction::None;
-  if (name == "batchmean") return Reduction::BatchMean;
-  if (name == "sum") return Reduction::Sum;
-  TORCH_CHECK_VALUE(false, "reduction must be one of 'none', 'sum_latent', 'batchmean', 'sum', but got '", name, "'");
-}
+inline Reduction parse_reduction(c10::string_view name) { return lect11ext::parse_reduction(name, "sum_latent"); }
 
 // The arguments that are the same for the forward and its derivatives.
 struct Inputs {
@@ -60,12 +53,7 @@ struct Inputs {
     return size;
   }
 
-  c10::SymDimVector kl_size() const {
-    const auto size = mean.sym_sizes();
-    if (reduction == Reduction::None) return c10::SymDimVector(size.begin(), size.end());
-    if (reduction == Reduction::SumLatent) return c10::SymDimVector(size.begin(), size.end() - 1);
-    return {};
-  }
+  c10::SymDimVector kl_size() const { return reduced_size(mean.sym_sizes(), reduction); }
 
   void check() const {
     check_operands();
@@ -124,9 +112,8 @@ struct Inputs {
   }
 };
 
-// grad_kl as a view over the shape of mean, before the scale of batchmean.
 inline Tensor expand_grad_kl(const Tensor& grad_kl, const Inputs& in) {
-  return (in.reduction == Reduction::SumLatent ? grad_kl.unsqueeze(-1) : grad_kl).expand_symint(in.mean.sym_sizes());
+  return expand_reduced(grad_kl, in.mean.sym_sizes(), in.reduction);
 }
 
 // The schema's argument list, shared by all registrations of the two ops.

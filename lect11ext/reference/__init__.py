@@ -13,21 +13,49 @@ from .attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
-from .autoencoder import gaussian_rsample_kl
+from .autoencoder import (
+    binarize,
+    contractive_linear,
+    corrupt,
+    gaussian_rsample_kl,
+    hamming_distance,
+    hamming_radius,
+    hamming_topk,
+    pack_bits,
+    reconstruction_loss,
+    sparse_activation,
+    sparse_decode,
+    topk_code,
+    topk_encode,
+    unpack_bits,
+)
 from .random import philox_normal
 from .recurrent import gru_cell, gru_layer, lstm_cell, lstm_layer
 
 __all__ = [
     "additive_attention",
     "attention_weights",
+    "binarize",
+    "contractive_linear",
+    "corrupt",
     "gaussian_rsample_kl",
     "gru_cell",
     "gru_layer",
+    "hamming_distance",
+    "hamming_radius",
+    "hamming_topk",
     "kernel_attention",
     "lstm_cell",
     "lstm_layer",
     "merge_attention",
+    "pack_bits",
     "philox_normal",
+    "reconstruction_loss",
     "scaled_dot_product_attention",
+    "sparse_activation",
+    "sparse_decode",
+    "topk_code",
+    "topk_encode",
+    "unpack_bits",
     "varlen_attention",
 ]

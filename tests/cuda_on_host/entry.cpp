@@ -12,6 +12,11 @@
 
 #include "attention/additive.h"
 #include "attention/dot_product.h"
+#include "autoencoder/corruption.h"
+#include "autoencoder/penalties.h"
+#include "autoencoder/reconstruction.h"
+#include "autoencoder/hashing.h"
+#include "autoencoder/sparse_code.h"
 #include "autoencoder/variational.h"
 #include "common/random.h"
 #include "recurrent/gru_cell.h"
@@ -62,8 +67,26 @@ void with_scratch(const Args& args, void* stream) {
 
 ENTRY(philox_key, PhiloxReservation)
 ENTRY(philox_normal, PhiloxNormal)
+ENTRY(corruption_drift, CorruptionDrift)
+ENTRY(corruption_replace, CorruptionReplace)
 ENTRY(gaussian_forward, GaussianForward)
 ENTRY(gaussian_backward, GaussianBackward)
+ENTRY(penalty_forward, PenaltyForward)
+ENTRY(penalty_backward, PenaltyBackward)
+ENTRY(reconstruction_forward, ReconstructionForward)
+ENTRY(reconstruction_backward, ReconstructionBackward)
+ENTRY(binarize, Binarize)
+ENTRY(pack_bits, PackBits)
+ENTRY(unpack_bits, UnpackBits)
+ENTRY(hamming_distance, HammingDistance)
+ENTRY(hamming_histogram, HammingHistogram)
+ENTRY(hamming_plan, HammingPlan)
+ENTRY(hamming_count, HammingCount)
+ENTRY(hamming_fill, HammingFill)
+ENTRY(topk_code, TopkCode)
+ENTRY(scatter_code, ScatterCode)
+ENTRY(weighted_rows, WeightedRows)
+ENTRY(row_dots, RowDots)
 ENTRY(additive_forward, AdditiveForward)
 ENTRY(additive_backward, AdditiveBackward)
 ENTRY(lstm_gates_forward, LstmGates)
@@ -98,6 +121,10 @@ extern "C" int64_t additive_weight_rows(const lect11ext::AdditiveBackward* args)
   return lect11ext::cuda::additive_weight_rows(*args);
 }
 
-extern "C" void gaussian_tiles(int64_t rows, int64_t cols, lect11ext::GaussianTiles* out) {
-  *out = lect11ext::GaussianTiles(rows, cols);
+extern "C" void column_blocks(int64_t rows, int64_t cols, int64_t most_runs, lect11ext::ColumnBlocks* out) {
+  *out = lect11ext::ColumnBlocks(rows, cols, most_runs);
+}
+
+extern "C" void row_tiles(int64_t rows, int64_t cols, lect11ext::RowTiles* out) {
+  *out = lect11ext::RowTiles(rows, cols);
 }

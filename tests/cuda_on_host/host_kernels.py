@@ -10,7 +10,6 @@ from ctypes import (
     c_char_p,
     c_double,
     c_int8,
-    c_int32,
     c_int64,
     c_size_t,
     c_uint64,
@@ -21,22 +20,23 @@ from typing import Any
 
 import torch
 from attention_structs import AttentionBackward, AttentionBackwardTangent, AttentionForward, AttentionTangent
+from corruption_structs import CorruptionDrift, CorruptionReplace
+from hashing_structs import (
+    Binarize,
+    HammingCount,
+    HammingDistance,
+    HammingFill,
+    HammingHistogram,
+    HammingPlan,
+    PackBits,
+    UnpackBits,
+)
+from loss_structs import ColumnBlocks, PenaltyBackward, PenaltyForward, ReconstructionBackward, ReconstructionForward
+from sparse_code_structs import RowDots, ScatterCode, TopkCode, WeightedRows
 from torch import Tensor
+from view_structs import MAX_DIMS, RowTiles, Shape, View
 
-MAX_DIMS = 8
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-class Shape(Structure):
-    _fields_ = [("numel", c_int64), ("ndim", c_int32), ("sizes", c_int64 * MAX_DIMS)]
-
-
-class View(Structure):
-    _fields_ = [("data", c_void_p), ("dtype", c_int8), ("dense", c_bool), ("strides", c_int64 * MAX_DIMS)]
-
-
-class GaussianTiles(Structure):
-    _fields_ = [(name, c_int64) for name in ("rows", "cols", "rows_per_tile", "tiles_per_row", "count")]
 
 
 class PhiloxReservation(Structure):
@@ -72,7 +72,7 @@ class Gaussian(Structure):
 
 class GaussianForward(Gaussian):
     _fields_ = [
-        ("tiles", GaussianTiles),
+        ("tiles", RowTiles),
         ("z", c_void_p),
         ("z_dtype", c_int8),
         ("kl", c_void_p),
@@ -82,7 +82,7 @@ class GaussianForward(Gaussian):
 
 class GaussianBackward(Gaussian):
     _fields_ = [
-        ("tiles", GaussianTiles),
+        ("tiles", RowTiles),
         ("grad_z_shape", Shape),
         ("grad_z", View),
         ("grad_kl", View),
@@ -257,8 +257,26 @@ class LayerCudaBackward(LayerCommon):
 ENTRIES = {
     "philox_key": PhiloxReservation,
     "philox_normal": PhiloxNormal,
+    "corruption_drift": CorruptionDrift,
+    "corruption_replace": CorruptionReplace,
     "gaussian_forward": GaussianForward,
     "gaussian_backward": GaussianBackward,
+    "penalty_forward": PenaltyForward,
+    "penalty_backward": PenaltyBackward,
+    "reconstruction_forward": ReconstructionForward,
+    "reconstruction_backward": ReconstructionBackward,
+    "binarize": Binarize,
+    "pack_bits": PackBits,
+    "unpack_bits": UnpackBits,
+    "hamming_distance": HammingDistance,
+    "hamming_histogram": HammingHistogram,
+    "hamming_plan": HammingPlan,
+    "hamming_count": HammingCount,
+    "hamming_fill": HammingFill,
+    "topk_code": TopkCode,
+    "scatter_code": ScatterCode,
+    "weighted_rows": WeightedRows,
+    "row_dots": RowDots,
     "additive_forward": AdditiveForward,
     "additive_backward": AdditiveBackward,
     "lstm_gates_forward": LstmGates,
@@ -296,9 +314,14 @@ class Kernels:
 
         return call
 
-    def tiles(self, rows: int, cols: int) -> GaussianTiles:
-        out = GaussianTiles()
-        self.library.gaussian_tiles(c_int64(rows), c_int64(cols), ctypes.byref(out))
+    def tiles(self, rows: int, cols: int) -> RowTiles:
+        out = RowTiles()
+        self.library.row_tiles(c_int64(rows), c_int64(cols), ctypes.byref(out))
+        return out
+
+    def column_blocks(self, rows: int, cols: int, most_runs: int) -> ColumnBlocks:
+        out = ColumnBlocks()
+        self.library.column_blocks(c_int64(rows), c_int64(cols), c_int64(most_runs), ctypes.byref(out))
         return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from host_kernels import GaussianTiles, Kernels, Output, assert_near, make_views
+from host_kernels import Kernels, Output, RowTiles, assert_near, make_views
 from torch import Tensor
 
 from lect11ext import reference
@@ -69,7 +69,7 @@ class Call:
         return leaves, z, kl
 
 
-def tiles_for(kernels: Kernels, size: Sequence[int], summed: bool) -> GaussianTiles:
+def tiles_for(kernels: Kernels, size: Sequence[int], summed: bool) -> RowTiles:
     numel = math.prod(size)
     return kernels.tiles(1, numel) if summed else kernels.tiles(numel // size[-1], size[-1])
 

@@ -1,18 +1,11 @@
 #include "autoencoder/variational.h"
 
+#include "autoencoder/cpu/row_sums.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/normal.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
-
-constexpr int64_t kTile = GaussianTiles::kElements;
-
-template <class T>
-struct alignas(64) Buffer {
-  T data[kTile + kNormalSlack];
-  operator T*() { return data; }
-};
 
 // e^x, expm1(x) and expm1(x) − x of one argument, taken at x/2: then e^(x/2), which scales the noise, costs no second
 // exponential. Near zero neither of the last two cancels: with m = expm1(x/2) they are m·(2 + m) and 2·(m − x/2) + m².
@@ -103,46 +96,6 @@ class Tile {
   const T *mean_, *logvar_, *prior_mean_ = nullptr, *prior_logvar_ = nullptr;
 };
 
-// First element of tile number t, and how many it has.
-inline int64_t tile_range(const GaussianTiles& tiles, int64_t t, int64_t* n) {
-  if (tiles.tiles_per_row > 1) {
-    const int64_t within = t % tiles.tiles_per_row * kTile;
-    *n = std::min(kTile, tiles.cols - within);
-    return t / tiles.tiles_per_row * tiles.cols + within;
-  }
-  const int64_t row = t * tiles.rows_per_tile;
-  *n = std::min(tiles.rows_per_tile, tiles.rows - row) * tiles.cols;
-  return row * tiles.cols;
-}
-
-// Sum in a fixed order: a vector of partial sums, then its lanes as a tree (one after the other they would take longer
-// than a short row's arithmetic), then what did not fill a vector.
-template <class T>
-T row_sum(const T* values, int64_t n) {
-  T sum = 0;
-  int64_t i = 0;
-  if (n >= kLanes<T>) {
-    Vec<T> partial(T(0));
-    for (; i + kLanes<T> <= n; i += kLanes<T>) partial = partial + Vec<T>::loadu(values + i);
-    sum = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, partial);
-  }
-  for (; i < n; ++i) sum += values[i];
-  return sum;
-}
-
-template <class T>
-void store_kl(const GaussianForward& args, int64_t t, int64_t start, int64_t n, const T* kl) {
-  T* out = static_cast<T*>(args.kl);
-  if (args.kl_elements) return std::copy(kl, kl + n, out + start), void();
-  if (args.tiles.tiles_per_row > 1) {
-    out[t] = row_sum(kl, n);
-    return;
-  }
-  for (int64_t i = 0, row = t * args.tiles.rows_per_tile; i < n; i += args.tiles.cols, ++row) {
-    out[row] = row_sum(kl + i, args.tiles.cols);
-  }
-}
-
 template <class T, bool PriorGiven>
 void forward(const GaussianForward& args, int64_t begin, int64_t end) {
   Buffer<T> operands[4], noise, scale, kl, staged;
@@ -159,7 +112,7 @@ void forward(const GaussianForward& args, int64_t begin, int64_t end) {
       const Vec<T> raised = raises ? select_less(e.kl, free_bits, free_bits, e.kl) : e.kl;
       raised.store(kl + i);
     }
-    store_kl<T>(args, t, start, n, kl);
+    store_sums<T>(args.tiles, t, start, n, kl, args.kl, args.kl_elements);
     for (int64_t k = 0; k < args.samples; ++k) {
       const int64_t first = k * args.shape.numel + start;
       const T* eps = normals(seed, offset, first, n, noise.data);

@@ -1,5 +1,7 @@
 #include "autoencoder/variational.h"
 
+#include "autoencoder/cuda/quads.cuh"
+#include "autoencoder/cuda/row_sums.cuh"
 #include "common/cuda/launch.h"
 #include "common/cuda/math.cuh"
 #include "common/cuda/memory.cuh"
@@ -7,112 +9,6 @@
 
 namespace lect11ext::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int kQuad = 4;  // consecutive elements of a thread: one Philox block, 16 bytes of float
-constexpr int kTile = static_cast<int>(GaussianTiles::kElements);
-static_assert(kTile == kThreads * kQuad);
-
-// Four consecutive elements, the first a multiple of four, of which [low, high) belong to the block's tile.
-struct Quad {
-  int64_t first;
-  int low, high;
-
-  __device__ Quad(int64_t first, int64_t begin, int64_t end)
-      : first(first),
-        low(first < begin ? static_cast<int>(begin - first) : 0),
-        high(first + kQuad > end ? static_cast<int>(end - first) : kQuad) {}
-  __device__ bool holds(int i) const { return low <= i && i < high; }
-  __device__ bool whole() const { return low == 0 && high == kQuad; }
-};
-
-// How a thread reaches four elements. Vectors: every operand is of type S and a quad of it is either consecutive and
-// aligned or one value repeated, so that all loads of a thread are under way before the first is used.
-template <class S>
-struct Vectors {
-  // On a multiprocessor at a time, one less with a prior: as many as leave enough registers that none is spilled.
-  // Four have 32 KiB of loads under way in float, of which some 20 KiB cover the latency of the memory.
-  static constexpr int kBlocks = 4;
-  static constexpr bool kAligned = true;  // numel is a multiple of four, so that every sample begins at one
-
-  template <class T>
-  static __device__ void load(const Shape& shape, const View& view, int64_t first, const Quad&, T* out) {
-    const S* from = static_cast<const S*>(view.data) + locate(shape, view, first).offset;
-    if (view.strides[shape.ndim - 1] == 0) {
-      const T value = from_storage<T>(*from);
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) out[i] = value;
-    } else {
-      const auto pack = Pack<S, kQuad>::load(from);
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) out[i] = pack[i];
-    }
-  }
-
-  template <class T>
-  static __device__ void store(void* data, DType, int64_t first, const Quad& quad, const T* values) {
-    S* to = static_cast<S*>(data) + first;
-    if (quad.whole()) {
-      Pack<S, kQuad> pack;
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) pack.set(i, values[i]);
-      pack.store(to);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        if (quad.holds(i)) to[i] = to_storage<S>(values[i]);
-      }
-    }
-  }
-
-  // Whether View, over Shape, can be loaded so.
-  static bool fits(const Shape& shape, const View& view) {
-    if (view.data == nullptr) return true;
-    const int last = shape.ndim - 1;
-    if (view.dtype != kDType<S> || shape.sizes[last] % kQuad != 0) return false;
-    if (view.strides[last] == 0) return true;
-    if (view.strides[last] != 1 || !is_aligned<S, kQuad>(view.data)) return false;
-    return std::all_of(view.strides, view.strides + last, [](int64_t stride) { return stride % kQuad == 0; });
-  }
-
-  static bool fits(const void* dense, DType dtype) {
-    return dense == nullptr || (dtype == kDType<S> && is_aligned<S, kQuad>(dense));
-  }
-};
-
-// Any types, strides and alignment, one element at a time.
-struct Elements {
-  static constexpr int kBlocks = 2;
-  static constexpr bool kAligned = false;
-
-  template <class T>
-  static __device__ void load(const Shape& shape, const View& view, int64_t first, const Quad& quad, T* out) {
-    const int last = shape.ndim - 1;
-    Place place{};
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      out[i] = T(0);
-      if (!quad.holds(i)) continue;
-      if (i == quad.low || place.column == shape.sizes[last]) place = locate(shape, view, first + i);
-      out[i] = read<T>(view.data, view.dtype, place.offset);
-      place.offset += view.strides[last];
-      ++place.column;
-    }
-  }
-
-  template <class T>
-  static __device__ void store(void* data, DType dtype, int64_t first, const Quad& quad, const T* values) {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      if (quad.holds(i)) write(data, dtype, first + i, values[i]);
-    }
-  }
-};
-
-// The access to what is of the arithmetic's type whatever the operands are of: kl and its gradients.
-template <class Access, class T>
-using Arithmetic = std::conditional_t<Access::kAligned, Vectors<T>, Elements>;
 
 template <class T>
 struct Element {
@@ -167,56 +63,19 @@ struct Operands {
   }
 };
 
-// Sums of `rows` consecutive rows of `width` values each, in an order that depends on `width` alone: neighbouring lanes
-// of a warp share a row, each adds every lanes-th value of it, and the lanes' sums are added as a tree.
-template <class T>
-__device__ inline void sum_rows(const T* values, int rows, int width, T* out) {
-  int lanes = 1;
-  while (lanes < width && lanes < kWarp) lanes *= 2;
-  const int lane = threadIdx.x % lanes, rows_at_once = kThreads / lanes;
-  // All threads of a warp stay in the loop for as long as one of them has a row, as the shuffles require.
-  for (int base = 0; base < rows; base += rows_at_once) {
-    const int row = base + threadIdx.x / lanes;
-    T sum = T(0);
-    if (row < rows) {
-      for (int i = lane; i < width; i += lanes) sum += values[row * width + i];
-    }
-    for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-    if (lane == 0 && row < rows) out[row] = sum;
-  }
-}
-
 // A block takes a tile. An element costs two loads and a store of its type for each sample (12 bytes in float, 6 in
 // bf16), about as long as the noise and the exponential take to compute; the KL goes through shared memory.
 template <class T, class Access, bool PriorGiven>
 __global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven)
     forward_kernel(const __grid_constant__ GaussianForward args) {
   __shared__ T shared[kTile];
-  const GaussianTiles& tiles = args.tiles;
-  const int64_t t = blockIdx.x;
-  int64_t row, begin, end;
-  int rows = 1;
-  if (tiles.tiles_per_row > 1) {
-    row = divide(t, tiles.tiles_per_row);
-    const int64_t within = (t - row * tiles.tiles_per_row) * kTile;
-    begin = row * tiles.cols + within;
-    end = begin + (tiles.cols - within < kTile ? tiles.cols - within : kTile);
-    row = t;  // one sum a tile
-  } else {
-    row = t * tiles.rows_per_tile;
-    const int64_t left = tiles.rows - row;
-    rows = static_cast<int>(left < tiles.rows_per_tile ? left : tiles.rows_per_tile);
-    begin = row * tiles.cols;
-    end = begin + rows * tiles.cols;
-  }
-  // Then every quad is whole and of one row, and its sum is formed in registers.
-  const bool quads_in_rows = tiles.cols % kQuad == 0;
+  const TileRange range(args.tiles, blockIdx.x);
   const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
   const T free_bits = T(args.free_bits);
 
   // One pass, and a second for one thread where the tile begins inside a quad.
-  for (int64_t first = begin / kQuad * kQuad + kQuad * threadIdx.x; first < end; first += kTile) {
-    const Quad quad(first, begin, end);
+  for (int64_t first = range.first_quad(); first < range.end; first += kTile) {
+    const Quad quad(first, range.begin, range.end);
     Operands<T> operands;
     operands.template load<Access, PriorGiven>(args, quad);
     T scale[kQuad], kl[kQuad];
@@ -228,13 +87,8 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven)
     }
     if (args.kl_elements) {
       Arithmetic<Access, T>::store(args.kl, kDType<T>, first, quad, kl);
-    } else if (quads_in_rows) {
-      shared[(first - begin) / kQuad] = (kl[0] + kl[1]) + (kl[2] + kl[3]);
     } else {
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        if (quad.holds(i)) shared[first - begin + i] = kl[i];
-      }
+      range.put(quad, kl, shared);
     }
     for (int64_t k = 0; k < args.samples; ++k) {
       const int64_t number = k * args.shape.numel + first;
@@ -245,10 +99,7 @@ __global__ void __launch_bounds__(kThreads, Access::kBlocks - PriorGiven)
       Access::store(args.z, args.z_dtype, number, quad, z);
     }
   }
-  if (args.kl_elements) return;
-  __syncthreads();
-  const int width = static_cast<int>((end - begin) / rows) / (quads_in_rows ? kQuad : 1);
-  sum_rows(shared, rows, width, static_cast<T*>(args.kl) + row);
+  if (!args.kl_elements) range.sum(shared, static_cast<T*>(args.kl));
 }
 
 // Nothing is summed over elements here, so a block takes 1024 consecutive ones whatever their rows. An element costs

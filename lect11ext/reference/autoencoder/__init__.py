@@ -1,5 +1,25 @@
 """The functions of autoencoders in plain PyTorch."""
 
+from .corruption import corrupt
+from .hashing import binarize, hamming_distance, hamming_radius, hamming_topk, pack_bits, unpack_bits
+from .penalties import contractive_linear, sparse_activation
+from .reconstruction import reconstruction_loss
+from .sparse_code import sparse_decode, topk_code, topk_encode
 from .variational import gaussian_rsample_kl
 
-__all__ = ["gaussian_rsample_kl"]
+__all__ = [
+    "binarize",
+    "contractive_linear",
+    "corrupt",
+    "gaussian_rsample_kl",
+    "hamming_distance",
+    "hamming_radius",
+    "hamming_topk",
+    "pack_bits",
+    "reconstruction_loss",
+    "sparse_activation",
+    "sparse_decode",
+    "topk_code",
+    "topk_encode",
+    "unpack_bits",
+]

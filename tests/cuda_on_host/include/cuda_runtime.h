@@ -154,6 +154,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (int i = 0; i < warpSize; ++i) ballot |= static_cast<unsigned>((mask >> i & 1) != 0 && values[i] != 0) << i;
   return ballot;
 }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 

@@ -1,0 +1,173 @@
+// PyTorch side of corrupt: schema, kernels' arguments. Derivatives: corruption_autograd.cpp. Equations and kernels:
+// corruption.h.
+#include "autoencoder/corruption.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "autoencoder/corruption_inputs.h"
+#include "autoencoder/corruption_ops.h"
+#include "common/dispatch.h"
+
+#ifdef LECT11EXT_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace lect11ext {
+namespace {
+
+using namespace corruption;
+
+using Outputs = std::tuple<Tensor, Tensor>;
+
+#define CORRUPT_PARAMETERS                                                                                         \
+  const Tensor &input, const Tensor &key, c10::string_view kind, double amount, double low, double high, bool return_mask
+
+// --- meta ---------------------------------------------------------------------------------------------------------
+
+Outputs meta_forward(CORRUPT_PARAMETERS) {
+  Inputs{input, "input", parse_kind(kind), amount}.check(key);
+  return {at::empty_symint(input.sym_sizes(), input.options()),
+          return_mask ? at::empty_symint(input.sym_sizes(), input.options().dtype(at::kBool)) : Tensor()};
+}
+
+Tensor meta_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
+  Inputs{grad, "grad", parse_kind(kind), amount}.check(key);
+  return at::empty_symint(grad.sym_sizes(), grad.options());
+}
+
+// --- kernels ------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kTile = kCorruptionTile;
+
+void launch(const CorruptionDrift& args, c10::Device device) {
+  if (device.is_cpu()) {
+    return run_parallel(corruption_drift_kernel, args, (args.shape.numel + kTile - 1) / kTile, kTile);
+  }
+#ifdef LECT11EXT_WITH_CUDA
+  cuda::corruption_drift(args, c10::cuda::getCurrentCUDAStream().stream());
+#endif
+}
+
+void launch(const CorruptionReplace& args, c10::Device device) {
+  if (device.is_cpu()) {
+    // Words cost half of what normals do.
+    return run_parallel(corruption_replace_kernel, args, (args.shape.numel + kTile - 1) / kTile, kTile / 2);
+  }
+#ifdef LECT11EXT_WITH_CUDA
+  cuda::corruption_replace(args, c10::cuda::getCurrentCUDAStream().stream());
+#endif
+}
+
+// Fills the common part of the struct, and runs the kernel.
+template <class Args>
+Tensor run(Args& args, const Tensor& input, const Tensor& key) {
+  Tensor out = empty_output(input.sizes(), input.options());
+  if (out.numel() == 0) return out;
+  Operand held{input, &args.input};
+  set_views(input.sizes(), args.shape, {&held});
+  const Tensor dense_key = key.contiguous();
+  args.key = dense_key.const_data_ptr<int64_t>();
+  args.out = out.mutable_data_ptr();
+  // Input and output, against a usual last-level cache.
+  constexpr size_t kBeyondCaches = size_t{32} << 20;
+  args.streams = 2 * input.nbytes() > kBeyondCaches;
+  launch(args, input.device());
+  return out;
+}
+
+Tensor replace(const Inputs& in, const Tensor& key, double low, double high, bool* mask) {
+  CorruptionReplace args{};
+  const uint64_t threshold = in.threshold();
+  args.last = static_cast<uint32_t>(threshold - 1);
+  args.pepper = in.kind == Kind::SaltAndPepper ? static_cast<uint32_t>(threshold / 2) : 0;
+  args.low = low;
+  args.high = high;
+  args.mask = mask;
+  return run(args, in.input, key);
+}
+
+Outputs kernel_forward(CORRUPT_PARAMETERS) {
+  const Inputs in{input, "input", parse_kind(kind), amount};
+  in.check(key);
+  const auto mask_options = input.options().dtype(at::kBool);
+  if (in.kind == Kind::Gaussian) {
+    CorruptionDrift args{};
+    args.deviation = amount;
+    return {run(args, input, key), return_mask ? at::ones(input.sizes(), mask_options) : Tensor()};
+  }
+  if (in.threshold() == 0) {
+    return {input.clone(at::MemoryFormat::Contiguous), return_mask ? at::zeros(input.sizes(), mask_options) : Tensor()};
+  }
+  const bool masks = in.kind == Kind::Masking;
+  Tensor mask = return_mask ? empty_output(input.sizes(), mask_options) : Tensor();
+  Tensor out =
+      replace(in, key, masks ? 0 : low, masks ? 0 : high, return_mask ? mask.mutable_data_ptr<bool>() : nullptr);
+  return {out, mask};
+}
+
+Tensor kernel_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
+  const Inputs in{grad, "grad", parse_kind(kind), amount};
+  in.check(key);
+  if (in.kind == Kind::Gaussian || in.threshold() == 0) return grad.clone(at::MemoryFormat::Contiguous);
+  return replace(in, key, 0, 0, nullptr);
+}
+
+#ifdef LECT11EXT_WITH_CUDA
+Outputs cuda_forward(CORRUPT_PARAMETERS) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  return kernel_forward(input, key, kind, amount, low, high, return_mask);
+}
+
+Tensor cuda_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
+  const c10::cuda::CUDAGuard guard(grad.device());
+  return kernel_backward(grad, key, kind, amount);
+}
+#endif
+
+}  // namespace
+
+// --- registration -------------------------------------------------------------------------------------------------
+
+Outputs corrupt(CORRUPT_PARAMETERS) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::corrupt", "").typed<Outputs(CORRUPT_PARAMETERS)>();
+  return op.call(input, key, kind, amount, low, high, return_mask);
+}
+
+Tensor corrupt_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lect11ext::corrupt_backward", "")
+                             .typed<decltype(kernel_backward)>();
+  return op.call(grad, key, kind, amount);
+}
+
+TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
+  m.def(
+      "corrupt(Tensor input, Tensor key, str kind, float amount, float low, float high, bool return_mask)"
+      " -> (Tensor output, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("corrupt_backward(Tensor grad, Tensor key, str kind, float amount) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+  m.impl("corrupt", kernel_forward);
+  m.impl("corrupt_backward", kernel_backward);
+}
+
+#ifdef LECT11EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
+  m.impl("corrupt", cuda_forward);
+  m.impl("corrupt_backward", cuda_backward);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
+  m.impl("corrupt", meta_forward);
+  m.impl("corrupt_backward", meta_backward);
+}
+
+}  // namespace lect11ext

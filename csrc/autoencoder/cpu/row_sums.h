@@ -1,0 +1,104 @@
+// Tiles of rows on the CPU: their buffers, their elements, their sums.
+#pragma once
+
+#include <algorithm>
+
+#include "autoencoder/row_tiles.h"
+#include "common/cpu/memory.h"
+#include "common/cpu/normal.h"
+
+namespace lect11ext::CPU_CAPABILITY {
+
+inline constexpr int64_t kTile = RowTiles::kElements;
+
+template <class T>
+struct alignas(64) Buffer {
+  T data[kTile + kNormalSlack];
+  operator T*() { return data; }
+};
+
+// First element of tile number t, and how many it has.
+inline int64_t tile_range(const RowTiles& tiles, int64_t t, int64_t* n) {
+  if (tiles.tiles_per_row > 1) {
+    const int64_t within = t % tiles.tiles_per_row * kTile;
+    *n = std::min(kTile, tiles.cols - within);
+    return t / tiles.tiles_per_row * tiles.cols + within;
+  }
+  const int64_t row = t * tiles.rows_per_tile;
+  *n = std::min(tiles.rows_per_tile, tiles.rows - row) * tiles.cols;
+  return row * tiles.cols;
+}
+
+// Sum in a fixed order: a vector of partial sums, then its lanes as a tree (one after the other they would take longer
+// than a short row's arithmetic), then what did not fill a vector.
+template <class T>
+T row_sum(const T* values, int64_t n) {
+  T sum = 0;
+  int64_t i = 0;
+  if (n >= kLanes<T>) {
+    Vec<T> partial(T(0));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) partial = partial + Vec<T>::loadu(values + i);
+    sum = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, partial);
+  }
+  for (; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+// The sums of tile t, whose values are elements start … start + n − 1; or the elements themselves.
+template <class T>
+void store_sums(const RowTiles& tiles, int64_t t, int64_t start, int64_t n, const T* values, void* to, bool elements) {
+  T* out = static_cast<T*>(to);
+  if (elements) return std::copy(values, values + n, out + start), void();
+  if (tiles.tiles_per_row > 1) {
+    out[t] = row_sum(values, n);
+    return;
+  }
+  for (int64_t i = 0, row = t * tiles.rows_per_tile; i < n; i += tiles.cols, ++row) {
+    out[row] = row_sum(values + i, tiles.cols);
+  }
+}
+
+// The sums over the columns of one block.
+template <class T>
+class ColumnSums {
+ public:
+  ColumnSums(const ColumnBlocks& blocks, int64_t item) : blocks_(blocks), run_(item / blocks.pieces) {
+    first_row_ = run_ * blocks.rows_per_run;
+    last_row_ = std::min(first_row_ + blocks.rows_per_run, blocks.rows);
+    first_col_ = item % blocks.pieces * blocks.cols_per_piece;
+    width_ = std::min(blocks.cols_per_piece, blocks.cols - first_col_);
+    std::fill(sums_.data, sums_.data + width_, T(0));
+  }
+
+  // Calls f(start, n) for the block's elements, so many whole rows of it at a time as fit a buffer.
+  template <class F>
+  void each_run(F f) const {
+    const int64_t together = blocks_.pieces == 1 ? std::max<int64_t>(kTile / blocks_.cols, 1) : 1;
+    for (int64_t row = first_row_; row < last_row_; row += together) {
+      f(row * blocks_.cols + first_col_, std::min(together, last_row_ - row) * width_);
+    }
+  }
+
+  void add(const T* values, int64_t n) {
+    for (int64_t row = 0; row < n; row += width_) {
+      int64_t i = 0;
+      for (; i + kLanes<T> <= width_; i += kLanes<T>) {
+        (Vec<T>::loadu(sums_.data + i) + Vec<T>::loadu(values + row + i)).store(sums_.data + i);
+      }
+      for (; i < width_; ++i) sums_.data[i] += values[row + i];
+    }
+  }
+
+  // Into [runs, cols].
+  void store(void* to) const {
+    std::copy(sums_.data, sums_.data + width_, static_cast<T*>(to) + run_ * blocks_.cols + first_col_);
+  }
+
+ private:
+  const ColumnBlocks& blocks_;
+  const int64_t run_;
+  int64_t first_row_, last_row_, first_col_, width_;
+  Buffer<T> sums_;
+};
+
+}  // namespace lect11ext::CPU_CAPABILITY

@@ -1,0 +1,53 @@
+// The activations of csrc/autoencoder/activation.h with their first two derivatives, as autoencoder/cpu/activation.h
+// has them: from one exponential of a negative number, without differences of nearly equal ones. NaN survives.
+#pragma once
+
+#include "autoencoder/activation.h"
+#include "common/cuda/math.cuh"
+
+namespace lect11ext::cuda {
+
+// From e = e^−|x|.
+template <class T>
+struct Logistic {
+  T x, e, large;  // large: σ(|x|)
+
+  __device__ explicit Logistic(T x) : x(x), e(std::exp(-std::abs(x))), large(T(1) / (T(1) + e)) {}
+
+  __device__ T sigmoid() const { return x < T(0) ? e * large : large; }
+  __device__ T slope() const { return e * large * large; }
+  __device__ T softplus() const { return (x < T(0) ? T(0) : x) + std::log1p(e); }
+  __device__ T curvature() const {
+    const T magnitude = slope() * (T(1) - e) * large;
+    return x < T(0) ? magnitude : -magnitude;
+  }
+};
+
+template <class T>
+struct Activated {
+  T value, slope, curvature;
+};
+
+// The same for all threads, so that the choice costs a branch and no divergence: these kernels are bound by memory, and
+// one build for all activations spares the others.
+template <class T>
+__device__ inline Activated<T> activate(Activation activation, T x) {
+  switch (activation) {
+    case Activation::Relu: return {x < T(0) ? T(0) : x, x > T(0) ? T(1) : T(0), T(0)};
+    case Activation::Sigmoid: {
+      const Logistic<T> s(x);
+      return {s.sigmoid(), s.slope(), s.curvature()};
+    }
+    case Activation::Softplus: {
+      const Logistic<T> s(x);
+      return {s.softplus(), s.sigmoid(), s.slope()};
+    }
+    case Activation::Tanh: {
+      const T value = std::tanh(x), q = std::exp(T(-2) * std::abs(x)), d = T(1) / (T(1) + q), slope = T(4) * q * d * d;
+      return {value, slope, T(-2) * value * slope};
+    }
+    default: return {x, T(1), T(0)};
+  }
+}
+
+}  // namespace lect11ext::cuda

@@ -1,0 +1,53 @@
+#include "autoencoder/partial_sums.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+
+#include <vector>
+
+namespace lect11ext {
+namespace {
+
+template <class T>
+void sum_neighbours(const T* partials, T* out, int64_t rows, int64_t count) {
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(partials[row * count + i]);
+    out[row] = static_cast<T>(sum);
+  }
+}
+
+template <class T>
+void sum_down(const T* partials, T* out, int64_t runs, int64_t cols) {
+  std::vector<double> sums(cols);
+  for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t i = 0; i < cols; ++i) sums[i] += static_cast<double>(partials[run * cols + i]);
+  }
+  for (int64_t i = 0; i < cols; ++i) out[i] = static_cast<T>(sums[i]);
+}
+
+}  // namespace
+
+at::Tensor sum_tiles(const at::Tensor& partials, at::IntArrayRef size, const RowTiles& tiles) {
+  if (!partials.is_cpu()) return partials.view({tiles.rows, tiles.tiles_per_row}).sum(-1).view(size);
+  at::Tensor out = at::empty(size, partials.options());
+  if (partials.scalar_type() == at::kDouble) {
+    sum_neighbours(partials.const_data_ptr<double>(), out.mutable_data_ptr<double>(), tiles.rows, tiles.tiles_per_row);
+  } else {
+    sum_neighbours(partials.const_data_ptr<float>(), out.mutable_data_ptr<float>(), tiles.rows, tiles.tiles_per_row);
+  }
+  return out;
+}
+
+at::Tensor sum_runs(const at::Tensor& partials) {
+  if (!partials.is_cpu()) return partials.sum(0);
+  at::Tensor out = at::empty({partials.size(1)}, partials.options());
+  if (partials.scalar_type() == at::kDouble) {
+    sum_down(partials.const_data_ptr<double>(), out.mutable_data_ptr<double>(), partials.size(0), partials.size(1));
+  } else {
+    sum_down(partials.const_data_ptr<float>(), out.mutable_data_ptr<float>(), partials.size(0), partials.size(1));
+  }
+  return out;
+}
+
+}  // namespace lect11ext

@@ -1,0 +1,195 @@
+// Derivatives of reconstruction_loss: its definition in differentiable ATen, the Node, and autocast.
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/abs.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/sgn.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <iterator>
+
+#include "autoencoder/reconstruction_inputs.h"
+#include "common/autograd.h"
+
+namespace lect11ext {
+namespace {
+
+using namespace reconstruction;
+
+// --- the definition in differentiable ATen ------------------------------------------------------------------------
+
+// log(sinh(u) / u) and its derivative. Where u is small, by their series; each branch gets an argument at which its own
+// derivatives are finite, of any order.
+struct LogSinhc {
+  Tensor value, slope;
+};
+
+LogSinhc log_sinhc(const Tensor& u) {
+  constexpr double kSmall = 0.5;
+  const Tensor is_small = at::abs(u) < kSmall;
+  const Tensor near = at::where(is_small, u, at::zeros_like(u)), far = at::where(is_small, at::ones_like(u), u);
+  const Tensor z = near * near;
+  Tensor value = at::zeros_like(u), slope = value;
+  for (int k = std::size(kLogSinhcSeries); k > 0; --k) {
+    value = value * z + kLogSinhcSeries[k - 1];
+    slope = slope * z + 2 * k * kLogSinhcSeries[k - 1];
+  }
+  const Tensor y = at::abs(far), e = at::exp(y * -2);
+  return {at::where(is_small, value * z, y + at::log((1 - e) / (y * 2))),
+          at::where(is_small, slope * near, 1 / at::tanh(far) - 1 / far)};
+}
+
+// Of each element: the loss and its derivatives by input and logvar. That by target is minus the input, or minus that
+// by the input.
+struct Terms {
+  Tensor loss, d_input, d_target, d_logvar;
+};
+
+Terms terms_of(const Inputs& in) {
+  const auto type = in.compute_dtype();
+  const Tensor x = in.input.to(type), t = in.target.to(type);
+  switch (in.likelihood) {
+    case Likelihood::Bernoulli: {
+      constexpr double kThreshold = 40;  // beyond it log(1 + e^x) is x, in float64 too
+      return {at::softplus(x, 1, kThreshold) - x * t, at::sigmoid(x) - t, -x, Tensor()};
+    }
+    case Likelihood::ContinuousBernoulli: {
+      const LogSinhc f = log_sinhc(x * 0.5);
+      return {x * (0.5 - t) + f.value, 0.5 - t + f.slope * 0.5, -x, Tensor()};
+    }
+    case Likelihood::Gaussian: {
+      const double constant = 0.5 * std::log(2 * M_PI);
+      const Tensor d = x - t;
+      if (!in.has_logvar()) return {d * d * 0.5 + constant, d, -d, Tensor()};
+      const Tensor v = in.logvar->to(type), root = at::exp(v * -0.5), scaled = d * root, square = scaled * scaled;
+      return {(square + v) * 0.5 + constant, scaled * root, -scaled * root, (1 - square) * 0.5};
+    }
+    case Likelihood::SquaredError: {
+      const Tensor d = x - t;
+      return {d * d, d * 2, d * -2, Tensor()};
+    }
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+// By selection where the weight is zero, as the kernels have it.
+Tensor weighted(const Tensor& value, const Inputs& in) {
+  if (!in.has_weight()) return value;
+  const Tensor w = in.weight->to(in.compute_dtype()), product = w * value;
+  return at::where(w == 0, at::zeros_like(product), product);
+}
+
+Tensor composite_forward(const Inputs& in) {
+  Tensor loss = terms_of(in).loss;
+  if (in.has_weight()) {
+    // Only for tangents: by the weight the loss of an element, also where the weight is zero, by all else none there.
+    const Tensor w = in.weight->to(in.compute_dtype());
+    loss = w * at::where(w == 0, loss.detach(), loss);
+  }
+  if (in.reduction == Reduction::None) return loss;
+  if (in.reduction == Reduction::Rows) return loss.sum(-1);
+  return in.reduction == Reduction::Sum ? loss.sum() : loss.sum() / at::Scalar(batch_of(in.input));
+}
+
+Gradients composite_backward(const Tensor& grad, const Inputs& in, std::array<bool, 4> mask) {
+  const Terms t = terms_of(in);
+  Tensor g = expand_reduced(grad.to(in.compute_dtype()), in.input.sym_sizes(), in.reduction);
+  if (in.reduction == Reduction::BatchMean) g = g / at::Scalar(batch_of(in.input));
+  const auto finish = [&](bool wanted, const Tensor& value, const Tensor& like) {
+    return wanted ? at::sum_to(value, like.sym_sizes()).to(like.scalar_type()) : Tensor();
+  };
+  return {finish(mask[0], weighted(g * t.d_input, in), in.input),
+          finish(mask[1], weighted(g * t.d_target, in), in.target),
+          in.has_logvar() ? finish(mask[2], weighted(g * t.d_logvar, in), *in.logvar) : Tensor(),
+          in.has_weight() ? finish(mask[3], g * t.loss, *in.weight) : Tensor()};
+}
+
+// --- autograd -----------------------------------------------------------------------------------------------------
+
+Gradients call_backward(const Tensor& grad, RECONSTRUCTION_PARAMETERS, std::array<bool, 4> mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lect11ext::reconstruction_loss_backward", "")
+                             .typed<BackwardSignature>();
+  return op.call(grad, RECONSTRUCTION_ARGUMENTS, mask);
+}
+
+struct ReconstructionNode : autograd::Node {
+  autograd::SavedVariable input_, target_, logvar_, weight_;
+  std::string likelihood_, reduction_;
+
+  std::string name() const override { return "ReconstructionLossBackward"; }
+
+  void release_variables() override {
+    for (auto* saved : {&input_, &target_, &logvar_, &weight_}) saved->reset_data();
+  }
+
+  autograd::variable_list apply(autograd::variable_list&& grads) override {
+    std::array<bool, 4> mask{};
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = task_should_compute_output(i);
+    if (!grads[0].defined()) return autograd::variable_list(mask.size());
+    const auto [input, target, logvar, weight] =
+        call_backward(grads[0], input_.unpack(), target_.unpack(), autograd::optional_of(logvar_.unpack()),
+                      autograd::optional_of(weight_.unpack()), likelihood_, reduction_, mask);
+    return {input, target, logvar, weight};
+  }
+};
+
+Tensor autograd_forward(RECONSTRUCTION_PARAMETERS) {
+  Tensor loss;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    loss = call_forward(RECONSTRUCTION_ARGUMENTS);
+  }
+  if (autograd::needs_grad(input, target, logvar, weight)) {
+    auto node = autograd::make_node<ReconstructionNode>();
+    node->set_next_edges(torch::autograd::collect_next_edges(input, target, logvar, weight));
+    node->input_ = autograd::SavedVariable(input, false);
+    node->target_ = autograd::SavedVariable(target, false);
+    node->logvar_ = autograd::SavedVariable(logvar, false);
+    node->weight_ = autograd::SavedVariable(weight, false);
+    node->likelihood_ = std::string(likelihood);
+    node->reduction_ = std::string(reduction);
+    torch::autograd::set_history(loss, node);
+  }
+  if (autograd::has_tangent(input, target, logvar, weight)) {
+    autograd::copy_tangent(loss, composite_forward(RECONSTRUCTION_INPUTS));
+  }
+  return loss;
+}
+
+Gradients autograd_backward(const Tensor& grad, RECONSTRUCTION_PARAMETERS, std::array<bool, 4> mask) {
+  if (autograd::needs_grad(grad, input, target, logvar, weight) ||
+      autograd::has_tangent(grad, input, target, logvar, weight)) {
+    return composite_backward(grad, RECONSTRUCTION_INPUTS, mask);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call_backward(grad, RECONSTRUCTION_ARGUMENTS, mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
+  m.impl("reconstruction_loss", autograd_forward);
+  m.impl("reconstruction_loss_backward", autograd_backward);
+}
+
+// Autocast changes no type here: the arithmetic is in float32 or better whatever comes in.
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
+  m.impl("reconstruction_loss", torch::CppFunction::makeFallthrough());
+  m.impl("reconstruction_loss_backward", torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
+  m.impl("reconstruction_loss", torch::CppFunction::makeFallthrough());
+  m.impl("reconstruction_loss_backward", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace lect11ext

@@ -1,0 +1,143 @@
+"""Sparse codes: the K largest activations of each row, and what is computed from them alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from ..._errors import OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
+from ..._load import _C
+from ..random import in_functorch
+
+
+def _is_dispatched(*tensors: Tensor | None) -> bool:
+    """Whether a call goes through torch.ops: where something other than the kernels may be asked."""
+    return torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(*tensors)
+
+
+def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tensor, Tensor]:
+    r"""Returns the k largest entries of the last dimension, largest first, and their indices.
+
+    The k-sparse activation: with ``"relu"`` what is negative among them becomes zero. Unlike ``torch.topk``, equal
+    entries come in the order of their indices, so that the result is determined. NaN counts as the largest.
+
+    Args:
+        input: ``[*, n]``, any strides: float32, float64, bfloat16 or float16.
+        k: at most n.
+        activation: ``"relu"`` or ``"none"``.
+
+    Returns:
+        ``(values, indices)``, both ``[*, k]``: values in the type of ``input``, indices int64.
+
+    Gradients: to input, of any order, zero but at the indices (and, with ``"relu"``, where a value is zero);
+    forward-mode AD; ``vmap``. Deterministic: the same bits for any number of threads. Autocast changes no type.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: Makhzani & Frey 2013, "k-Sparse Autoencoders"; Gao et al. 2024, "Scaling and evaluating sparse
+    autoencoders".
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> values, indices = lect11ext.functional.topk_code(torch.tensor([[1.0, 3.0, -2.0, 3.0]]), 3)
+        >>> values, indices
+        (tensor([[3., 3., 1.]]), tensor([[1, 3, 0]]))
+    """
+    if _is_dispatched(input):
+        return torch.ops.lect11ext.topk_code(input, k, activation)
+    try:
+        return _C.topk_code(input, k, activation)
+    except TypeError as error:
+        raise wrong_type(error, input=(input, TENSOR), k=(k, (int,)), activation=(activation, (str,))) from None
+
+
+def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Sums the rows of a dictionary that a sparse code names, each with its value.
+
+    .. math::
+        y_b = \sum_j v_{bj} W_{i_{bj}} + \beta
+
+    It is ``torch.nn.functional.embedding_bag`` with ``per_sample_weights`` and ``mode="sum"``, with every derivative.
+    The time and memory are those of the named rows, whatever the size of the dictionary, but for the gradient of
+    ``weight``, which is dense.
+
+    Args:
+        values: :math:`v`, ``[*, K]``: float32, float64, bfloat16 or float16, any strides.
+        indices: :math:`i`, ``[*, K]``: int64 or int32, in :math:`[0, M)`; one may come several times in a row.
+        weight: the dictionary :math:`W`, ``[M, D]``: its rows are the atoms.
+        bias: :math:`\beta`, ``[D]``.
+
+    Returns:
+        ``[*, D]`` in the promoted type of values, weight and bias.
+
+    Gradients: to values, weight and bias, of any order; forward-mode AD; ``vmap``. Every derivative is again such a
+    sum, a product of rows at the indices, or a sum of outer products, and takes a kernel of its own. Deterministic: the
+    same bits for any number of threads; sums are formed in float32, or float64 for float64. Autocast changes no type.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        IndexError: of an index that is no row of ``weight``. On CUDA, where to ask would be to wait, such an index
+            makes its row NaN instead, and touches no atom's gradient.
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> lect11ext.functional.sparse_decode(torch.tensor([[2.0, 3.0]]), torch.tensor([[1, 0]]), weight)
+        tensor([[3., 2.]])
+    """
+    if _is_dispatched(values, weight, bias):
+        return torch.ops.lect11ext.sparse_decode(values, indices, weight, bias)
+    try:
+        return _C.sparse_decode(values, indices, weight, bias)
+    except TypeError as error:
+        raise wrong_type(
+            error, values=(values, TENSOR), indices=(indices, TENSOR), weight=(weight, TENSOR),
+            bias=(bias, OPTIONAL_TENSOR),
+        ) from None  # fmt: skip
+
+
+def topk_encode(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int, activation: str = "relu"
+) -> tuple[Tensor, Tensor]:
+    r"""``topk_code(linear(input, weight, bias), k)`` whose derivatives cost as much as the k entries are.
+
+    The product with the whole dictionary is needed only to find the k largest of its columns. It is formed without a
+    gradient; the values are then computed anew, as k dot products a row. So the backward forms no dense gradient of the
+    M activations, and neither of the two products with it: of three products of a training step one is left.
+
+    Args:
+        input: ``[*, D]``.
+        weight: ``[M, D]``, as in ``torch.nn.functional.linear``.
+        bias: ``[M]``.
+        k, activation: as in :func:`topk_code`.
+
+    Returns:
+        ``(values, indices)``, both ``[*, k]``: values in the promoted type of input, weight and bias. Computed anew,
+        they are in descending order up to rounding.
+
+    Gradients: to input, weight and bias, of any order; forward-mode AD; ``vmap``; those of topk_code of a linear layer.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example::
+
+        >>> import torch, lect11ext
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> lect11ext.functional.topk_encode(torch.tensor([[2.0, 3.0]]), weight, k=2)
+        (tensor([[25.,  3.]]), tensor([[2, 1]]))
+    """
+    for name, tensor in (("input", input), ("weight", weight)):
+        check_type(name, tensor, TENSOR)
+    check_type("bias", bias, OPTIONAL_TENSOR)
+    with torch.no_grad():
+        _, indices = topk_code(torch.nn.functional.linear(input, weight, bias), k, activation=activation)
+    if _is_dispatched(input, weight, bias):
+        values = torch.ops.lect11ext.sparse_dots(input, indices, weight, bias)
+    else:
+        values = _C.sparse_dots(input, indices, weight, bias)
+    return (torch.relu(values) if activation == "relu" else values), indices

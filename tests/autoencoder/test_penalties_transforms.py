@@ -1,0 +1,136 @@
+"""Derivatives of every order, transforms, compilation and export of the penalized activations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jvp, vmap
+
+from lect11ext import functional
+from lect11ext.reference.autoencoder.penalties import penalized_activation as plain
+
+op = torch.ops.lect11ext.penalized_activation
+ACTIVATIONS = ["identity", "relu", "sigmoid", "softplus", "tanh"]
+CASES = list(itertools.product(ACTIVATIONS, ["l1", "contractive", "mean"]))
+
+
+def leaves(penalty: str, *shape: int) -> list[Tensor | None]:
+    x = torch.randn(shape, dtype=torch.float64)
+    x = (x + 0.1 * x.sign()).requires_grad_()  # away from the corners of relu and of |h|
+    scale = None if penalty == "mean" else torch.rand(shape[-1], dtype=torch.float64).requires_grad_()
+    return [x, scale]
+
+
+@pytest.mark.parametrize(("activation", "penalty"), CASES)
+def test_derivatives(activation: str, penalty: str) -> None:
+    args = leaves(penalty, 3, 4)
+    assert gradcheck(lambda *a: op(*a, activation, penalty), args, check_forward_ad=True, check_batched_grad=True)
+    smooth = activation not in ("identity", "relu") or penalty != "mean"
+    if smooth:
+        assert gradgradcheck(lambda *a: op(*a, activation, penalty), args, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("asked", [(True, False), (False, True)])
+def test_subsets(output: int, asked: tuple[bool, bool]) -> None:
+    x, scale = leaves("contractive", 3, 4)
+    x, scale = x.detach().requires_grad_(asked[0]), scale.detach().requires_grad_(asked[1])
+    wanted = [t for t in (x, scale) if t.requires_grad]
+    results = []
+    for function in (op, plain):
+        outs = function(x, scale, "tanh", "contractive")
+        loss = outs[output].square().sum() + 0 * outs[1 - output].sum()
+        results.append(torch.autograd.grad(loss, wanted))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "contractive", "mean"])
+def test_transforms_agree_with_plain_torch(penalty: str) -> None:
+    x, scale = (None if t is None else t.detach() for t in leaves(penalty, 5, 3))
+
+    def loss(function: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        def run(v: Tensor) -> Tensor:
+            code, sums = function(v, scale, "tanh", penalty)
+            return code.pow(3).sum() + sums.pow(2).sum()
+
+        return run
+
+    for transform in (grad, hessian, lambda f: vmap(grad(f)), lambda f: jacfwd(grad(f))):
+        torch.testing.assert_close(transform(loss(op))(x), transform(loss(plain))(x))
+    tangent = torch.randn_like(x)
+    torch.testing.assert_close(jvp(loss(op), (x,), (tangent,)), jvp(loss(plain), (x,), (tangent,)))
+
+
+def test_vmap_over_every_argument() -> None:
+    x, scale = torch.randn(4, 5, 6), torch.rand(4, 6)
+    for dims in ((0, None), (1, None), (2, None), (None, 0), (0, 0)):
+        s = scale if dims[1] == 0 else torch.rand(x.size(1) if dims[0] == 2 else 6)
+        if dims[0] == 2:
+            s = torch.rand(5)
+        a = x if dims[0] is not None else x[0]
+        got = vmap(lambda v, w: op(v, w, "sigmoid", "contractive"), in_dims=dims)(a, s)
+        expected = vmap(lambda v, w: plain(v, w, "sigmoid", "contractive"), in_dims=dims)(a, s)
+        torch.testing.assert_close(got, expected)
+    per_sample = vmap(grad(lambda w, v: op(v, w, "sigmoid", "contractive")[1].sum()), in_dims=(None, 0))
+    expected = vmap(grad(lambda w, v: plain(v, w, "sigmoid", "contractive")[1].sum()), in_dims=(None, 0))
+    torch.testing.assert_close(per_sample(scale[0], x), expected(scale[0], x))
+    assert vmap(lambda v: op(v, None, "relu", "l1")[1])(torch.zeros(0, 3, 4)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("activation", "penalty"), [("relu", "l1"), ("sigmoid", "contractive"), ("softplus", "mean")])
+def test_opcheck(activation: str, penalty: str) -> None:
+    args = leaves(penalty, 3, 4)
+    torch.library.opcheck(op.default, (*args, activation, penalty))
+    sums = torch.randn(4 if penalty == "mean" else 3, dtype=torch.float64)
+    for inputs in (args, [None if a is None else a.detach() for a in args]):
+        for grads in ((torch.randn(3, 4, dtype=torch.float64), sums), (None, sums)):
+            torch.library.opcheck(
+                torch.ops.lect11ext.penalized_activation_backward.default,
+                (*grads, *inputs, activation, penalty, [True, True]),
+            )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_without_a_break(backend: str) -> None:
+    def step(x: Tensor, weight: Tensor) -> Any:
+        code, penalty = functional.contractive_linear(x, weight)
+        sparse, kl = functional.sparse_activation(code, "sigmoid", penalty="kl")
+        return sparse, penalty, kl
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (3, 5, 8):
+        args = [torch.randn(rows, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)]
+        outs = [f(*args) for f in (compiled, step)]
+        grads = [torch.autograd.grad(sum(o.square().sum() for o in out), args) for out in outs]
+        torch.testing.assert_close([*outs[0], *grads[0]], [*outs[1], *grads[1]])
+
+
+def test_export() -> None:
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return functional.contractive_linear(x, self.layer.weight, self.layer.bias, "tanh")
+
+    encoder = Encoder()
+    exported = torch.export.export(
+        encoder, (torch.randn(4, 6),), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}}
+    )
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(exported.module()(x), encoder(x))
+
+
+def test_autocast() -> None:
+    x, weight = torch.randn(5, 8), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        code, penalty = functional.contractive_linear(x, weight)
+    assert code.dtype == torch.bfloat16 and penalty.dtype == torch.float32

@@ -1,0 +1,211 @@
+"""Losses of a reconstruction: values and gradients by the rule, corners, threads, capabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lect11ext import functional, reference
+from tests.helpers import ONE_STEP, Tagged, check
+
+LIKELIHOODS = ["bernoulli", "continuous_bernoulli", "gaussian", "squared_error"]
+REDUCTIONS = ["none", "sum_features", "batchmean", "sum"]
+SHAPES = [(3, 5), (7, 1), (1, 1024), (2, 1023), (3, 1025), (2, 2500), (4, 3, 37), (9,)]
+loss = functional.reconstruction_loss
+
+
+def compare(
+    args: list[Tensor | None], likelihood: str, reduction: str = "sum_features", slack: float = ONE_STEP
+) -> None:
+    """``args``: input, target, logvar, weight."""
+
+    def call(module: Any) -> Any:
+        return lambda x, t, v, w: module.reconstruction_loss(x, t, likelihood, logvar=v, weight=w, reduction=reduction)
+
+    check(call(functional), call(reference), args, slack)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    x, t = 2 * torch.randn(shape), torch.rand(shape)
+    return [a.to(device, dtype).requires_grad_() for a in (x, t)]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_values_and_gradients(likelihood: str, reduction: str, dtype: torch.dtype, device: str) -> None:
+    for shape in SHAPES:
+        compare([*inputs(*shape, dtype=dtype, device=device), None, None], likelihood, reduction)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_capabilities(likelihood: str, capability: str) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        compare([*inputs(33, 70, dtype=dtype), None, torch.rand(33, 70).to(dtype).requires_grad_()], likelihood)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9,), (1,), (6, 1), ()])
+def test_logvar_and_weight_broadcast(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        v, w = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2))
+        for given in ((v, None), (None, w), (v, w)):
+            for reduction in REDUCTIONS:
+                # A gradient is a sum of up to 54 terms that may nearly cancel.
+                compare([*inputs(6, 9, dtype=dtype), *given], "gaussian", reduction, 54 * ONE_STEP)
+        compare([*inputs(6, 9, dtype=dtype), None, w], "bernoulli")
+
+
+def test_mixed_types() -> None:
+    x, t = inputs(4, 40)
+    for a, b in ((x.bfloat16(), t), (x, t.half()), (x.double(), t)):
+        compare([a.detach().requires_grad_(), b.detach().requires_grad_(), None, None], "bernoulli")
+    assert loss(x.bfloat16(), t.bfloat16()).dtype == torch.float32
+    assert loss(x, t.double()).dtype == torch.float64
+
+
+def test_agrees_with_torch() -> None:
+    x, t = (a.detach() for a in inputs(5, 11))
+    v = torch.randn(5, 11)
+    torch.testing.assert_close(loss(x, t, reduction="none"), F.binary_cross_entropy_with_logits(x, t, reduction="none"))
+    torch.testing.assert_close(
+        loss(x, t, "gaussian", logvar=v, reduction="none"),
+        F.gaussian_nll_loss(x, t, v.exp(), full=True, reduction="none"),
+    )
+    torch.testing.assert_close(loss(x, t, "squared_error", reduction="sum"), F.mse_loss(x, t, reduction="sum"))
+    density = torch.distributions.ContinuousBernoulli(logits=x.double())
+    torch.testing.assert_close(
+        loss(x, t, "continuous_bernoulli", reduction="none").double(),
+        -density.log_prob(t.double()),
+        rtol=1e-5,
+        atol=1e-5,
+    )  # torch's own is a series near 0
+
+
+def test_the_continuous_bernoulli_is_a_density(capability: str) -> None:
+    """Integrates to one, also where its closed form has a hole."""
+    t = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000).expand(9, -1)
+    x = torch.tensor([0.0, 1e-12, -1e-6, 1e-3, -0.99, 1.01, 3.0, -20.0, 60.0], dtype=torch.float64)[:, None].expand(
+        9, 4000
+    )
+    integral = (-loss(x, t, "continuous_bernoulli", reduction="none")).exp().mean(1)
+    torch.testing.assert_close(integral, torch.ones(9, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_relative_errors_of_the_continuous_bernoulli(capability: str) -> None:
+    x = torch.cat([torch.linspace(-90, 90, 3601), torch.linspace(-3, 3, 2001)])
+    half = torch.full_like(x, 0.5)  # leaves log(sinh(x/2) / (x/2)) alone
+    x.requires_grad_()
+    got = loss(x, half, "continuous_bernoulli", reduction="none")
+    wide = x.detach().double().requires_grad_()
+    expected = reference.reconstruction_loss(wide, half.double(), "continuous_bernoulli", reduction="none")
+    torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=1e-7)
+    grads = [torch.autograd.grad(o.sum(), i)[0].double() for o, i in ((got, x), (expected, wide))]
+    torch.testing.assert_close(*grads, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_threads_agree(likelihood: str) -> None:
+    args = inputs(300, 901)
+    weight = torch.rand(300, 901, requires_grad=True)
+    for reduction in REDUCTIONS:
+        results = []
+        for threads in (1, 2, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            out = loss(*args, likelihood, weight=weight, reduction=reduction)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), [*args, weight])])
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_strides() -> None:
+    base = torch.randn(6, 40, 9)
+    views = [
+        base.transpose(0, 2),
+        base[:, ::2],
+        base[..., 1:],
+        base[:1].expand(6, 40, 9),
+        base.permute(2, 0, 1)[:, None],
+    ]
+    for view in views:
+        target = torch.rand(view.shape[::-1]).permute(*range(view.dim() - 1, -1, -1))
+        args = [view.detach().requires_grad_(), target.requires_grad_()]
+        for likelihood in LIKELIHOODS:
+            compare([*args, None, None], likelihood)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty(reduction: str) -> None:
+    for shape in ((0, 4), (3, 0), (0,), (2, 0, 5)):
+        x = torch.zeros(shape, requires_grad=True)
+        out = loss(x, torch.zeros(shape), reduction=reduction)
+        assert out.shape == {"none": shape, "sum_features": shape[:-1]}.get(reduction, ()) and not out.any()
+        out.sum().backward()
+        assert x.grad is not None and x.grad.shape == shape
+
+
+def test_an_element_of_weight_zero_does_not_count() -> None:
+    x = torch.tensor([[1.0, math.nan, math.inf, 2.0]], requires_grad=True)
+    t = torch.tensor([[0.5, 0.5, math.nan, 0.25]], requires_grad=True)
+    mask = torch.tensor([[True, False, False, True]])
+    for likelihood in LIKELIHOODS:
+        got = loss(x, t, likelihood, weight=mask)
+        expected = loss(x[:, [0, 3]], t[:, [0, 3]], likelihood)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), [x, t]), torch.autograd.grad(expected.sum(), [x, t]), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    nan = loss(x, t.nan_to_num(), reduction="none")[0]
+    assert nan[1].isnan() and nan[[0, 3]].isfinite().all()
+
+
+def test_extremes() -> None:
+    x = torch.tensor([-1e38, -200.0, 200.0, 1e38, -88.0, 88.0, 0.0, -0.0], requires_grad=True)
+    for likelihood in ("bernoulli", "continuous_bernoulli"):
+        for target in (0.0, 0.25, 1.0):
+            t = torch.full_like(x, target)
+            out = loss(x, t, likelihood, reduction="none")
+            (grad,) = torch.autograd.grad(out.sum(), x)
+            assert out.isfinite().all() and grad.isfinite().all() and (out > -100).all()
+    small = loss(x[:1] * 0 + 1e-20, x[:1] * 0, "gaussian", logvar=torch.tensor([-92.0]))
+    assert small.isfinite().all()  # 1/s² overflows, (x − t)/s does not
+
+
+def test_subclasses_come_out() -> None:
+    x = torch.randn(3, 4).as_subclass(Tagged)
+    assert isinstance(loss(x, torch.rand(3, 4)), Tagged)
+
+
+M = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((M, M[:2]), {}, ValueError, r"target must have shape \[3, 4\] \(that of input\), but got \[2, 4\]"),
+        ((M.long(), M), {}, TypeError, "input must be float32, float64, bfloat16 or float16, but got Long"),
+        ((M, M.bool()), {}, TypeError, "target must be float32"),
+        ((M, M.to("meta")), {}, RuntimeError, "Expected all tensors to be on the same device"),
+        ((M, M, "poisson"), {}, ValueError, "likelihood must be one of .* but got 'poisson'"),
+        ((M, M), {"logvar": M}, ValueError, "logvar must be None for this likelihood"),
+        ((M, M, "gaussian"), {"logvar": M[0, :3]}, ValueError, "logvar must broadcast to the shape of input"),
+        ((M, M, "gaussian"), {"logvar": M.int()}, TypeError, "logvar must be float32"),
+        ((M, M), {"weight": M[None]}, ValueError, "weight must broadcast to the shape of input"),
+        ((M, M), {"weight": M.int()}, TypeError, "weight must be float32"),
+        ((M, M), {"reduction": "mean"}, ValueError, "reduction must be one of .* but got 'mean'"),
+        ((M[0, 0], M[0, 0]), {}, ValueError, "input must have at least one dimension"),
+        ((M.tolist(), M), {}, TypeError, "input must be a Tensor, but got"),
+        ((M, 1.0), {}, TypeError, "target must be a Tensor, but got"),
+        ((M, M, 3), {}, TypeError, "likelihood must be a str, but got"),
+        ((M, M), {"weight": 0.5}, TypeError, "weight must be a Tensor or None, but got"),
+    ],
+)
+def test_errors_name_the_argument(arguments: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss(*arguments, **options)
