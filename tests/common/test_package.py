@@ -143,12 +143,14 @@ def test_subclasses_and_function_modes_see_the_call() -> None:
     assert "lect11ext.lstm_cell" in watch.seen and "lect11ext.gaussian_rsample_kl" in watch.seen
 
 
-EXAMPLES = ["attention", "autoencoder", "recurrent.cells", "recurrent.layers"]
+AUTOENCODERS = ["corruption", "hashing", "penalties", "sparse_code", "variational"]
+EXAMPLES = ["attention", "recurrent.cells", "recurrent.layers", *(f"autoencoder.{name}" for name in AUTOENCODERS)]
+OWN = ["functional.autoencoder.jacobian", "functional.autoencoder.reconstruction", "nn.autoencoder.stacked"]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["convert", "functional.random", "functional.kernel", "functional._attention_weights"]
+    ["convert", "functional.random", "functional.kernel", "functional._attention_weights", *OWN]
     + [f"{place}.{e}" for place in ("functional", "nn") for e in EXAMPLES],
 )
 def test_examples_of_the_docstrings(name: str) -> None:

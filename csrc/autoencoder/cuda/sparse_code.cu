@@ -12,6 +12,7 @@ namespace lect11ext::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarp = 32;
+constexpr int kBlocks = 8;  // on a multiprocessor at a time: leaves enough registers that none is spilled
 
 // N elements from `from` on, of which `count` are there.
 template <class S, int N>
@@ -25,7 +26,7 @@ __device__ inline Pack<S, N> load_some(const S* from, int64_t count) {
 // threadIdx.x goes over the columns, N at a time, threadIdx.y over rows of `out`; blockIdx.y over what columns are
 // left.
 template <class S, int N>
-__global__ void __launch_bounds__(kThreads, 8) weighted_rows_kernel(const __grid_constant__ WeightedRows args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) weighted_rows_kernel(const __grid_constant__ WeightedRows args) {
   using T = Compute<S>;
   const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const int64_t column = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * N;

@@ -2,7 +2,19 @@
 
 from .corruption import Corruption
 from .hashing import BinaryCode, HammingIndex
+from .penalties import ContractiveLinear, SparseActivation
 from .sparse_code import TopKAutoencoder
-from .variational import GaussianLatent
+from .stacked import StackedAutoencoder
+from .variational import ConditionalGaussianLatent, GaussianLatent
 
-__all__ = ["BinaryCode", "Corruption", "GaussianLatent", "HammingIndex", "TopKAutoencoder"]
+__all__ = [
+    "BinaryCode",
+    "ConditionalGaussianLatent",
+    "ContractiveLinear",
+    "Corruption",
+    "GaussianLatent",
+    "HammingIndex",
+    "SparseActivation",
+    "StackedAutoencoder",
+    "TopKAutoencoder",
+]
