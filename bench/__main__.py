@@ -23,6 +23,8 @@ from .ceilings import CEILINGS
 FAMILIES = [
     "autoencoder",
     "corruption",
+    "penalties",
+    "reconstruction",
     "hashing",
     "sparse_code",
     "recurrent",

@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import lect11ext
 from lect11ext import functional
 
+from .gpu_autoencoder import autoencoders
 from .gpu_common import Call, Machine, Workload, ceilings, environment, within
 from .gpu_layers import layers
 
@@ -38,36 +39,6 @@ torch_attention = torch.nn.functional.scaled_dot_product_attention
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------
-
-
-def _idiom(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-    return z, -0.5 * (1 + logvar - mean.pow(2) - logvar.exp()).sum(-1)
-
-
-def sampling(m: Machine, train: bool) -> Workload:
-    rows, latent = m.size(2**18, 4), 64
-
-    def make() -> dict[str, Call]:
-        args = [m.randn(rows, latent, grad=train) for _ in range(2)]
-        grads = [m.randn(rows, latent), m.randn(rows)]
-
-        def call(f: Callable[..., Any]) -> Call:
-            if train:
-                return lambda: torch.autograd.grad(f(*args), args, grads)
-            return lambda: f(*args)
-
-        return {
-            "lect11ext": call(functional.gaussian_rsample_kl),
-            "eager": call(_idiom),
-            "compile": call(torch.compile(_idiom)),
-        }
-
-    # Reads mean and logvar and writes z; then reads both and the gradient of z, and writes two gradients.
-    numbers = 3 + (5 if train else 0)
-    return Workload(
-        f"gaussian_rsample_kl/{'train' if train else 'forward'}", make, {"copy": 4.0 * numbers * rows * latent}
-    )
 
 
 def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal: bool, train: bool) -> Workload:
@@ -144,7 +115,7 @@ def workloads(m: Machine) -> list[Workload]:
     bf16, f32 = torch.bfloat16, torch.float32
     both = (False, True)
     return [
-        *(sampling(m, train) for train in both),
+        *autoencoders(m),
         *(attention(m, bf16, d, n, c, t) for d in (64, 128) for n in (2048, 8192, 16384) for c in both for t in both),
         *(attention(m, f32, d, 2048, False, t) for d in (64, 128) for t in both),
         decoding(m),

@@ -39,6 +39,15 @@ def perceptron(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def load_images(seed: int) -> tuple[Tensor, Tensor]:
+    """All images, ``[n, 64]`` of 0 to 1, and their labels, shuffled; the first ``HELD_OUT`` are held out."""
+    digits = load_digits()
+    images = torch.tensor(digits.data, dtype=torch.float32) / 16
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order], labels[order]
+
+
 class DigitsVAE(nn.Module):
     """Three layers down to the code, three layers up from it; ``rsample_kl`` is the implementation to try.
 
@@ -83,11 +92,7 @@ def run(steps: int, seed: int) -> Result:
     ``reference`` and ``fused`` also get the same keys, hence the same noise, and must follow the same curve.
     The reference makes its noise in NumPy, slowly: it is there for the losses, and ``eager`` for the times.
     """
-    digits = load_digits()
-    images = torch.tensor(digits.data, dtype=torch.float32) / 16
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[order], labels[order]
+    images, labels = load_images(seed)
     training = images[HELD_OUT:]
     batches = torch.randint(len(training), (steps, BATCH), generator=torch.Generator().manual_seed(seed))
 

@@ -40,6 +40,12 @@ def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NU
         raise ValueError(f"{name} must be finite, but got {number}")
 
 
+def check_range(name: str, number: float | None) -> None:
+    """Raises where it is an int that no kernel's int64 holds."""
+    if isinstance(number, int) and not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, but got one of {number.bit_length() + 1}")
+
+
 def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
     """In the words of the ops, and of torch."""
     if tensor.device != query.device:

@@ -217,6 +217,11 @@ def _additive_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[A
     return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
 
 
+def _is_scalar(x: Tensor, dim: Any) -> bool:
+    """Whether a sample is one. Ops that go along rows refuse it, and would take the new dimension for its row."""
+    return x.dim() == _is_batched(dim)
+
+
 def _shape_of(x: Tensor, dim: Any) -> torch.Size:
     return x.movedim(dim, 0).shape[1:] if _is_batched(dim) else x.shape
 
@@ -224,7 +229,7 @@ def _shape_of(x: Tensor, dim: Any) -> torch.Size:
 # penalized_activation(input, scale, activation, penalty): rows are of any number of dimensions.
 def _penalized(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     op, size = torch.ops.lect11ext.penalized_activation, info.batch_size
-    if size == 0 or _is_batched(in_dims[1]) or args[3] == "mean":
+    if size == 0 or _is_batched(in_dims[1]) or args[3] == "mean" or _is_scalar(args[0], in_dims[0]):
         return _run_each(op, size, in_dims, args)
     return op(args[0].movedim(in_dims[0], 0), *args[1:]), (0, 0)
 
@@ -244,8 +249,9 @@ def _reconstruction(op: Callable[..., Any], backward: bool) -> Rule:
         size, first = info.batch_size, int(backward)
         keeps_rows = args[first + 5] in ("none", "sum_features")
         shared = [i for i in (first + 2, first + 3) if args[i] is not None and not _is_batched(in_dims[i])]
+        is_scalar = _is_scalar(args[first], in_dims[first])
         # What is one for all samples has a gradient for each.
-        if size == 0 or not keeps_rows or (backward and any(args[-1][i - first] for i in shared)):
+        if size == 0 or is_scalar or not keeps_rows or (backward and any(args[-1][i - first] for i in shared)):
             return _run_each(op, size, in_dims, args)
         led = list(args)
         for i in range(first + 2):
@@ -270,7 +276,7 @@ def _repeat(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
 # binarize, pack_bits, unpack_bits: elements, or rows of any number of dimensions.
 def _rows(op: Callable[..., Any]) -> Rule:
     def rule(info: Any, in_dims: Sequence[Any], rows: Tensor, *args: Any) -> tuple[Any, Any]:
-        if rows.dim() == 1:  # samples are scalars, which some refuse
+        if _is_scalar(rows, in_dims[0]):
             return _run_each(op, info.batch_size, in_dims, (rows, *args))
         return op(rows.movedim(in_dims[0], 0), *args), 0
 
@@ -291,7 +297,8 @@ def _code(op: Callable[..., Any], rows: Sequence[int]) -> Rule:
     """A rule for an op on sparse codes: arguments ``rows`` take any number of dimensions, others are shared by all."""
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-        if any(_is_batched(d) and i not in rows for i, d in enumerate(in_dims)):
+        is_scalar = any(_is_scalar(args[i], in_dims[i]) for i in rows)
+        if is_scalar or any(_is_batched(d) and i not in rows for i, d in enumerate(in_dims)):
             return _run_each(op, info.batch_size, in_dims, args)
         whole = [_repeat(a, in_dims[i], info.batch_size) if i in rows else a for i, a in enumerate(args)]
         result = op(*whole)

@@ -53,6 +53,29 @@ def corruption(kind: str, dtype: torch.dtype) -> Case:
     return run
 
 
+def penalty(kind: str, activation: str, dtype: torch.dtype, columns: int) -> Case:
+    """The op behind the functions, in all three ways of summing."""
+
+    def run(device: torch.device) -> list[Tensor]:
+        x, scale = drawn(device, 37, columns, dtype=dtype), torch.rand(columns).to(device).requires_grad_()
+        leaves = [x] if kind == "mean" else [x, scale]
+        outs = torch.ops.lect11ext.penalized_activation(x, None if kind == "mean" else scale, activation, kind)
+        return with_gradients(outs, leaves)
+
+    return run
+
+
+def reconstruction(likelihood: str, dtype: torch.dtype, columns: int) -> Case:
+    def run(device: torch.device) -> list[Tensor]:
+        x, t, weight = (drawn(device, 37, columns, dtype=dtype) for _ in range(3))
+        leaves = [x, t, weight]
+        logvar = drawn(device, columns, dtype=dtype) if likelihood == "gaussian" else None
+        loss = functional.reconstruction_loss(x, t, likelihood, logvar=logvar, weight=weight)
+        return with_gradients(loss, leaves if logvar is None else [*leaves, logvar])
+
+    return run
+
+
 def sparse_code(dtype: torch.dtype, k: int) -> Case:
     """Values far enough apart that both devices select the same."""
 
@@ -141,6 +164,11 @@ def cases() -> dict[str, Case]:
     for noise in ("gaussian", "masking", "salt_and_pepper"):
         for dtype in (f32, f64, bf16):
             out[f"corrupt {noise} {str(dtype)[6:]}"] = corruption(noise, dtype)
+    for dtype, columns in ((f32, 40), (f32, 1031), (f64, 40), (bf16, 64)):
+        for kind, activation in (("l1", "tanh"), ("contractive", "sigmoid"), ("mean", "softplus")):
+            out[f"penalty {kind} {str(dtype)[6:]} {columns}"] = penalty(kind, activation, dtype, columns)
+        for likelihood in ("bernoulli", "continuous_bernoulli", "gaussian", "squared_error"):
+            out[f"loss {likelihood} {str(dtype)[6:]} {columns}"] = reconstruction(likelihood, dtype, columns)
     for size in (3, 8, 32):
         out[f"hashing {size}"] = hashing(size)
     for kind in ("LSTM", "GRU"):

@@ -72,8 +72,6 @@ Tensor run(Args& args, const Tensor& input, const Tensor& key) {
   const Tensor dense_key = key.contiguous();
   args.key = dense_key.const_data_ptr<int64_t>();
   args.out = out.mutable_data_ptr();
-  // Input and output, against a usual last-level cache.
-  constexpr size_t kBeyondCaches = size_t{32} << 20;
   args.streams = 2 * input.nbytes() > kBeyondCaches;
   launch(args, input.device());
   return out;

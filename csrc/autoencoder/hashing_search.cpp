@@ -145,12 +145,13 @@ void cpu_topk(const Tensor& query, const Tensor& codes, int64_t k, const Tensor&
 }
 
 Ranges cpu_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
-  constexpr int64_t kCapacity = 512;
+  constexpr int64_t kMostCapacity = 512, kLeastCapacity = 16;  // of a segment
+  constexpr int64_t kFound = int64_t{1} << 23;                 // of all: 64 MiB, where queries are many
   HammingRadius args{};
   prepare(query, codes, args);
   args.limit = std::min(radius, 8 * args.bytes) + 1;
-  args.capacity = std::min(kCapacity, args.segment);
   const int64_t n = args.query.count, places = n * args.segments;
+  args.capacity = std::min(std::clamp(kFound / places, kLeastCapacity, kMostCapacity), args.segment);
   const Tensor found = scratch(places * args.capacity, query);
   const Tensor counts = scratch(places, query), starts = scratch(places, query), offsets = scratch(n + 1, query);
   args.found = found_in(found);
@@ -180,12 +181,12 @@ Ranges cpu_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
 #ifdef LECT11EXT_WITH_CUDA
 // Enough segments to fill the device, of enough codes that what goes with a segment is little.
 void prepare(const Tensor& query, const Tensor& codes, HammingCudaSearch& args) {
-  constexpr int64_t kBlocks = 2048, kLeastCodes = 4096;
+  constexpr int64_t kBlocks = 2048, kLeastCodes = 4096, kMostCodes = int64_t{1} << 30;  // which int32_t counts
   args.bytes = query.size(1);
   args.query = rows_of(query);
   args.codes = rows_of(codes);
   const int64_t wanted = divide_up(kBlocks, args.query.count);
-  args.segment = std::max(divide_up(args.codes.count, wanted), kLeastCodes);
+  args.segment = std::clamp(divide_up(args.codes.count, wanted), kLeastCodes, kMostCodes);
   args.segments = std::max<int64_t>(1, divide_up(args.codes.count, args.segment));
 }
 

@@ -1,8 +1,11 @@
 #include "autoencoder/partial_sums.h"
 
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace lect11ext {
@@ -48,6 +51,20 @@ at::Tensor sum_runs(const at::Tensor& partials) {
     sum_down(partials.const_data_ptr<float>(), out.mutable_data_ptr<float>(), partials.size(0), partials.size(1));
   }
   return out;
+}
+
+at::Tensor sum_broadcast(const at::Tensor& tensor, c10::SymIntArrayRef size) {
+  // at::sum splits what has this many elements (at::internal::GRAIN_SIZE) among threads.
+  constexpr int64_t kSplit = 32768, kColumns = 1024;
+  const bool is_known = tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  const auto is_one = [](const c10::SymInt& n) { return n == 1; };
+  if (!is_known || tensor.numel() < kSplit || !std::all_of(size.begin(), size.end(), is_one)) {
+    return at::sum_to(tensor, size);
+  }
+  const at::Tensor flat = tensor.reshape({-1});
+  const int64_t whole = flat.numel() / kColumns * kColumns;
+  const at::Tensor columns = flat.narrow(0, 0, whole).view({-1, kColumns}).sum(0);
+  return at::cat({columns, flat.narrow(0, whole, flat.numel() - whole)}).sum().view_symint(size);
 }
 
 }  // namespace lect11ext

@@ -14,4 +14,8 @@ at::Tensor sum_tiles(const at::Tensor& partials, at::IntArrayRef size, const Row
 // [runs, cols] → [cols]
 at::Tensor sum_runs(const at::Tensor& partials);
 
+// at::sum_to: what is left of a broadcast operand's gradient. Differentiable. Only a sum to a single element is one whose
+// order in at::sum depends on the number of threads.
+at::Tensor sum_broadcast(const at::Tensor& tensor, c10::SymIntArrayRef size);
+
 }  // namespace lect11ext

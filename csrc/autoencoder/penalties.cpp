@@ -7,6 +7,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "autoencoder/partial_sums.h"
 #include "autoencoder/penalties_inputs.h"
 #include "common/dispatch.h"
@@ -54,13 +56,15 @@ void describe(const Inputs& in, PenalizedActivation& args, Held& held) {
   args.compute_double = in.compute_dtype() == at::kDouble;
   args.activation = in.activation;
   args.penalty = in.penalty;
-  constexpr size_t kBeyondCaches = size_t{32} << 20;  // as for gaussian_rsample_kl
   args.streams = 2 * in.input.nbytes() > kBeyondCaches;
 }
 
 ColumnBlocks blocks_of(const Tensor& input) {
-  const int64_t cols = input.size(-1);
-  return ColumnBlocks(input.numel() / cols, cols, input.is_cpu() ? ColumnBlocks::kRuns : ColumnBlocks::kRunsOnGpu);
+  const int64_t cols = input.size(-1), rows = input.numel() / cols;
+  if (input.is_cpu()) return ColumnBlocks(rows, cols, ColumnBlocks::kRuns);
+  // A block of threads takes eight rows at a time: runs of fewer would leave some idle, and sums as many as elements.
+  constexpr int64_t kRowsAtOnce = 8;
+  return ColumnBlocks(rows, cols, std::min(ColumnBlocks::kRunsOnGpu, (rows + kRowsAtOnce - 1) / kRowsAtOnce));
 }
 
 constexpr int64_t kElementCost = 1;  // nanoseconds, of the slowest activation

@@ -2,9 +2,8 @@
 //
 //   output = φ(input)
 //   l1           a sum over each row,    Σ_i scale_i · |φ(a_i)|
-//   contractive  a sum over each row,    Σ_i scale_i · φ'(a_i)²     with scale_i = ‖W_i‖² it is ‖∂h/∂x‖² of a linear
-//   layer mean         a sum over each column, Σ_b φ(a_bi)                the mean activation is what KL sparsity
-//   compares
+//   contractive  a sum over each row,    Σ_i scale_i · φ'(a_i)²     of a linear layer ‖∂h/∂x‖² if scale_i = ‖W_i‖²
+//   mean         a sum over each column, Σ_b φ(a_bi)                the mean is what KL sparsity compares
 //
 // scale is a vector over the columns.
 #pragma once

@@ -2,7 +2,6 @@
 // and kernels: reconstruction.h.
 #include "autoencoder/reconstruction.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -56,7 +55,6 @@ void describe(const Inputs& in, Reconstruction& args, Held& held) {
   set_views(size, args.shape, {&held.input, &held.target, &held.logvar, &held.weight, &held.grad});
   args.compute_double = in.compute_dtype() == at::kDouble;
   args.likelihood = in.likelihood;
-  constexpr size_t kBeyondCaches = size_t{32} << 20;  // as for gaussian_rsample_kl
   args.streams = 3 * in.input.nbytes() > kBeyondCaches;
 }
 
@@ -126,7 +124,7 @@ Gradients kernel_backward(const Tensor& grad, const Inputs& in, std::array<bool,
   args.grad_target_dtype = dtype_of(in.target, "target");
   if (args.tiles.count > 0) launch(args, in.input.device());
   const auto reduce = [](const Tensor& grad, const OptionalTensor& like) {
-    return grad.defined() ? at::sum_to(grad, like->sizes()).to(like->scalar_type()) : grad;
+    return grad.defined() ? sum_broadcast(grad, like->sym_sizes()).to(like->scalar_type()) : grad;
   };
   return {input, target, reduce(logvar, in.logvar), reduce(weight, in.weight)};
 }

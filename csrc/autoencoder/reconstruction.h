@@ -1,13 +1,12 @@
 // The loss between what a decoder returns, x, and what it should have, t: negative log-likelihoods in nats.
 //
 //   bernoulli             max(x, 0) − x·t + log(1 + e^−|x|)          x are logits; also for t between 0 and 1
-//   continuous_bernoulli  x·(½ − t) + log(sinh(x/2) / (x/2))         the same, normalised over t in [0, 1]: its −log
-//   C(x) and
-//                                                                   the Bernoulli's terms cancel to this
+//   continuous_bernoulli  x·(½ − t) + log(sinh(x/2) / (x/2))         the same, normalised over t in [0, 1]
 //   gaussian              ½ ((x − t)²·e^−logvar + logvar + log 2π)   logvar absent: 0
 //   squared_error         (x − t)²
 //
-// An element counts `weight` times; where that is zero it does not count at all, whatever it is.
+// In the continuous Bernoulli the normalising −log C(x) and the Bernoulli's terms have cancelled. An element counts
+// `weight` times; where that is zero it does not count at all, whatever it is.
 #pragma once
 
 #include "autoencoder/row_tiles.h"

@@ -1,5 +1,4 @@
 // Derivatives of reconstruction_loss: its definition in differentiable ATen, the Node, and autocast.
-#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/exp.h>
@@ -16,6 +15,7 @@
 #include <cmath>
 #include <iterator>
 
+#include "autoencoder/partial_sums.h"
 #include "autoencoder/reconstruction_inputs.h"
 #include "common/autograd.h"
 
@@ -104,7 +104,7 @@ Gradients composite_backward(const Tensor& grad, const Inputs& in, std::array<bo
   Tensor g = expand_reduced(grad.to(in.compute_dtype()), in.input.sym_sizes(), in.reduction);
   if (in.reduction == Reduction::BatchMean) g = g / at::Scalar(batch_of(in.input));
   const auto finish = [&](bool wanted, const Tensor& value, const Tensor& like) {
-    return wanted ? at::sum_to(value, like.sym_sizes()).to(like.scalar_type()) : Tensor();
+    return wanted ? sum_broadcast(value, like.sym_sizes()).to(like.scalar_type()) : Tensor();
   };
   return {finish(mask[0], weighted(g * t.d_input, in), in.input),
           finish(mask[1], weighted(g * t.d_target, in), in.target),

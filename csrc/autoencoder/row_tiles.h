@@ -33,6 +33,9 @@ struct ColumnBlocks {
   // At most: enough for the threads of a CPU, for the blocks of a GPU; what is left to add is small beside the data.
   static constexpr int64_t kRuns = 64, kRunsOnGpu = 512;
   static constexpr int64_t kLeast = 8192;  // elements of a block, where there are as many: a block has a start to pay
+  // Columns of a piece: their sums stay in a second-level cache, and a row is read to its end, or far, before the next,
+  // as the processor's prefetching wants it.
+  static constexpr int64_t kColumns = 16384;
   int64_t rows = 0, cols = 0;
   int64_t rows_per_run = 0, runs = 0;
   int64_t cols_per_piece = 0, pieces = 0;
@@ -41,7 +44,7 @@ struct ColumnBlocks {
   ColumnBlocks() = default;
   ColumnBlocks(int64_t rows, int64_t cols, int64_t most_runs) : rows(rows), cols(cols) {
     if (rows == 0 || cols == 0) return;
-    cols_per_piece = cols < RowTiles::kElements ? cols : RowTiles::kElements;
+    cols_per_piece = cols < kColumns ? cols : kColumns;
     pieces = (cols + cols_per_piece - 1) / cols_per_piece;
     const int64_t least = (kLeast + cols_per_piece - 1) / cols_per_piece, even = (rows + most_runs - 1) / most_runs;
     rows_per_run = even > least ? even : least;

@@ -42,12 +42,6 @@ Tensor meta_outer(const Tensor& values, const Tensor& indices, const Tensor& den
 
 // --- kernels ------------------------------------------------------------------------------------------------------
 
-int64_t rows_of(const Tensor& indices) {
-  int64_t rows = 1;
-  for (const int64_t size : indices.sizes().slice(0, indices.dim() - 1)) rows *= size;
-  return rows;
-}
-
 // int64 and dense; on the CPU, in range.
 Tensor places_of(const Tensor& indices, int64_t atoms) {
   const Tensor places = indices.to(at::kLong).contiguous();

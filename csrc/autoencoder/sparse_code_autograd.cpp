@@ -11,6 +11,7 @@
 
 #include <array>
 
+#include "autoencoder/partial_sums.h"
 #include "autoencoder/sparse_code_inputs.h"
 #include "autoencoder/sparse_code_ops.h"
 #include "common/autograd.h"
@@ -42,7 +43,7 @@ Tensor bias_gradient(Operand of, const Tensor& grad, const Tensor& indices, cons
     return sparse_outer(grad, indices, ones, atoms).squeeze(1);
   }
   if (grad.dim() == 1) return grad;
-  return grad.reshape_symint({grad.sym_numel() / grad.sym_size(-1).max(1), grad.sym_size(-1)}).sum(0);
+  return sum_broadcast(grad, grad.sym_sizes().slice(grad.dim() - 1));
 }
 
 Tensor bias_tangent(Operand of, const Tensor& tangent, const Tensor& out, const Tensor& indices) {
@@ -124,12 +125,15 @@ Tensor differentiable(Operand of, const Operands& at, const Tensor& indices, con
   return out;
 }
 
+// Of a scalar, which is refused later, none.
+c10::SymInt atoms_of(const Tensor& weight) { return weight.dim() > 0 ? weight.sym_size(0) : 0; }
+
 Tensor autograd_decode(const Tensor& values, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
-  return differentiable(kDense, {values, Tensor(), weight}, indices, weight.sym_size(0), bias);
+  return differentiable(kDense, {values, Tensor(), weight}, indices, atoms_of(weight), bias);
 }
 
 Tensor autograd_dots(const Tensor& dense, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
-  return differentiable(kValues, {Tensor(), dense, weight}, indices, weight.sym_size(0), bias);
+  return differentiable(kValues, {Tensor(), dense, weight}, indices, atoms_of(weight), bias);
 }
 
 Tensor autograd_outer(const Tensor& values, const Tensor& indices, const Tensor& dense, c10::SymInt atoms) {

@@ -39,6 +39,13 @@ inline void check_weight(const Tensor& weight, const Tensor& indices) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must have shape [atoms, features], but got ", weight.sym_sizes());
 }
 
+// All dimensions but the last as one. By a product: what has no columns has rows nevertheless.
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (const int64_t size : t.sizes().slice(0, t.dim() - 1)) rows *= size;
+  return rows;
+}
+
 // The sizes of indices, with another last one.
 inline c10::SymDimVector size_with(const Tensor& indices, const c10::SymInt& columns) {
   c10::SymDimVector size(indices.sym_sizes().begin(), indices.sym_sizes().end());

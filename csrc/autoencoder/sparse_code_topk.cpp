@@ -40,12 +40,6 @@ Tensor meta_scatter(const Tensor& grad_values, const Tensor& indices, c10::SymIn
 
 // --- kernels ------------------------------------------------------------------------------------------------------
 
-int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (const int64_t size : t.sizes().slice(0, t.dim() - 1)) rows *= size;
-  return rows;
-}
-
 at::DimVector with_columns(const Tensor& t, int64_t columns) {
   at::DimVector size(t.sizes().begin(), t.sizes().end());
   size.back() = columns;

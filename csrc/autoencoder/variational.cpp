@@ -2,7 +2,6 @@
 // kernels: variational.h.
 #include "autoencoder/variational.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -72,7 +71,6 @@ void describe(const Inputs& in, const Tensor& grad_kl, View* grad_kl_view, Gauss
   args.clamps = in.clamps();
   // Operands and outputs of a forward, against a usual last-level cache. At 4M elements, two threads: 14 % faster, and
   // so is a sum over z that follows.
-  constexpr size_t kBeyondCaches = size_t{32} << 20;
   args.streams = in.mean.nbytes() * (args.samples + 2) > kBeyondCaches;
   args.low = in.logvar_min.value_or(-INFINITY);
   args.high = in.logvar_max.value_or(INFINITY);
@@ -160,7 +158,7 @@ Gradients kernel_backward(const OptionalTensor& grad_z, const OptionalTensor& gr
   args.grad_logvar_dtype = dtype_of(in.logvar, "logvar");
   launch(args, in.mean.device());
   const auto reduce = [](const Tensor& grad, const OptionalTensor& prior) {
-    return grad.defined() ? at::sum_to(grad, prior->sizes()).to(prior->scalar_type()) : grad;
+    return grad.defined() ? sum_broadcast(grad, prior->sym_sizes()).to(prior->scalar_type()) : grad;
   };
   return {mean, logvar, reduce(prior_mean, in.prior_mean), reduce(prior_logvar, in.prior_logvar)};
 }

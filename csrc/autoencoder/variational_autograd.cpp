@@ -1,5 +1,4 @@
 // Derivatives of gaussian_rsample_kl: its definition in differentiable ATen, the Node, and autocast.
-#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/exp.h>
@@ -7,6 +6,7 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
+#include "autoencoder/partial_sums.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/autograd.h"
@@ -98,7 +98,7 @@ Gradients composite_backward(const OptionalTensor& grad_z, const OptionalTensor&
   }
   const auto finish = [](bool wanted, const Tensor& grad, const Tensor& like) {
     if (!wanted) return Tensor();
-    return grad.defined() ? at::sum_to(grad, like.sym_sizes()).to(like.scalar_type()) : at::zeros_like(like);
+    return grad.defined() ? sum_broadcast(grad, like.sym_sizes()).to(like.scalar_type()) : at::zeros_like(like);
   };
   return {finish(mask[0], mean, in.mean), finish(mask[1], logvar, in.logvar),
           in.has_prior() ? finish(mask[2], prior_mean, *in.prior_mean) : Tensor(),

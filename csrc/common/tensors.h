@@ -20,6 +20,9 @@ inline bool is_kernel_dtype(at::ScalarType type) {
 // does.
 at::Tensor empty_output(at::IntArrayRef size, const at::TensorOptions& options);
 
+// An op that reads and writes more bytes than this, a usual last-level cache, streams what it writes past the caches.
+inline constexpr size_t kBeyondCaches = size_t{32} << 20;
+
 // One operand to be seen as a View: a tensor expanded to the common size, or an undefined one.
 struct Operand {
   at::Tensor tensor;

@@ -117,6 +117,20 @@ def test_gradcheck_of_every_order() -> None:
         assert torch.autograd.gradgradcheck(function, args, check_fwd_over_rev=True)
 
 
+def test_threads_agree_on_a_broadcast_prior() -> None:
+    args = operands((300, 901), torch.float32, False)
+    prior = [torch.full((1,), v, requires_grad=True) for v in (0.3, -0.2)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            kl = functional.gaussian_rsample_kl(*args, prior_mean=prior[0], prior_logvar=prior[1])[1]
+            results.append(torch.autograd.grad(kl.sin().sum(), prior))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(300, 64), (1, 50001), (3000, 5)], ids=str)
 def test_threads_and_repeats_give_the_same_bits(shape: tuple[int, ...]) -> None:
     args = operands(shape, torch.float32, True)

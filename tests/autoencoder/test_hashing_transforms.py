@@ -198,6 +198,29 @@ def test_binary_code(dtype: torch.dtype) -> None:
     assert "noise=2.0" in repr(code)
     with pytest.raises(ValueError, match="noise must be nonnegative, but got -1"):
         nn.BinaryCode(noise=-1.0)
+    for noise, error, message in (
+        (None, TypeError, "noise must be a float or an int, but got NoneType"),
+        (float("inf"), ValueError, "noise must be finite, but got inf"),
+        (NAN, ValueError, "noise must be finite, but got nan"),
+        (10**400, ValueError, "noise must be finite"),
+    ):
+        with pytest.raises(error, match=message):
+            nn.BinaryCode(noise)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="straight_through must be a bool, but got int"):
+        nn.BinaryCode(1.0, 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="logits must be a Tensor, but got list"):
+        nn.BinaryCode()([1.0])
+
+
+def test_code_compiles_with_noise() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.BinaryCode(noise=1.0), backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (4, 7):
+        logits = torch.randn(rows, 6)
+        torch.manual_seed(3)
+        got = compiled(logits)
+        torch.manual_seed(3)
+        torch.testing.assert_close(got, nn.BinaryCode(noise=1.0)(logits))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -280,6 +303,7 @@ ERRORS: list[Any] = [
     ("unpack_bits", (C, 33), ValueError, "num_bits must be from 0 to 32, the bits of a code, but got 33"),
     ("unpack_bits", (C, -1), ValueError, "num_bits must be from 0 to 32"),
     ("unpack_bits", (C, 2.5), TypeError, "num_bits must be an int or None, but got float"),
+    ("unpack_bits", (C, 2**70), ValueError, "num_bits must fit in 64 bits, but got one of 72"),
     ("unpack_bits", (C, None, torch.cfloat), TypeError, "dtype must be float32, .* but got ComplexFloat"),
     ("unpack_bits", (C, None, "float"), TypeError, "dtype must be a torch.dtype, but got str"),
     ("hamming_distance", (X, C), TypeError, "a must be uint8, packed bits, but got Float"),
@@ -316,5 +340,14 @@ def test_errors_of_the_index() -> None:
         index.add(torch.zeros(2, 19))
     with pytest.raises(ValueError, match=r"query must have shape \[n, 3\] \(packed codes\), but got \[3\]"):
         index.search(torch.zeros(3, dtype=torch.uint8), 1)
-    with pytest.raises(ValueError, match="num_bits must be at least 1, but got 0"):
+    with pytest.raises(ValueError, match="num_bits must be from 1 to 65528, but got 0"):
         nn.HammingIndex(0)
+    with pytest.raises(ValueError, match="num_bits must be from 1 to 65528, but got 65529"):
+        nn.HammingIndex(65529)
+    for bits in (True, 1.5, None):
+        with pytest.raises(TypeError, match="num_bits must be an int, but got"):
+            nn.HammingIndex(bits)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="codes must be a Tensor, but got list"):
+        index.add([1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="query must be a Tensor, but got NoneType"):
+        index.within(None, 1)  # type: ignore[arg-type]

@@ -130,6 +130,16 @@ def test_tangents_of_wide_codes_and_images() -> None:
     assert half[0].dtype == torch.bfloat16 and half[1].dtype == torch.float32
 
 
+def test_no_rows() -> None:
+    x = torch.zeros(0, 9, dtype=torch.float64)
+    directions, strengths = functional.tangent_directions(encoder(), x, 2)
+    assert directions.shape == (0, 2, 9) and strengths.shape == (0, 2)
+    code, penalty = functional.jacobian_penalty(encoder(), x)
+    assert code.size(0) == 0 and penalty.shape == (0,)
+    with pytest.raises(ValueError, match="num_directions must lie between 1 and 4"):
+        functional.tangent_directions(encoder(), x, 5)
+
+
 X = torch.zeros(2, 9, dtype=torch.float64)
 
 
@@ -145,6 +155,15 @@ X = torch.zeros(2, 9, dtype=torch.float64)
         (functional.jacobian_penalty, (lambda v: v.sum(0), X), {}, ValueError, r"one code a row, \[2, \*\], but got"),
         (functional.jacobian_penalty, (lambda v: (v, v), X), {}, TypeError, "encoder must return a Tensor, but got"),
         (functional.jacobian_penalty, (encoder(), X), {"key": KEY.int()}, TypeError, "key must be an int64 tensor"),
+        (functional.jacobian_penalty, (None, X), {}, TypeError, "encoder must be callable, but got NoneType"),
+        (functional.jacobian_penalty, (encoder(), X.long()), {}, TypeError, "input must have a floating-point type"),
+        (functional.jacobian_penalty, (torch.tanh, X.cfloat()), {"num_probes": None}, TypeError, "input must have a"),
+        (functional.jacobian_penalty, (lambda v: v > 0, X), {}, TypeError, "encoder must return a floating-point type"),
+        (functional.jacobian_penalty, (encoder(), X), {"num_probes": 2**70}, ValueError, "num_probes must fit in 64"),
+        (functional.tangent_directions, (3, X), {}, TypeError, "encoder must be callable, but got int"),
+        (functional.tangent_directions, (encoder(), X.long()), {}, TypeError, "input must have a floating-point type"),
+        (functional.tangent_directions, (torch.tanh, X[:, :0]), {}, ValueError, r"must have elements, but got \[0\] and"),
+        (functional.tangent_directions, (lambda v: v[:, :0], X), {}, ValueError, r"but got \[9\] and \[0\] a row"),
         (functional.tangent_directions, (encoder(), X, 0), {}, ValueError, "num_directions must lie between 1 and 4"),
         (functional.tangent_directions, (encoder(), X, 5), {}, ValueError, "num_directions must lie between 1 and 4"),
         (functional.tangent_directions, (encoder(), X, 1.0), {}, TypeError, "num_directions must be an int"),

@@ -81,6 +81,8 @@ def test_vmap_over_every_argument() -> None:
     expected = vmap(grad(lambda w, v: plain(v, w, "sigmoid", "contractive")[1].sum()), in_dims=(None, 0))
     torch.testing.assert_close(per_sample(scale[0], x), expected(scale[0], x))
     assert vmap(lambda v: op(v, None, "relu", "l1")[1])(torch.zeros(0, 3, 4)).shape == (0, 3)
+    with pytest.raises(ValueError, match="at least one dimension"):
+        vmap(lambda v: op(v, None, "relu", "l1"))(torch.zeros(3))
 
 
 @pytest.mark.parametrize(("activation", "penalty"), [("relu", "l1"), ("sigmoid", "contractive"), ("softplus", "mean")])

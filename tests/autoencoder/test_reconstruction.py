@@ -107,6 +107,43 @@ def test_relative_errors_of_the_continuous_bernoulli(capability: str) -> None:
     torch.testing.assert_close(*grads, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [(), (1,), (1, 1), (1, 901), (300, 1)], ids=str)
+def test_threads_agree_on_broadcast_gradients(size: tuple[int, ...]) -> None:
+    x, t = torch.randn(300, 901), torch.rand(300, 901)
+    wide = [torch.rand(size).requires_grad_() for _ in range(2)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = loss(x, t, "gaussian", logvar=wide[0], weight=wide[1], reduction="none")
+            first = torch.autograd.grad(out, wide, x, create_graph=True)
+            second = torch.autograd.grad([g.sin().sum() for g in first], wide)
+            results.append([*first, *second])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    exact = [w.detach().double().requires_grad_() for w in wide]
+    out = reference.reconstruction_loss(
+        x.double(), t.double(), "gaussian", logvar=exact[0], weight=exact[1], reduction="none"
+    )
+    for got, expected in zip(results[0], torch.autograd.grad(out, exact, x.double()), strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-2 if len(size) < 2 else 1e-3)
+
+
+class Logged(torch.Tensor):
+    pass
+
+
+def test_tensor_subclasses_in_any_place() -> None:
+    x, v = torch.randn(3, 4), torch.rand(4)
+    out = loss(x, x, "gaussian", logvar=v, weight=v)
+    for place in range(4):
+        args = [a.as_subclass(Logged) if i == place else a for i, a in enumerate((x, x, v, v))]
+        got = loss(args[0], args[1], "gaussian", logvar=args[2], weight=args[3])
+        assert type(got) is Logged and torch.equal(got.as_subclass(torch.Tensor), out)
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_threads_agree(likelihood: str) -> None:
     args = inputs(300, 901)

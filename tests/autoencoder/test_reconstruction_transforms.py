@@ -80,6 +80,9 @@ def test_vmap_over_every_argument(reduction: str) -> None:
             ]
             torch.testing.assert_close(*grads)
     assert vmap(lambda a: functional.reconstruction_loss(a, a))(torch.zeros(0, 3, 4)).shape == (0, 3)
+    with pytest.raises(ValueError, match="at least one dimension"):
+        vmap(lambda a: functional.reconstruction_loss(a, a, reduction="sum_features"))(torch.zeros(3))
+    assert vmap(lambda a: functional.reconstruction_loss(a, a, reduction="none"))(torch.zeros(3)).shape == (3,)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

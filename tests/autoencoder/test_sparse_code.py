@@ -339,6 +339,50 @@ def test_errors_of_topk_name_the_argument(arguments: Any, options: Any, error: A
         functional.topk_code(*arguments, **options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((W[0, 0], W), ValueError, r"input must have shape \[\*, 4\], but got \[\]"),
+        ((W[:, :3], W), ValueError, r"input must have shape \[\*, 4\], but got \[5, 3\]"),
+        ((W, W[0]), ValueError, r"weight must have shape \[atoms, features\], but got \[4\]"),
+        ((W, W, W[0]), ValueError, r"bias must have shape \[5\] \(the rows of weight\), but got \[4\]"),
+        ((W, W, W[0, 0]), ValueError, r"bias must have shape \[5\] \(the rows of weight\), but got \[\]"),
+        ((W.long(), W), TypeError, "input must be float32, float64, bfloat16 or float16, but got torch.int64"),
+        ((W, W.bool()), TypeError, "weight must be float32, float64, bfloat16 or float16, but got torch.bool"),
+        ((W, W, W[:, 0].long()), TypeError, "bias must be float32, float64, bfloat16 or float16, but got torch.int64"),
+    ],
+)
+def test_errors_of_encode_name_the_argument(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.topk_encode(*arguments, k=1)
+
+
+def test_encode_promotes() -> None:
+    x, weight, bias = torch.randn(3, 4), torch.randn(7, 4), torch.randn(7)
+    for types in ((BF16, F32, F32), (F32, F64, F32), (F32, F32, F64), (BF16, BF16, F32), (BF16, torch.float16, BF16)):
+        args = [a.to(t).requires_grad_() for a, t in zip((x, weight, bias), types, strict=True)]
+        values, indices = functional.topk_encode(*args, k=2, activation="none")
+        dtype = torch.promote_types(torch.promote_types(types[0], types[1]), types[2])
+        expected = reference.topk_encode(*(a.double() for a in args), k=2, activation="none")
+        assert values.dtype == dtype and torch.equal(indices, expected[1])
+        torch.testing.assert_close(values, expected[0].to(dtype), rtol=2e-2 if dtype == BF16 else 1e-5, atol=1e-5)
+        assert [g.dtype for g in torch.autograd.grad(values.sum(), args)] == list(types)
+
+
+def test_threads_agree_on_the_bias_of_one_column() -> None:
+    values, indices = torch.randn(70000, 2), torch.randint(5, (70000, 2))
+    weight, bias = torch.randn(5, 1), torch.zeros(1, requires_grad=True)
+    grad = torch.randn(70000, 1)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results += torch.autograd.grad(functional.sparse_decode(values, indices, weight, bias), bias, grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_errors_of_the_derivatives() -> None:
     ops = torch.ops.lect11ext
     with pytest.raises(ValueError, match=r"dense must have shape \[2, 4\]"):

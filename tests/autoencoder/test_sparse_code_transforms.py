@@ -122,6 +122,8 @@ def test_vmap(dims: tuple[int | None, ...]) -> None:
 
 def test_vmap_of_topk_and_of_gradients() -> None:
     x = torch.randn(3, 7, 4)
+    with pytest.raises(ValueError, match="at least one dimension"):
+        vmap(lambda x: functional.topk_code(x, 1))(x[0, 0])
     values, indices = vmap(lambda x: functional.topk_code(x, 3), in_dims=1)(x)
     expected = functional.topk_code(x.movedim(1, 0), 3)
     assert torch.equal(values, expected[0]) and torch.equal(indices, expected[1])

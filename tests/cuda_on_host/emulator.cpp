@@ -2,6 +2,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <csetjmp>
 #include <cstdio>
@@ -34,6 +35,14 @@ struct Fiber {
   const std::function<bool()>* condition;  // that it waits for
   bool started, finished;
 };
+
+// Behind what a launch asked for of dynamic shared memory lies what a kernel must not write.
+constexpr unsigned char kBeyond = 0xA5;
+constexpr std::size_t kBand = 256;
+std::atomic<bool> wrote_beyond = false;
+
+unsigned char* band() { return lect11ext::cuda::dynamic_shared + shared_bytes; }
+bool has_band() { return shared_bytes + kBand <= sizeof(lect11ext::cuda::dynamic_shared); }
 
 // A block in execution. One for each system thread, which keeps the stacks from block to block.
 class Block {
@@ -188,6 +197,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
   gridDim = grid;
   blockDim = size;
   prepare(std::size_t{size.x} * size.y * size.z, size);
+  if (has_band()) std::fill_n(band(), kBand, kBeyond);
   hopper_begins();
   // Every other block, and every other pass, runs its threads from the last to the first: a missing barrier that one
   // order hides, the other shows.
@@ -210,6 +220,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
     if (!progress) fail("the threads of a block wait at different barriers, or for the grid in an ordinary launch");
   }
   hopper_ends();
+  if (has_band() && std::count(band(), band() + kBand, kBeyond) != kBand) wrote_beyond = true;
 }
 
 }  // namespace
@@ -236,6 +247,8 @@ void fail(const char* what) {
   std::fprintf(stderr, "CUDA on the host: %s.\n", what);
   std::abort();
 }
+
+bool take_wrote_beyond() { return wrote_beyond.exchange(false); }
 
 void run(const std::function<void()>& thread, dim3 grid, dim3 size, std::size_t together) {
   const std::size_t blocks = std::size_t{grid.x} * grid.y * grid.z;

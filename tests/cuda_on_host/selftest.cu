@@ -65,13 +65,27 @@ extern "C" void selftest_grid_sum(int* parts, int* sums, int blocks, int threads
   check(cudaLaunchCooperativeKernel(grid_sum, blocks, threads, args), "launch a kernel");
 }
 
-// The message of a launch with an empty grid.
-extern "C" const char* selftest_empty_grid(int* out) {
+// The message of what fails.
+template <class F>
+const char* message_of(F f) {
   static std::string message;
   try {
-    launch(shuffles, 0, 32, 0, nullptr, out);
+    f();
+    message.clear();
   } catch (const std::runtime_error& error) {
     message = error.what();
   }
   return message.c_str();
+}
+
+// Of a launch with an empty grid.
+extern "C" const char* selftest_empty_grid(int* out) {
+  return message_of([&] { launch(shuffles, 0, 32, 0, nullptr, out); });
+}
+
+// Of a launch with so many bytes of dynamic shared memory less than its kernel writes.
+extern "C" const char* selftest_too_little_shared(const int* in, int* reversed, int* sum, int threads, int bytes) {
+  return message_of([&] {
+    launch(reverse_and_sum, 1, threads, threads * sizeof(int) - bytes, nullptr, in, reversed, sum);
+  });
 }

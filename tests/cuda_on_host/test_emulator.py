@@ -1,4 +1,4 @@
-"""The emulation itself: barriers, shuffles, votes, atomics, cooperative grids, and a launch that fails."""
+"""The emulation itself: barriers, shuffles, votes, atomics, cooperative grids, and launches that fail."""
 
 from __future__ import annotations
 
@@ -46,3 +46,12 @@ def test_failed_launch_says_why(kernels: Kernels) -> None:
     kernels.library.selftest_empty_grid.restype = c_char_p
     message = kernels.library.selftest_empty_grid(None).decode()
     assert message.startswith("CUDA could not launch a kernel: invalid configuration argument")
+
+
+def test_a_write_beyond_the_dynamic_shared_memory_is_found(kernels: Kernels) -> None:
+    kernels.library.selftest_too_little_shared.restype = c_char_p
+    values = torch.ones(64, dtype=torch.int32)
+    tensors = [pointer(torch.empty_like(values)) for _ in range(2)]
+    assert kernels.library.selftest_too_little_shared(pointer(values), *tensors, 64, 0) == b""
+    message = kernels.library.selftest_too_little_shared(pointer(values), *tensors, 64, 1).decode()
+    assert "written beyond the dynamic shared memory" in message

@@ -116,6 +116,21 @@ def test_one_gradient_alone_and_selection(kernels: Kernels) -> None:
     assert grad.checked().tolist() == [[-2, 2, 2, -2]]
 
 
+@pytest.mark.parametrize("cols", [4, 5])
+def test_no_product_makes_nan_of_what_counts_nothing(kernels: Kernels, cols: int) -> None:
+    x, scale = torch.full((1, cols), torch.inf), torch.ones(cols)
+    blocks = kernels.column_blocks(1, cols, 5)
+    common = dict(blocks=blocks, grad_input_dtype=F32, grad_penalty_scale=1.0)
+    grad_scale = Output(blocks.runs, cols, dtype=F32)
+    ones = torch.ones(1, cols)
+    kernels.penalty_backward(**fields(x, scale, "identity", "l1", ones, None), **common, grad_scale=grad_scale)
+    assert (grad_scale.checked() == 0).all()
+    for activation in ("identity", "relu"):
+        grad, weight = Output(1, cols, dtype=F32), torch.full((1, 1), torch.inf).expand(1, cols)
+        kernels.penalty_backward(**fields(ones, None, activation, "contractive", ones, weight), **common, grad_input=grad)
+        assert (grad.checked() == 1).all()
+
+
 def test_nan_stays_in_its_row(kernels: Kernels) -> None:
     x = torch.randn(5, 260)
     x[2, 7] = torch.nan

@@ -82,6 +82,15 @@ def test_topk_of_the_largest_k_and_rows_apart(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_takes_no_tie_too_many(kernels: Kernels, dtype: torch.dtype) -> None:
+    # Where k is a power of two the entries fill their shared memory, and one more is written beyond it.
+    for k in (2, 16, 256):
+        for larger in (0, 1, k // 2, k - 1):
+            x = torch.zeros(1, 600).index_fill_(1, torch.randperm(600)[:larger], 1.0).to(dtype)
+            assert torch.equal(topk(kernels, x, k, False)[1], reference.topk_code(x, k)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scatter(kernels: Kernels, dtype: torch.dtype) -> None:
     values = torch.randn(300, 4).to(dtype)
     indices = torch.stack([torch.randperm(9)[:4] for _ in range(300)])

@@ -1,6 +1,5 @@
-// The activations of csrc/autoencoder/activation.h with their first two derivatives, on vectors. All of them from one
-// exponential of a negative number, so that nothing overflows, and without differences of nearly equal numbers, so that
-// derivatives keep their digits where the activation is saturated. NaN survives.
+// The activations of csrc/autoencoder/activation.h with their first two derivatives, on vectors: without differences of
+// nearly equal numbers, so that derivatives keep their digits where the activation is saturated. NaN survives.
 #pragma once
 
 #include "autoencoder/activation.h"
@@ -8,81 +7,63 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
-// log(1 + e) for e in [0, 1], relative error 1.5e-7: interpolation of log(1 + e)/e at Chebyshev's points.
-inline Vec<float> log1p_unit(Vec<float> e) {
-  Vec<float> p(-3.2563785e-3f);
-  for (const float c : {1.9907162e-2f, -5.7064202e-2f, 1.0614265e-1f, -1.5311863e-1f, 1.9678117e-1f, -2.4954559e-1f,
-                        3.3330005e-1f, -4.9999905e-1f, 1.0f}) {
-    p = at::vec::fmadd(p, e, Vec<float>(c));
+// −log(1 − s) for s in [0, ½], relative error 1.5e-7: interpolation of −log(1 − s)/s at Chebyshev's points.
+inline Vec<float> minus_log1m(Vec<float> s) {
+  Vec<float> p(1.777017f);
+  for (const float c : {-2.555768f, 2.049732f, -6.3501287e-1f, 3.5381535e-1f, 1.7321175e-1f, 2.5216976e-1f,
+                        3.3324498e-1f, 5.0000137e-1f, 1.0f}) {
+    p = at::vec::fmadd(p, s, Vec<float>(c));
   }
-  return p * e;
+  return p * s;
 }
 
-inline Vec<double> log1p_unit(Vec<double> e) { return e.log1p(); }
+inline Vec<double> minus_log1m(Vec<double> s) { return s.neg().log1p().neg(); }
 
-inline Vec<float> exp_of_negative(Vec<float> x) { return exp(x); }
-inline Vec<double> exp_of_negative(Vec<double> x) { return x.exp(); }
-
-// σ(x), σ(x)·σ(−x) and log(1 + e^x) from e = e^−|x|.
+// σ, its derivatives and its integral from the smaller of σ(x) and σ(−x), which has all its digits.
 template <class T>
 struct Logistic {
-  Vec<T> x, e, large;  // large: σ(|x|)
+  Vec<T> x, least;
 
-  explicit Logistic(Vec<T> x) : x(x), e(exp_of_negative(x.abs().neg())), large(Vec<T>(T(1)) / (Vec<T>(T(1)) + e)) {}
+  explicit Logistic(Vec<T> x) : x(x), least(lect11ext::CPU_CAPABILITY::sigmoid(x.abs().neg())) {}
 
-  Vec<T> sigmoid() const { return select_less(x, Vec<T>(T(0)), e * large, large); }
-  Vec<T> slope() const { return e * large * large; }
-  Vec<T> softplus() const { return at::vec::maximum(x, Vec<T>(T(0))) + log1p_unit(e); }
+  Vec<T> sigmoid() const { return select_less(x, Vec<T>(T(0)), least, Vec<T>(T(1)) - least); }
+  Vec<T> slope() const { return at::vec::fnmadd(least, least, least); }
+  Vec<T> softplus() const { return at::vec::maximum(x, Vec<T>(T(0))) + minus_log1m(least); }
   // The second derivative of σ.
   Vec<T> curvature() const {
-    const Vec<T> magnitude = slope() * (Vec<T>(T(1)) - e) * large;
+    const Vec<T> magnitude = slope() * at::vec::fnmadd(Vec<T>(T(2)), least, Vec<T>(T(1)));
     return select_less(x, Vec<T>(T(0)), magnitude, magnitude.neg());
   }
 };
 
-// tanh(x) and 1 − tanh²(x) from q = e^−2|x|.
-template <class T>
-struct Tangent {
-  Vec<T> value, slope;
-};
-
-inline Tangent<float> tangent(Vec<float> x) {
-  const Vec<float> one(1.0f);
-  const ReducedExp e = reduced_exp(x.abs() * Vec<float>(-2.0f));
-  const Vec<float> scale = ldexp(one, e.n);
-  const Vec<float> q_minus_1 = at::vec::fmadd(scale, e.em1, scale - one), q = scale * (e.em1 + one);
-  const Vec<float> d = one / (q_minus_1 + Vec<float>(2.0f));
-  const Vec<float> magnitude = q_minus_1.neg() * d;
-  return {select_less(x, Vec<float>(0.0f), magnitude.neg(), magnitude), Vec<float>(4.0f) * q * d * d};
-}
-
-inline Tangent<double> tangent(Vec<double> x) {
-  const Vec<double> q = (x.abs() * Vec<double>(-2.0)).exp(), d = Vec<double>(1.0) / (q + Vec<double>(1.0));
-  return {x.tanh(), Vec<double>(4.0) * q * d * d};
-}
-
-template <class T>
-struct Activated {
-  Vec<T> value, slope, curvature;
-};
-
+// φ and its derivatives at x. What is not asked for is not computed.
 template <Activation kActivation, class T>
-inline Activated<T> activate(Vec<T> x) {
-  const Vec<T> zero(T(0)), one(T(1)), two(T(2));
-  if constexpr (kActivation == Activation::Relu) {
-    return {at::vec::maximum(x, zero), select_less(zero, x, one, zero), zero};
-  } else if constexpr (kActivation == Activation::Sigmoid) {
-    const Logistic<T> s(x);
-    return {s.sigmoid(), s.slope(), s.curvature()};
-  } else if constexpr (kActivation == Activation::Softplus) {
-    const Logistic<T> s(x);
-    return {s.softplus(), s.sigmoid(), s.slope()};
-  } else if constexpr (kActivation == Activation::Tanh) {
-    const auto [value, slope] = tangent(x);
-    return {value, slope, (two * value * slope).neg()};
-  } else {
-    return {x, one, zero};
+struct Activated {
+  Vec<T> x;
+
+  Vec<T> value() const {
+    if constexpr (kActivation == Activation::Relu) return at::vec::maximum(x, Vec<T>(T(0)));
+    else if constexpr (kActivation == Activation::Sigmoid) return Logistic<T>(x).sigmoid();
+    else if constexpr (kActivation == Activation::Softplus) return Logistic<T>(x).softplus();
+    else if constexpr (kActivation == Activation::Tanh) return tanh(x);
+    else return x;
   }
-}
+
+  Vec<T> slope() const {
+    const Vec<T> zero(T(0)), one(T(1));
+    if constexpr (kActivation == Activation::Relu) return select_less(zero, x, one, zero);
+    else if constexpr (kActivation == Activation::Sigmoid) return Logistic<T>(x).slope();
+    else if constexpr (kActivation == Activation::Softplus) return Logistic<T>(x).sigmoid();
+    else if constexpr (kActivation == Activation::Tanh) return Vec<T>(T(4)) * Logistic<T>(x + x).slope();
+    else return one;
+  }
+
+  Vec<T> curvature() const {
+    if constexpr (kActivation == Activation::Sigmoid) return Logistic<T>(x).curvature();
+    else if constexpr (kActivation == Activation::Softplus) return Logistic<T>(x).slope();
+    else if constexpr (kActivation == Activation::Tanh) return Vec<T>(T(8)) * Logistic<T>(x + x).curvature();
+    else return Vec<T>(T(0));
+  }
+};
 
 }  // namespace lect11ext::CPU_CAPABILITY

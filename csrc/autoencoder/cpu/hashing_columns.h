@@ -92,8 +92,7 @@ inline Block prepare_columns(const CodeRows& codes, int64_t bytes, int64_t first
 }  // namespace lect11ext::CPU_CAPABILITY
 
 // Bits are counted by VPOPCNTDQ where the processor has it, which the build's capability does not say, else by a table
-// of the sixteen half bytes. Of 1M codes of 32 to 256 bits, 64 queries: 0.41 of the
-// table's time.
+// of the sixteen half bytes. Of 1M codes of 32 to 256 bits, 64 queries: 0.41 of the table's time.
 #define LECT11EXT_BITS Table
 #define LECT11EXT_BITS_TARGET
 #include "autoencoder/cpu/hashing_bits.h"

@@ -8,6 +8,9 @@ namespace {
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
+inline Vec<float> e_to(Vec<float> x) { return exp(x); }
+inline Vec<double> e_to(Vec<double> x) { return x.exp(); }
+
 // log(sinh(u) / u) and its derivative, coth(u) − 1/u (Langevin's function), of u ≥ 0. Below kSmall by their series,
 // whose first term left out is 2e-8 (float) and 1e-17 (double) of the value; above it no more than three bits cancel.
 template <class T>
@@ -29,7 +32,7 @@ inline LogSinhc<T> log_sinhc(Vec<T> u) {
     value = at::vec::fmadd(value, z, Vec<T>(T(kLogSinhcSeries[k])));
     slope = at::vec::fmadd(slope, z, Vec<T>(T(2 * (k + 1) * kLogSinhcSeries[k])));
   }
-  const Vec<T> e = exp_of_negative((u * two).neg()), rest = one - e, small{kSmall<T>};
+  const Vec<T> e = e_to((u * two).neg()), rest = one - e, small{kSmall<T>};
   const Vec<T> far_value = u + (rest / (u * two)).log(), far_slope = (one + e) / rest - one / u;
   return {select_less(u, small, value * z, far_value), select_less(u, small, slope * u, far_slope)};
 }
@@ -54,7 +57,7 @@ inline Element<T> element(Vec<T> x, Vec<T> t, Vec<T> logvar) {
     const Vec<T> d = x - t, constant{T(kHalfLog2Pi)};
     if constexpr (!kLogvar) return {at::vec::fmadd(half * d, d, constant), d, d.neg(), zero};
     // By its root, so that a small variance does not overflow before it meets a small difference.
-    const Vec<T> root = exp_of_negative(logvar * Vec<T>(T(-0.5))), scaled = d * root, square = scaled * scaled;
+    const Vec<T> root = e_to(logvar * Vec<T>(T(-0.5))), scaled = d * root, square = scaled * scaled;
     return {half * (square + logvar) + constant, scaled * root, (scaled * root).neg(), half * (Vec<T>(T(1)) - square)};
   } else {
     const Vec<T> d = x - t;

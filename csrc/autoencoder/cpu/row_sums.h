@@ -48,7 +48,10 @@ T row_sum(const T* values, int64_t n) {
 template <class T>
 void store_sums(const RowTiles& tiles, int64_t t, int64_t start, int64_t n, const T* values, void* to, bool elements) {
   T* out = static_cast<T*>(to);
-  if (elements) return std::copy(values, values + n, out + start), void();
+  if (elements) {
+    std::copy(values, values + n, out + start);
+    return;
+  }
   if (tiles.tiles_per_row > 1) {
     out[t] = row_sum(values, n);
     return;
@@ -58,47 +61,50 @@ void store_sums(const RowTiles& tiles, int64_t t, int64_t start, int64_t n, cons
   }
 }
 
-// The sums over the columns of one block.
+// One block, and the sums over its columns, which are formed where they are to stand, in [runs, cols]; `to` may be
+// null.
 template <class T>
 class ColumnSums {
  public:
-  ColumnSums(const ColumnBlocks& blocks, int64_t item) : blocks_(blocks), run_(item / blocks.pieces) {
-    first_row_ = run_ * blocks.rows_per_run;
+  ColumnSums(const ColumnBlocks& blocks, int64_t item, void* to) : cols_(blocks.cols) {
+    const int64_t run = item / blocks.pieces;
+    first_row_ = run * blocks.rows_per_run;
     last_row_ = std::min(first_row_ + blocks.rows_per_run, blocks.rows);
     first_col_ = item % blocks.pieces * blocks.cols_per_piece;
     width_ = std::min(blocks.cols_per_piece, blocks.cols - first_col_);
-    std::fill(sums_.data, sums_.data + width_, T(0));
+    if (to == nullptr) return;
+    sums_ = static_cast<T*>(to) + run * blocks.cols + first_col_;
+    std::fill(sums_, sums_ + width_, T(0));
   }
 
-  // Calls f(start, n) for the block's elements, so many whole rows of it at a time as fit a buffer.
+  // Calls f(start, n, to) for the block's elements, at most kTile at a time: part of a row, or some rows. Where `to` is
+  // not null f adds the elements' values to what stands there, else it leaves them in `values`.
   template <class F>
-  void each_run(F f) const {
-    const int64_t together = blocks_.pieces == 1 ? std::max<int64_t>(kTile / blocks_.cols, 1) : 1;
+  void each_run(const T* values, F f) {
+    const int64_t together = width_ == cols_ ? std::max<int64_t>(kTile / cols_, 1) : 1;
     for (int64_t row = first_row_; row < last_row_; row += together) {
-      f(row * blocks_.cols + first_col_, std::min(together, last_row_ - row) * width_);
-    }
-  }
-
-  void add(const T* values, int64_t n) {
-    for (int64_t row = 0; row < n; row += width_) {
-      int64_t i = 0;
-      for (; i + kLanes<T> <= width_; i += kLanes<T>) {
-        (Vec<T>::loadu(sums_.data + i) + Vec<T>::loadu(values + row + i)).store(sums_.data + i);
+      const int64_t rows = std::min(together, last_row_ - row);
+      for (int64_t col = 0; col < width_; col += kTile) {
+        const int64_t n = rows * std::min(width_ - col, kTile);
+        const bool direct = sums_ != nullptr && rows == 1 && n % kLanes<T> == 0;
+        f(row * cols_ + first_col_ + col, n, direct ? sums_ + col : nullptr);
+        if (sums_ != nullptr && !direct) add(values, n / rows, rows, sums_ + col);
       }
-      for (; i < width_; ++i) sums_.data[i] += values[row + i];
     }
-  }
-
-  // Into [runs, cols].
-  void store(void* to) const {
-    std::copy(sums_.data, sums_.data + width_, static_cast<T*>(to) + run_ * blocks_.cols + first_col_);
   }
 
  private:
-  const ColumnBlocks& blocks_;
-  const int64_t run_;
+  static void add(const T* values, int64_t width, int64_t rows, T* to) {
+    for (int64_t row = 0; row < rows; ++row, values += width) {
+      int64_t i = 0;
+      for (; i + kLanes<T> <= width; i += kLanes<T>) (Vec<T>::loadu(to + i) + Vec<T>::loadu(values + i)).store(to + i);
+      for (; i < width; ++i) to[i] += values[i];
+    }
+  }
+
+  const int64_t cols_;
   int64_t first_row_, last_row_, first_col_, width_;
-  Buffer<T> sums_;
+  T* sums_ = nullptr;
 };
 
 }  // namespace lect11ext::CPU_CAPABILITY

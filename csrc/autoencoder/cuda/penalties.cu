@@ -54,21 +54,21 @@ __device__ inline void run_quad(const PenaltyBackward& args, const Quad& quad, T
   if (args.grad_output.data != nullptr) {
     Access::load(args.shape, args.grad_output, quad.first, quad, grad_output);
   }
-  if (args.grad_penalty.data != nullptr) {
-    Arithmetic<Access, T>::load(args.shape, args.grad_penalty, quad.first, quad, weight);
-  }
+  const bool penalizes = args.grad_penalty.data != nullptr;
+  if (penalizes) Arithmetic<Access, T>::load(args.shape, args.grad_penalty, quad.first, quad, weight);
   const T factor = T(args.grad_penalty_scale);
+  // Where the penalty has no gradient there is no product, which an infinite weight would make NaN.
+  const bool is_linear = args.activation == Activation::Identity || args.activation == Activation::Relu;
+  const bool moves = penalizes && !(is_linear && args.penalty == Penalty::Contractive);
   // A relu's gradients are dropped, not multiplied by zero, which makes NaN of an infinite one.
   const bool selects = args.activation == Activation::Relu;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     const Activated<T> h = activate(args.activation, input[i]);
     const T w = factor * weight[i];
-    sums[i] = w * summand(args.penalty, h);
+    sums[i] = penalizes ? w * summand(args.penalty, h) : T(0);
     grad[i] = grad_output[i] * h.slope;
-    if (args.grad_penalty.data != nullptr) {
-      grad[i] = std::fma(w * scale[i], summand_slope(args.penalty, h), grad[i]);
-    }
+    if (moves) grad[i] = std::fma(w * scale[i], summand_slope(args.penalty, h), grad[i]);
     if (selects && h.slope == T(0)) grad[i] = T(0);
   }
   if (args.grad_input != nullptr) Access::store(args.grad_input, args.grad_input_dtype, quad.first, quad, grad);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from ..._errors import NUMBER, OPTIONAL_INT, TENSOR, check_type, wrong_type
+from ..._errors import NUMBER, OPTIONAL_INT, TENSOR, check_range, check_type, wrong_type
 from ..._load import _C
 from ..random import in_functorch
 
@@ -107,6 +107,7 @@ def unpack_bits(codes: Tensor, num_bits: int | None = None, dtype: torch.dtype =
         check_type("num_bits", num_bits, OPTIONAL_INT)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, but got {type(dtype).__name__}")
+        check_range("num_bits", num_bits)
     return torch.ops.lect11ext.unpack_bits(codes, num_bits, dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, jacrev, vjp, vmap
 
-from ..._errors import TENSOR, check_type
+from ..._errors import OPTIONAL_INT, TENSOR, check_range, check_type
 from ..random import philox_key, philox_normal
 
 Encoder = Callable[[Tensor], Tensor]
@@ -57,13 +57,11 @@ def jacobian_penalty(
         >>> code.shape, penalty.shape
         (torch.Size([8, 3]), torch.Size([8]))
     """
-    check_type("input", input, TENSOR)
-    if num_probes is not None and (isinstance(num_probes, bool) or not isinstance(num_probes, int)):
-        raise TypeError(f"num_probes must be an int or None, but got {type(num_probes).__name__}")
+    _check(encoder, input)
+    check_type("num_probes", num_probes, OPTIONAL_INT)
+    check_range("num_probes", num_probes)
     if num_probes is not None and num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, but got {num_probes}")
-    if input.dim() == 0:
-        raise ValueError("input must have a batch dimension, but got a scalar")
     code, pullback = _vjp(encoder, input)
     units = code.numel() // code.size(0) if code.numel() else 0
     wide = torch.promote_types(code.dtype, torch.float32)
@@ -88,12 +86,24 @@ def jacobian_penalty(
     return code, penalty / num_probes
 
 
+def _check(encoder: Encoder, input: Tensor) -> None:
+    if not callable(encoder):
+        raise TypeError(f"encoder must be callable, but got {type(encoder).__name__}")
+    check_type("input", input, TENSOR)
+    if not input.is_floating_point():
+        raise TypeError(f"input must have a floating-point type, but got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input must have a batch dimension, but got a scalar")
+
+
 def _vjp(encoder: Encoder, input: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
     code, pullback = vjp(encoder, input)[:2]
     if not isinstance(code, Tensor):
         raise TypeError(f"encoder must return a Tensor, but got {type(code).__name__}")
     if code.dim() == 0 or code.size(0) != input.size(0):
         raise ValueError(f"encoder must return one code a row, [{input.size(0)}, *], but got {list(code.shape)}")
+    if not code.is_floating_point():
+        raise TypeError(f"encoder must return a floating-point type, but got {code.dtype}")
     return code, pullback
 
 
@@ -128,18 +138,24 @@ def tangent_directions(encoder: Encoder, input: Tensor, num_directions: int | No
         >>> directions.shape, strengths.shape
         (torch.Size([8, 2, 20]), torch.Size([8, 2]))
     """
-    check_type("input", input, TENSOR)
-    if input.dim() == 0:
-        raise ValueError("input must have a batch dimension, but got a scalar")
+    _check(encoder, input)
     with torch.no_grad():
-        code, _ = _vjp(encoder, input[:1])
-    inputs, units = input[:1].numel(), code.numel()
+        row = input[:1] if input.size(0) > 0 else input.new_zeros(1, *input.shape[1:])
+        code, _ = _vjp(encoder, row)
+    inputs, units = row.numel(), code.numel()
     most = min(inputs, units)
+    if most == 0:
+        raise ValueError(
+            f"input and its code must have elements, but got {list(input.shape[1:])} and {list(code.shape[1:])} a row"
+        )
     if num_directions is None:
         num_directions = most
     check_type("num_directions", num_directions, (int,))
     if not 1 <= num_directions <= most:
         raise ValueError(f"num_directions must lie between 1 and {most}, but got {num_directions}")
+    if input.size(0) == 0:
+        strengths = code.new_empty(0, num_directions, dtype=torch.promote_types(code.dtype, torch.float32))
+        return input.new_empty(0, num_directions, *input.shape[1:]), strengths
     jacobian_of = jacrev if units <= inputs else jacfwd
     jacobian = vmap(jacobian_of(lambda x: encoder(x.unsqueeze(0)).flatten()))(input)
     flat = jacobian.reshape(input.size(0), units, inputs)

@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 
-from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
+from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
 from ..._load import _C
 from ..random import in_functorch
 
 KL_FLOOR = 1e-6  # a unit that is silent over a whole batch has a large divergence, not an infinite one
+SPLIT_SUM = 32768  # from as many elements on Tensor.sum() to one depends on the number of threads
 
 
 def _penalized(input: Tensor, scale: Tensor | None, activation: str, penalty: str) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(input):
+    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(input, scale):
         return torch.ops.lect11ext.penalized_activation(input, scale, activation, penalty)
     try:
         return _C.penalized_activation(input, scale, activation, penalty)
@@ -30,7 +31,10 @@ def _penalized(input: Tensor, scale: Tensor | None, activation: str, penalty: st
 def _kl_sparsity(mean: Tensor, target: float) -> Tensor:
     mean = mean.clamp(KL_FLOOR, 1 - KL_FLOOR)
     constant = target * math.log(target) + (1 - target) * math.log1p(-target)
-    return (constant - target * mean.log() - (1 - target) * torch.log1p(-mean)).sum()
+    terms = constant - target * mean.log() - (1 - target) * torch.log1p(-mean)
+    if torch.compiler.is_compiling() or terms.numel() < SPLIT_SUM:
+        return terms.sum()
+    return F.pad(terms, (0, -terms.size(0) % 1024)).view(-1, 1024).sum(0).sum()
 
 
 def sparse_activation(
@@ -71,6 +75,7 @@ def sparse_activation(
         >>> code.shape, penalty.shape
         (torch.Size([8, 100]), torch.Size([8]))
     """
+    check_type("penalty", penalty, (str,))
     if penalty not in ("l1", "kl"):
         raise ValueError(f"penalty must be 'l1' or 'kl', but got {penalty!r}")
     if penalty == "l1":
@@ -82,7 +87,7 @@ def sparse_activation(
     if not 0 < target < 1:
         raise ValueError(f"target must lie between 0 and 1, but got {target}")
     if scale is not None:
-        raise ValueError("scale must be None for the KL penalty, but got a tensor")
+        raise ValueError(f"scale must be None for the KL penalty, but got {type(scale).__name__}")
     code, mean = _penalized(input, None, activation, "mean")
     return code, _kl_sparsity(mean, target)
 
@@ -124,11 +129,13 @@ def contractive_linear(
         (torch.Size([8, 5]), torch.Size([8]))
     """
     for name, tensor in (("input", input), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
+        check_type(name, tensor, TENSOR)
+    check_type("bias", bias, OPTIONAL_TENSOR)
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [units, in], but got {list(weight.shape)}")
     if input.dim() == 0 or input.size(-1) != weight.size(1):
         raise ValueError(f"input must have shape [*, {weight.size(1)}], but got {list(input.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.size(0)}] (the rows of weight), but got {list(bias.shape)}")
     norms = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
     return _penalized(F.linear(input, weight, bias), norms, activation, "contractive")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 
 from ..._errors import OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
@@ -100,6 +103,15 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
         ) from None  # fmt: skip
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    operands = [input, weight] if bias is None else [input, weight, bias]
+    for name, operand in zip(("input", "weight", "bias"), operands):
+        if not operand.is_floating_point():
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but got {operand.dtype}")
+    dtype = functools.reduce(torch.promote_types, [operand.dtype for operand in operands])
+    return F.linear(*(operand.to(dtype) for operand in operands))
+
+
 def topk_encode(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int, activation: str = "relu"
 ) -> tuple[Tensor, Tensor]:
@@ -134,8 +146,14 @@ def topk_encode(
     for name, tensor in (("input", input), ("weight", weight)):
         check_type(name, tensor, TENSOR)
     check_type("bias", bias, OPTIONAL_TENSOR)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [atoms, features], but got {list(weight.shape)}")
+    if input.dim() == 0 or input.size(-1) != weight.size(1):
+        raise ValueError(f"input must have shape [*, {weight.size(1)}], but got {list(input.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.size(0)}] (the rows of weight), but got {list(bias.shape)}")
     with torch.no_grad():
-        _, indices = topk_code(torch.nn.functional.linear(input, weight, bias), k, activation=activation)
+        _, indices = topk_code(_linear(input, weight, bias), k, activation=activation)
     if _is_dispatched(input, weight, bias):
         values = torch.ops.lect11ext.sparse_dots(input, indices, weight, bias)
     else:

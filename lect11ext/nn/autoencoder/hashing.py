@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._errors import NUMBER, TENSOR, check_finite, check_type
 from ...functional import binarize, hamming_radius, hamming_topk, pack_bits, philox_normal
+
+
+MOST_BYTES = 8191  # of a code that is searched
 
 
 class BinaryCode(nn.Module):
@@ -39,18 +43,23 @@ class BinaryCode(nn.Module):
 
     def __init__(self, noise: float = 0.0, straight_through: bool = False) -> None:
         super().__init__()
-        if not noise >= 0:
+        check_finite("noise", noise, NUMBER)
+        check_type("straight_through", straight_through, (bool,))
+        if noise < 0:
             raise ValueError(f"noise must be nonnegative, but got {noise}")
         self.noise = noise
         self.straight_through = straight_through
 
     def forward(self, logits: Tensor, *, generator: torch.Generator | None = None, key: Tensor | None = None) -> Tensor:
         """Noise comes from torch.randn with ``generator``, or is ``philox_normal(logits.shape, key)``."""
+        check_type("logits", logits, TENSOR)
         if not self.training:
             return self._step(logits)
         if self.noise > 0:
             if key is None:
-                draw = torch.randn(logits.shape, dtype=logits.dtype, device=logits.device, generator=generator)
+                # torch.compile takes no generator, not even None.
+                options: dict[str, Any] = {} if generator is None else {"generator": generator}
+                draw = torch.randn(logits.shape, dtype=logits.dtype, device=logits.device, **options)
             else:
                 draw = philox_normal(logits.shape, key, dtype=logits.dtype)
             logits = logits + self.noise * draw
@@ -70,7 +79,7 @@ class HammingIndex(nn.Module):
     r"""Packed codes that are searched by Hamming distance, one after the other: exact, and fast up to some millions.
 
     Args:
-        num_bits: of a code.
+        num_bits: of a code, at most 65528.
 
     Buffer: ``codes``, uint8 ``[len(index), ceil(num_bits / 8)]``. ``load_state_dict`` takes any number of codes.
 
@@ -96,8 +105,9 @@ class HammingIndex(nn.Module):
 
     def __init__(self, num_bits: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        if num_bits < 1:
-            raise ValueError(f"num_bits must be at least 1, but got {num_bits}")
+        check_type("num_bits", num_bits, (int,))
+        if not 1 <= num_bits <= 8 * MOST_BYTES:
+            raise ValueError(f"num_bits must be from 1 to {8 * MOST_BYTES}, but got {num_bits}")
         self.num_bits = num_bits
         self.register_buffer("codes", torch.empty(0, (num_bits + 7) // 8, dtype=torch.uint8, device=device))
 
@@ -118,6 +128,7 @@ class HammingIndex(nn.Module):
         return self.codes.size(0)
 
     def _packed(self, name: str, values: Tensor) -> Tensor:
+        check_type(name, values, TENSOR)
         packed = values.dtype == torch.uint8
         columns = self.codes.size(1) if packed else self.num_bits
         if values.dim() != 2 or values.size(1) != columns:

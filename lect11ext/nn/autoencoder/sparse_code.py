@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..._errors import TENSOR, check_type
 from ...functional import sparse_decode, topk_code, topk_encode
 
 
@@ -59,6 +60,8 @@ class TopKAutoencoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("hidden_features", hidden_features), ("k", k)):
+            check_type(name, size, (int,))
         if not 1 <= k <= hidden_features:
             raise ValueError(f"k must be in [1, {hidden_features}], the hidden features, but got {k}")
         topk_code(torch.zeros(0, hidden_features, device="cpu"), k, activation=activation)  # checks
@@ -93,6 +96,9 @@ class TopKAutoencoder(nn.Module):
 
     def encode(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the code ``(values, indices)``."""
+        check_type("input", input, TENSOR)
+        if input.dim() == 0 or input.size(-1) != self.pre_bias.size(0):  # which would broadcast
+            raise ValueError(f"input must have shape [*, {self.pre_bias.size(0)}], but got {list(input.shape)}")
         return topk_encode(
             input - self.pre_bias, self.encoder.weight, self.encoder.bias, k=self.k, activation=self.activation
         )

@@ -76,7 +76,7 @@ class StackedAutoencoder(nn.Module):
         loss: Loss = nn.functional.mse_loss,
         corruption: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """How well a stage reconstructs what comes up to it, ``loss(g(f(corruption(h))), h)``; no gradient goes below."""
+        """How well a stage reconstructs what comes to it: ``loss(g(f(corruption(h))), h)``. No gradient goes below."""
         stage = self._checked("stage", stage, 0, -1)
         with torch.no_grad():
             below = self.encode(input, stage)

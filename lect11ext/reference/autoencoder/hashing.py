@@ -42,6 +42,6 @@ def hamming_topk(query: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def hamming_radius(query: Tensor, codes: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lect11ext.functional.hamming_radius`."""
     distances = hamming_distance(query, codes)
-    within = distances <= radius
+    within = distances <= min(radius, 8 * query.size(-1))  # which int32 holds
     offsets = torch.nn.functional.pad(within.sum(-1).cumsum(0), (1, 0))
     return offsets, distances[within], within.nonzero()[:, 1]

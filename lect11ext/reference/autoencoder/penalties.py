@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +31,8 @@ def penalized_activation(input: Tensor, scale: Tensor | None, activation: str, p
         wide = wide.to(torch.promote_types(wide.dtype, scale.dtype))
     code, slope = _activate(wide, activation)
     if penalty == "mean":
-        sums = code.reshape(-1, code.size(-1)).sum(0) / max(code.numel() // max(code.size(-1), 1), 1)
+        sums = code.sum(tuple(range(code.dim() - 1))) if code.dim() > 1 else code
+        sums = sums / max(math.prod(code.shape[:-1]), 1)
     else:
         summands = code.abs() if penalty == "l1" else slope.square()
         sums = (summands if scale is None else summands * scale.to(wide.dtype)).sum(-1)

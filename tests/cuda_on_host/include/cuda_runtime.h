@@ -79,6 +79,8 @@ T* global(T* address) {
 
 // Blocks run one after another, but for groups of `together` neighbours, where that is not 0.
 void run(const std::function<void()>& thread, dim3 grid, dim3 block, std::size_t together);
+// Whether a block has written closely behind its dynamic shared memory since this was last asked.
+bool take_wrote_beyond();
 
 // Every lane of `mask` gives a value and sees those of all.
 template <class T>
@@ -196,7 +198,7 @@ inline void sincospif(float x, float* sine, float* cosine) {
 
 // --- the runtime's functions --------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorIllegalAddress = 700 };
 using cudaStream_t = struct CUstream_st*;
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -234,15 +236,17 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, void** args
   shared_bytes = shared;
   blocks_together = together;
   run([&] { call(kernel, args, std::index_sequence_for<Params...>()); }, grid, block, together);
-  return cudaSuccess;
+  return take_wrote_beyond() ? last_error = cudaErrorIllegalAddress : cudaSuccess;
 }
 }  // namespace cuda_on_host
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorName(cudaError_t error) {
+  if (error == cudaErrorIllegalAddress) return "cudaErrorIllegalAddress";
   return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidConfiguration";
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorIllegalAddress) return "written beyond the dynamic shared memory";
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
