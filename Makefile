@@ -17,7 +17,7 @@ BUILT := .venv/built-$(call tag,$(TORCH))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo dates sunspots test nightly bench cuda gpu-check gpu-peers lint format wheel compat oldest newest link clean
+.PHONY: help demo dates sunspots autoencoders test nightly bench cuda gpu-check gpu-peers lint format wheel compat oldest newest link clean
 .SILENT:
 
 help:  ## this list
@@ -49,6 +49,9 @@ dates: $(BUILT)  ## the part of the demo that attends: dates of many languages t
 
 sunspots: $(BUILT)  ## forecasts sunspots with a GRU, beside an autoregression, in a few seconds
 	$(BIN)/python examples/sunspots.py $(ARGS)
+
+autoencoders: $(BUILT)  ## the lecture's autoencoders on digits, each beside what it improves on, in a minute
+	$(BIN)/python examples/digits_autoencoders.py $(ARGS)
 
 test: $(BUILT)  ## the tests (ARGS="-k lstm" for some)
 	$(BIN)/python -m pytest tests -m 'not slow' $(ARGS)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,11 @@ from lect11ext.functional import corrupt, pack_bits, reconstruction_loss, tangen
 
 BATCH, CLASSES = 128, 10
 LINEAR_UNITS = (2, 8)
-SPARSE_UNITS, ACTIVE, L1_WEIGHT = 256, 12, 0.03
-CONTRACTIVE_UNITS, CONTRACTION = 128, 0.1
+SPARSE_UNITS, ACTIVE, L1_WEIGHT = 256, 12, 0.2
+CONTRACTIVE_UNITS, CONTRACTION = 128, 0.3
 TANGENTS = 6
 MASKED = 0.4
-CURVE_NOISE = 0.15
+CURVE_NOISE = 0.1
 LATENT, DRAWS = 4, 16
 BITS, CODE_NOISE, NEIGHBOURS, RADIUS = 24, 2.0, 10, 2
 STACK = (PIXELS, 128, 16)
@@ -87,9 +88,8 @@ def undercomplete(digits: Digits) -> list[Row]:
     In float64 and by L-BFGS: of nearly equal variances the subspace shows only once the error is at its minimum.
     """
     rows = []
-    training, held_out = digits.training.double(), digits.held_out.double()
-    mean = training.mean(0)
-    _, _, axes = torch.linalg.svd(training - mean, full_matrices=False)
+    training, held_out = (x.double() - digits.training.double().mean(0) for x in (digits.training, digits.held_out))
+    _, _, axes = torch.linalg.svd(training, full_matrices=False)
     for units in LINEAR_UNITS:
         model = nn.Sequential(nn.Linear(PIXELS, units), nn.Linear(units, PIXELS)).double()
         optimizer = torch.optim.LBFGS(
@@ -104,14 +104,14 @@ def undercomplete(digits: Digits) -> list[Row]:
 
         optimizer.step(closure)
         basis = axes[:units].T
-        projected = (held_out - mean) @ basis @ basis.T + mean
-        found, _ = torch.linalg.qr(model[1].weight)
+        projected = held_out @ basis @ basis.T
+        found, _ = torch.linalg.qr(model[1].weight.detach())
         # What of one basis lies beyond the other: the sine of the largest angle, which keeps the digits of small ones.
         sine = torch.linalg.matrix_norm(found - basis @ (basis.T @ found), 2).clamp(max=1)
         name = f"linear, {units} units"
         rows += [
             Row(name, "error", error(model(held_out), held_out).item(), "PCA", error(projected, held_out).item()),
-            Row(name, "largest angle of the code to PCA's plane, °", math.degrees(sine.asin()), "same", 0.0),
+            Row(name, "largest angle to PCA's subspace, °", math.degrees(sine.asin()), "same subspace", 0.0),
         ]
     return rows
 
@@ -134,7 +134,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def sparse(digits: Digits) -> list[Row]:
-    """Top-k and L1 reconstruct with few units an image; without a penalty about every second one is active."""
+    """Top-k and L1 reconstruct with few units an image; without a penalty most of them are active."""
     found = {}
     for weight in (0.0, L1_WEIGHT):
         torch.manual_seed(digits.seed)
@@ -244,20 +244,20 @@ def denoising(digits: Digits) -> list[Row]:
 
 
 def curve(count: int) -> Tensor:
-    """Points of a spiral in the plane, ``[count, 2]``."""
-    angle = torch.linspace(1.5 * math.pi, 4.5 * math.pi, count)
-    return angle[:, None] / 14 * torch.stack([angle.cos(), angle.sin()], 1)
+    """Points of a spiral of one turn and a half in the plane, ``[count, 2]``."""
+    angle = torch.linspace(math.pi, 4 * math.pi, count)
+    return angle[:, None] / (4 * math.pi) * torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def denoising_field(digits: Digits) -> list[Row]:
     """g(f(x)) − x points back to the data: on a curve in the plane it can be drawn."""
     points = curve(2000)
-    model = perceptron(2, 64, 64, 2)
+    model = perceptron(2, 128, 128, 2)
 
     def restore(x: Tensor) -> Tensor:
         return error(model(corrupt(x, "gaussian", CURVE_NOISE)), x)
 
-    fit(model.parameters(), restore, points, steps=digits.steps)
+    fit(model.parameters(), restore, points, steps=digits.steps, rate=1e-2)
     noisy = corrupt(points, "gaussian", CURVE_NOISE)
     before, after = (torch.cdist(x, points).amin(1).mean().item() for x in (noisy, model(noisy)))
     axis = torch.linspace(-1.2, 1.2, 25)
@@ -274,7 +274,9 @@ class Variational(nn.Module):
         self.conditional = conditional
         self.encoder = nn.Sequential(perceptron(PIXELS, HIDDEN, HIDDEN), nn.SiLU())
         self.latent = (
-            ext.ConditionalGaussianLatent(HIDDEN, CLASSES, LATENT) if conditional else ext.GaussianLatent(HIDDEN, LATENT)
+            ext.ConditionalGaussianLatent(HIDDEN, CLASSES, LATENT)
+            if conditional
+            else ext.GaussianLatent(HIDDEN, LATENT)
         )
         self.decoder = perceptron(LATENT + CLASSES * conditional, HIDDEN, HIDDEN, PIXELS)
 
@@ -322,27 +324,25 @@ def hashing(digits: Digits) -> list[Row]:
     model = nn.Sequential(encoder, binary, decoder)
     fit(model.parameters(), lambda x: reconstruction_loss(model(x), x).mean(), digits.training, steps=digits.steps)
     binary.eval()
-    planes = torch.randn(PIXELS, BITS)
 
-    def learnt(x: Tensor) -> Tensor:
-        return pack_bits(binary(encoder(x)))
-
-    def hyperplanes(x: Tensor) -> Tensor:
-        return pack_bits((x - digits.training.mean(0)) @ planes, 0.0)
-
-    found, within = {}, {}
-    for name, code in (("learnt", learnt), ("random", hyperplanes)):
+    def look_up(code: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         index = ext.HammingIndex(BITS)
-        index.add(code(digits.training))
-        queries = code(digits.held_out)
-        found[name] = precision(index.search(queries, NEIGHBOURS)[1], digits)
-        within[name] = len(index.within(queries, RADIUS)[2]) / len(queries)
+        index.add(pack_bits(code(digits.training), 0.0))
+        queries = pack_bits(code(digits.held_out), 0.0)
+        nearest = index.search(queries, NEIGHBOURS)[1]
+        return precision(nearest, digits), len(index.within(queries, RADIUS)[2]) / len(queries)
+
+    mean = digits.training.mean(0)
+    planes = torch.randn(DRAWS, PIXELS, BITS)
+    found, within = look_up(lambda x: binary(encoder(x)))
+    by_chance = [look_up(lambda x, plane=plane: (x - mean) @ plane) for plane in planes]
+    random_found, random_within = (fmean(values) for values in zip(*by_chance, strict=True))
     pixels = torch.cdist(digits.held_out, digits.training).topk(NEIGHBOURS, largest=False).indices
     name, measure = f"semantic hashing, {BITS} bits", f"precision@{NEIGHBOURS} of labels"
     return [
-        Row(name, measure, found["learnt"], "random hyperplanes", found["random"]),
-        Row(name, measure, found["learnt"], "pixels, Euclidean", precision(pixels, digits)),
-        Row(name, f"entries within {RADIUS} bits", within["learnt"], "random hyperplanes", within["random"]),
+        Row(name, measure, found, "random hyperplanes", random_found),
+        Row(name, measure, found, "pixels, Euclidean", precision(pixels, digits)),
+        Row(name, f"entries within {RADIUS} bits", within, "random hyperplanes", random_within),
     ]
 
 

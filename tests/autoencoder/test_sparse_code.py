@@ -14,6 +14,7 @@ from lect11ext import functional, reference
 from tests.helpers import assert_within_rule, check, flat
 
 NAN, INF = float("nan"), float("inf")
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 # rows, K, atoms, columns
 SIZES = [
     (1, 1, 1, 1), (3, 2, 5, 7), (4, 4, 1, 8), (2, 5, 3, 1), (5, 7, 11, 67), (9, 32, 300, 128), (2, 3, 4, 1031),
@@ -301,6 +302,7 @@ V, J, W = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5
         ((V[:1], J, W), ValueError, r"values must have shape \[2, 3\] \(that of indices\), but got \[1, 3\]"),
         ((V.long(), J, W), TypeError, "values must be float32, float64, bfloat16 or float16, but got Long"),
         ((V, V, W), TypeError, "indices must be int64 or int32, but got Float"),
+        ((V, J, W[0, 0]), ValueError, r"weight must have shape \[atoms, features\], but got \[\]"),
         ((V, J, W[0]), ValueError, r"weight must have shape \[atoms, features\], but got \[4\]"),
         ((V, J, W.int()), TypeError, "weight must be float32"),
         ((V, J, W, V[0]), ValueError, r"bias must have shape \[4\] \(the columns of weight\), but got \[3\]"),

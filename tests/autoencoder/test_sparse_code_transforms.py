@@ -232,6 +232,14 @@ def test_module_norms_and_options() -> None:
             nn.TopKAutoencoder(6, 20, k)
     with pytest.raises(ValueError, match="activation must be one of"):
         nn.TopKAutoencoder(6, 20, 3, activation="tanh")
+    for sizes, name in (((None, 20, 3), "in_features"), ((6, 1.5, 3), "hidden_features"), ((6, 20, True), "k")):
+        with pytest.raises(TypeError, match=f"{name} must be an int, but got"):
+            nn.TopKAutoencoder(*sizes)  # type: ignore[arg-type]
+    for shape in ((), (1,), (3, 1)):  # which would broadcast
+        with pytest.raises(ValueError, match=r"input must have shape \[\*, 6\], but got"):
+            all_kept(torch.zeros(shape))
+    with pytest.raises(TypeError, match="input must be a Tensor, but got int"):
+        all_kept(2)
 
 
 def test_module_learns() -> None:
