@@ -12,8 +12,9 @@ variational      told the digit, a tighter bound, and images of the digit that i
 hashing          codes of a few bits, learnt without labels, whose neighbours show the same digit
 stacked          one autoencoder on the code of another, trained stage by stage, beside all at once
 
-All values are of images that no model was trained on. The constants of autoencoder_systems.py were chosen on a part
-of the training images, before the held-out ones were looked at.
+All values are of images that no model was trained on, but the spiral's, which are points with new noise. The constants
+of autoencoder_systems.py and autoencoder_modules.py were chosen on a part of the training images, before the held-out
+ones were looked at.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def format_rows(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, tuple("-" * width for width in widths))
     aligned = [
-        "  ".join(cell.rjust(n) if i in (2, 4) else cell.ljust(n) for i, (cell, n) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.rjust(n) if i in (2, 4) else cell.ljust(n)
+            for i, (cell, n) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     return "\n".join(aligned)

@@ -50,8 +50,8 @@ def test_failed_launch_says_why(kernels: Kernels) -> None:
 
 def test_a_write_beyond_the_dynamic_shared_memory_is_found(kernels: Kernels) -> None:
     kernels.library.selftest_too_little_shared.restype = c_char_p
-    values = torch.ones(64, dtype=torch.int32)
-    tensors = [pointer(torch.empty_like(values)) for _ in range(2)]
-    assert kernels.library.selftest_too_little_shared(pointer(values), *tensors, 64, 0) == b""
-    message = kernels.library.selftest_too_little_shared(pointer(values), *tensors, 64, 1).decode()
+    tensors = [torch.ones(64, dtype=torch.int32) for _ in range(3)]
+    pointers = [pointer(t) for t in tensors]
+    assert kernels.library.selftest_too_little_shared(*pointers, 64, 0) == b""
+    message = kernels.library.selftest_too_little_shared(*pointers, 64, 1).decode()
     assert "written beyond the dynamic shared memory" in message

@@ -127,7 +127,8 @@ def test_no_product_makes_nan_of_what_counts_nothing(kernels: Kernels, cols: int
     assert (grad_scale.checked() == 0).all()
     for activation in ("identity", "relu"):
         grad, weight = Output(1, cols, dtype=F32), torch.full((1, 1), torch.inf).expand(1, cols)
-        kernels.penalty_backward(**fields(ones, None, activation, "contractive", ones, weight), **common, grad_input=grad)
+        of_ones = fields(ones, None, activation, "contractive", ones, weight)
+        kernels.penalty_backward(**of_ones, **common, grad_input=grad)
         assert (grad.checked() == 1).all()
 
 
