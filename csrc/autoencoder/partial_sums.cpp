@@ -21,12 +21,12 @@ void sum_neighbours(const T* partials, T* out, int64_t rows, int64_t count) {
 }
 
 template <class T>
-void sum_down(const T* partials, T* out, int64_t runs, int64_t cols) {
+void sum_down(const T* partials, T* out, int64_t runs, int64_t cols, double scale) {
   std::vector<double> sums(cols);
   for (int64_t run = 0; run < runs; ++run) {
     for (int64_t i = 0; i < cols; ++i) sums[i] += static_cast<double>(partials[run * cols + i]);
   }
-  for (int64_t i = 0; i < cols; ++i) out[i] = static_cast<T>(sums[i]);
+  for (int64_t i = 0; i < cols; ++i) out[i] = static_cast<T>(scale * sums[i]);
 }
 
 }  // namespace
@@ -42,13 +42,15 @@ at::Tensor sum_tiles(const at::Tensor& partials, at::IntArrayRef size, const Row
   return out;
 }
 
-at::Tensor sum_runs(const at::Tensor& partials) {
-  if (!partials.is_cpu()) return partials.sum(0);
+at::Tensor sum_runs(const at::Tensor& partials, double scale) {
+  if (!partials.is_cpu()) return partials.sum(0).mul_(scale);
   at::Tensor out = at::empty({partials.size(1)}, partials.options());
   if (partials.scalar_type() == at::kDouble) {
-    sum_down(partials.const_data_ptr<double>(), out.mutable_data_ptr<double>(), partials.size(0), partials.size(1));
+    sum_down(partials.const_data_ptr<double>(), out.mutable_data_ptr<double>(), partials.size(0), partials.size(1),
+             scale);
   } else {
-    sum_down(partials.const_data_ptr<float>(), out.mutable_data_ptr<float>(), partials.size(0), partials.size(1));
+    sum_down(partials.const_data_ptr<float>(), out.mutable_data_ptr<float>(), partials.size(0), partials.size(1),
+             scale);
   }
   return out;
 }

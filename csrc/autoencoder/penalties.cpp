@@ -112,7 +112,7 @@ Pair kernel_forward(const Inputs& in) {
   }
   args.sums = sums.mutable_data_ptr();
   launch(args, output.device());
-  if (in.penalty == Penalty::Mean) return {output, sum_runs(sums).div_(rows)};
+  if (in.penalty == Penalty::Mean) return {output, sum_runs(sums, 1.0 / static_cast<double>(rows))};
   const auto plain_size = C10_AS_INTARRAYREF_SLOW(size);
   return {output, args.tiles.tiles_per_row > 1 ? sum_tiles(sums, plain_size, args.tiles) : sums.view(plain_size)};
 }

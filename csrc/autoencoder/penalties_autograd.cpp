@@ -31,7 +31,7 @@ Terms terms_of(const Inputs& in) {
   const Tensor a = in.input.to(in.compute_dtype());
   switch (in.activation) {
     case Activation::Identity: return {a, Tensor(), Tensor()};
-    case Activation::Relu: return {at::relu(a), (a > 0).to(a.scalar_type()), Tensor()};
+    case Activation::Relu: return {at::relu(a), (a <= 0).logical_not().to(a.scalar_type()), Tensor()};
     case Activation::Sigmoid: {
       // σ(−a) for 1 − σ(a), which has no digits where σ is saturated.
       const Tensor s = at::sigmoid(a), other = at::sigmoid(-a), slope = s * other;

@@ -36,6 +36,16 @@ def test_derivatives(activation: str, penalty: str) -> None:
         assert gradgradcheck(lambda *a: op(*a, activation, penalty), args, check_fwd_over_rev=True)
 
 
+def test_derivatives_of_kl_sparsity() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(a: Tensor) -> Any:
+        return functional.sparse_activation(a, "sigmoid", penalty="kl", target=0.2)
+
+    assert gradcheck(run, [x], check_forward_ad=True)
+    assert gradgradcheck(run, [x], check_fwd_over_rev=True)
+
+
 @pytest.mark.parametrize("output", [0, 1])
 @pytest.mark.parametrize("asked", [(True, False), (False, True)])
 def test_subsets(output: int, asked: tuple[bool, bool]) -> None:

@@ -43,7 +43,7 @@ struct Activated {
 
   Vec<T> value() const {
     if constexpr (kActivation == Activation::Relu) return at::vec::maximum(x, Vec<T>(T(0)));
-    else if constexpr (kActivation == Activation::Sigmoid) return Logistic<T>(x).sigmoid();
+    else if constexpr (kActivation == Activation::Sigmoid) return lect11ext::CPU_CAPABILITY::sigmoid(x);
     else if constexpr (kActivation == Activation::Softplus) return Logistic<T>(x).softplus();
     else if constexpr (kActivation == Activation::Tanh) return tanh(x);
     else return x;
@@ -51,7 +51,7 @@ struct Activated {
 
   Vec<T> slope() const {
     const Vec<T> zero(T(0)), one(T(1));
-    if constexpr (kActivation == Activation::Relu) return select_less(zero, x, one, zero);
+    if constexpr (kActivation == Activation::Relu) return Vec<T>::blendv(one, zero, x <= zero);  // 1 of NaN, as torch
     else if constexpr (kActivation == Activation::Sigmoid) return Logistic<T>(x).slope();
     else if constexpr (kActivation == Activation::Softplus) return Logistic<T>(x).sigmoid();
     else if constexpr (kActivation == Activation::Tanh) return Vec<T>(T(4)) * Logistic<T>(x + x).slope();

@@ -33,7 +33,7 @@ struct Activated {
 template <class T>
 __device__ inline Activated<T> activate(Activation activation, T x) {
   switch (activation) {
-    case Activation::Relu: return {x < T(0) ? T(0) : x, x > T(0) ? T(1) : T(0), T(0)};
+    case Activation::Relu: return {x < T(0) ? T(0) : x, x <= T(0) ? T(0) : T(1), T(0)};
     case Activation::Sigmoid: {
       const Logistic<T> s(x);
       return {s.sigmoid(), s.slope(), s.curvature()};

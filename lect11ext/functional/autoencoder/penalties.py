@@ -12,9 +12,9 @@ from torch.overrides import has_torch_function_variadic
 from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
 from ..._load import _C
 from ..random import in_functorch
+from .reconstruction import reconstruction_loss
 
 KL_FLOOR = 1e-6  # a unit that is silent over a whole batch has a large divergence, not an infinite one
-SPLIT_SUM = 32768  # from as many elements on Tensor.sum() to one depends on the number of threads
 
 
 def _penalized(input: Tensor, scale: Tensor | None, activation: str, penalty: str) -> tuple[Tensor, Tensor]:
@@ -29,12 +29,10 @@ def _penalized(input: Tensor, scale: Tensor | None, activation: str, penalty: st
 
 
 def _kl_sparsity(mean: Tensor, target: float) -> Tensor:
-    mean = mean.clamp(KL_FLOOR, 1 - KL_FLOOR)
-    constant = target * math.log(target) + (1 - target) * math.log1p(-target)
-    terms = constant - target * mean.log() - (1 - target) * torch.log1p(-mean)
-    if torch.compiler.is_compiling() or terms.numel() < SPLIT_SUM:
-        return terms.sum()
-    return F.pad(terms, (0, -terms.size(0) % 1024)).view(-1, 1024).sum(0).sum()
+    """The Bernoulli's negative log-likelihood of the target at the means, less what it is at best."""
+    entropy = -target * math.log(target) - (1 - target) * math.log1p(-target)
+    wanted = mean.new_full((), target).expand_as(mean)
+    return reconstruction_loss(torch.logit(mean, KL_FLOOR), wanted, reduction="sum") - mean.numel() * entropy
 
 
 def sparse_activation(
@@ -137,5 +135,5 @@ def contractive_linear(
         raise ValueError(f"input must have shape [*, {weight.size(1)}], but got {list(input.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.size(0)}] (the rows of weight), but got {list(bias.shape)}")
-    norms = weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+    norms = reconstruction_loss(weight, weight.new_zeros(()).expand_as(weight), "squared_error")  # from zero
     return _penalized(F.linear(input, weight, bias), norms, activation, "contractive")

@@ -64,9 +64,7 @@ def reconstruction_loss(
     """
     if isinstance(weight, Tensor) and weight.dtype == torch.bool and isinstance(input, Tensor):
         weight = weight.to(input.dtype)
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(
-        input, target, logvar, weight
-    ):
+    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(input, target, logvar, weight):
         return torch.ops.lect11ext.reconstruction_loss(input, target, logvar, weight, likelihood, reduction)
     try:
         return _C.reconstruction_loss(input, target, logvar, weight, likelihood, reduction)

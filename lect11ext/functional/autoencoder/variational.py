@@ -74,8 +74,10 @@ def gaussian_rsample_kl(
         low, high = (None, None) if logvar_range is None else logvar_range
     except (TypeError, ValueError):
         raise TypeError(f"logvar_range must be (low, high), but got {logvar_range!r}") from None
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(
-        mean, logvar, prior_mean, prior_logvar
+    if (
+        torch.compiler.is_compiling()
+        or in_functorch()
+        or has_torch_function_variadic(mean, logvar, prior_mean, prior_logvar)
     ):
         if key is None:
             given = [t for t in (mean, logvar, prior_mean, prior_logvar) if t is not None]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..._errors import NUMBER, TENSOR, check_finite, check_type
 from ...functional import binarize, hamming_radius, hamming_topk, pack_bits, philox_normal
 
-
 MOST_BYTES = 8191  # of a code that is searched
 
 

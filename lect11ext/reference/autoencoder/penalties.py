@@ -14,7 +14,7 @@ KL_FLOOR = 1e-6  # a unit that is silent (or always on) over a whole batch has a
 def _activate(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """φ(a) and φ'(a), the slope without differences of nearly equal numbers."""
     if activation == "relu":
-        return a.relu(), (a > 0).to(a.dtype)
+        return a.relu(), (~(a <= 0)).to(a.dtype)
     if activation == "sigmoid":
         return a.sigmoid(), a.sigmoid() * (-a).sigmoid()
     if activation == "softplus":
