@@ -4,30 +4,14 @@
 #endif
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
+
+#include "common/cpu/scratch.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
 struct alignas(64) Room {
   uint8_t bytes[kRoom];
-};
-
-// Memory of a work item, which no other item sees. std::vector's functions would be shared with other builds.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::calloc(static_cast<size_t>(n), sizeof(T)))) {
-    if (data_ == nullptr && n > 0) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  operator T*() { return data_; }
-
- private:
-  T* data_;
 };
 
 // The queries and codes of one work item.

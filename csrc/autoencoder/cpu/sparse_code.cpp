@@ -2,9 +2,8 @@
 // row comes from memory: four rows are read at a time, and the next four asked for.
 #include "autoencoder/sparse_code.h"
 
-#include <cstdlib>
-
 #include "common/cpu/memory.h"
+#include "common/cpu/scratch.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
@@ -32,23 +31,6 @@ inline Lanes<S> widen(Vec<S> x) {
     return {{x}};
   }
 }
-
-// A row of the arithmetic's type with room for a vector of any type beyond its end, which holds zeros.
-template <class T>
-class Row {
- public:
-  explicit Row(int64_t width) : data_(static_cast<T*>(std::malloc((static_cast<size_t>(width) + kRoom) * sizeof(T)))) {
-    std::fill(data_ + width, data_ + width + kRoom, T(0));
-  }
-  Row(const Row&) = delete;
-  Row& operator=(const Row&) = delete;
-  ~Row() { std::free(data_); }
-  operator T*() const { return data_; }
-
- private:
-  static constexpr int64_t kRoom = 64;
-  T* data_;
-};
 
 // Calls f(d, load) for every vector of a row of `width` elements of S; load(from) takes that vector of a row.
 template <class S, class F>
@@ -95,7 +77,7 @@ void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
   };
   const T* const values = static_cast<const T*>(args.values);
   const T* const bias = static_cast<const T*>(args.bias);
-  Row<T> sums(args.width);
+  Scratch<T> sums(args.width);
   const int64_t last = start(end);
   const S *rows[kAtOnce], *next[kAtOnce];
   T weights[kAtOnce];
@@ -157,7 +139,7 @@ template <class S>
 void dots(const RowDots& args, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const T* const bias = static_cast<const T*>(args.bias);
-  Row<T> dense(args.width), out(args.k);
+  Scratch<T> dense(args.width), out(args.k);
   const int64_t last = end * args.k;
   const S *rows[kAtOnce], *next[kAtOnce];
   const auto rows_from = [&](int64_t e, const S** to) {

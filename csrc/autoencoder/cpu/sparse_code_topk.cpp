@@ -1,32 +1,18 @@
 // topk_code reads a row once from memory. The k-th largest of the maxima of m ≥ k disjoint parts of a row is no larger
 // than the row's own k-th, and with m = 4k little smaller: a second look, into the cache, collects the few elements
 // that reach it, and only those are sorted.
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 
 #include "autoencoder/sparse_code.h"
 #include "common/cpu/memory.h"
+#include "common/cpu/scratch.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kFewestParts = 256;  // whole vectors of any type
 constexpr int64_t kPartsPerValue = 4;  // then about a tenth more than k elements reach the bound
-
-// Uninitialised memory, with room for a vector beyond the end.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
 
 template <class T>
 using KeyOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
