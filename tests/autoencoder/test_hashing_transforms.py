@@ -283,6 +283,11 @@ def test_index_in_a_checkpoint() -> None:
     assert len(empty["index"]) == 0
     with pytest.raises(RuntimeError, match="size mismatch for codes"):
         index.load_state_dict(nn.HammingIndex(50).state_dict())
+    with pytest.raises(RuntimeError, match=r"codes must be uint8, but the checkpoint has torch.int64"):
+        index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.int64)})
+    with pytest.raises(RuntimeError, match="size mismatch for codes"):
+        index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.uint8, device="meta")})
+    assert len(index) == 30
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

@@ -138,9 +138,14 @@ class HammingIndex(nn.Module):
         return values if packed else pack_bits(values)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        codes = state_dict.get(prefix + "codes")
-        if isinstance(codes, Tensor) and codes.dim() == 2 and codes.size(1) == self.codes.size(1):
-            self.codes = self.codes.new_zeros(codes.shape)  # which is then filled
+        codes, errors = state_dict.get(prefix + "codes"), args[-1]
+        if isinstance(codes, Tensor):
+            if codes.dtype != torch.uint8:
+                errors.append(f"codes must be uint8, but the checkpoint has {codes.dtype}.")
+                return
+            wanted = (*codes.shape[:1], self.codes.size(1))
+            if codes.shape == wanted and codes.is_meta == self.codes.is_meta:
+                self.codes = self.codes.new_zeros(wanted)  # which is then filled
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
