@@ -103,7 +103,8 @@ inline void check_topk_backward(const Tensor& grad_values, const Tensor& indices
 
 inline bool rectifies(c10::string_view activation) {
   if (activation == "relu") return true;
-  TORCH_CHECK_VALUE(activation == "none", "activation must be one of 'relu', 'none', but got '", activation, "'");
+  TORCH_CHECK_VALUE(activation == "identity", "activation must be one of 'relu', 'identity', but got '", activation,
+                    "'");
   return false;
 }
 

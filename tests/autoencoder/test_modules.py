@@ -101,12 +101,16 @@ def test_stacked_denoising_stages() -> None:
         (lambda s, x: s.decode(x, -1), ValueError, "depth must lie between 0 and 3, but got -1"),
         (lambda s, x: s.encode(x, 1.0), TypeError, "depth must be an int, but got float"),
         (lambda s, x: s.stage_loss(x, 3), ValueError, "stage must lie between 0 and 2, but got 3"),
+        (lambda s, x: s.stage_loss(x, None), TypeError, "stage must be an int, but got NoneType"),
+        (lambda s, x: fused.StackedAutoencoder(nn.Linear(1, 1), []), TypeError, "encoders must be a Sequence or"),
+        (lambda s, x: fused.ContractiveLinear(8, 3, "tanh"), TypeError, "bias must be a bool, but got str"),
+        (lambda s, x: fused.BinaryCode()(x.long()), TypeError, "logits must be of a floating-point type, but got"),
         (lambda s, x: s.stage_parameters(True), TypeError, "stage must be an int, but got bool"),
         (lambda s, x: fused.StackedAutoencoder([], []), ValueError, "at least one, but got 0 and 0"),
         (lambda s, x: fused.StackedAutoencoder([nn.Linear(1, 1)], []), ValueError, "must be as many"),
     ],
 )
-def test_errors_of_the_stack(call: Any, error: type[Exception], message: str) -> None:
+def test_errors_of_the_modules(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(linear_stack(), torch.zeros(2, 8))
 

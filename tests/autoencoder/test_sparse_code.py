@@ -62,7 +62,7 @@ def rows_of_every_kind(n: int, dtype: torch.dtype) -> Tensor:
 # --- topk_code ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
 @pytest.mark.parametrize("n", [1, 2, 15, 17, 64, 255, 512, 777, 4096])
 def test_topk_is_the_stable_sort(n: int, activation: str, dtype: torch.dtype, device: str) -> None:
     x = rows_of_every_kind(n, dtype).to(device)
@@ -76,8 +76,8 @@ def test_topk_is_the_stable_sort(n: int, activation: str, dtype: torch.dtype, de
 def test_topk_of_every_capability(dtype: torch.dtype, capability: str) -> None:
     for n, k in [(300, 20), (1029, 33), (1029, 400), (4096, 32)]:
         x = rows_of_every_kind(n, dtype)
-        values, indices = functional.topk_code(x, k, activation="none")
-        expected = reference.topk_code(x, k, activation="none")
+        values, indices = functional.topk_code(x, k, activation="identity")
+        expected = reference.topk_code(x, k, activation="identity")
         assert torch.equal(indices, expected[1]) and same_bits(values, expected[0])
 
 
@@ -88,8 +88,8 @@ def test_topk_of_few_distinct_values(data: Any, n: int) -> None:
     k = data.draw(st.integers(0, n))
     table = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 2.5])
     x = table[torch.randint(len(table), (levels,))][torch.randint(levels, (n,))]
-    values, indices = functional.topk_code(x, k, activation="none")
-    expected = reference.topk_code(x, k, activation="none")
+    values, indices = functional.topk_code(x, k, activation="identity")
+    expected = reference.topk_code(x, k, activation="identity")
     assert torch.equal(indices, expected[1]) and same_bits(values, expected[0])
 
 
@@ -108,7 +108,7 @@ def test_topk_of_any_strides(dtype: torch.dtype) -> None:
         assert torch.equal(ours[1], plain[1]) and torch.equal(ours[0], plain[0])
 
 
-@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_topk_gradient_is_exact(activation: str, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(5, 300).to(device, dtype).requires_grad_()
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_nan_stays_in_its_rows() -> None:
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_encoding_is_topk_of_linear(activation: str, dtype: torch.dtype) -> None:
     """Where rounding does not change what is selected: entries are apart by more."""
     atoms, columns = 40, 12
@@ -332,7 +332,7 @@ def test_errors_of_decode_name_the_argument(arguments: Any, error: type[Exceptio
         ((V[0, 0], 1), {}, ValueError, "input must have at least one dimension, but got a scalar"),
         ((V.long(), 1), {}, TypeError, "input must be float32"),
         (([1.0], 1), {}, TypeError, "input must be a Tensor, but got list"),
-        ((V, 1), {"activation": "tanh"}, ValueError, "activation must be one of 'relu', 'none', but got 'tanh'"),
+        ((V, 1), {"activation": "tanh"}, ValueError, "activation must be one of 'relu', 'identity', but got 'tanh'"),
         ((V, 1), {"activation": None}, TypeError, "activation must be a str, but got NoneType"),
     ],
 )
@@ -363,9 +363,9 @@ def test_encode_promotes() -> None:
     x, weight, bias = torch.randn(3, 4), torch.randn(7, 4), torch.randn(7)
     for types in ((BF16, F32, F32), (F32, F64, F32), (F32, F32, F64), (BF16, BF16, F32), (BF16, torch.float16, BF16)):
         args = [a.to(t).requires_grad_() for a, t in zip((x, weight, bias), types, strict=True)]
-        values, indices = functional.topk_encode(*args, k=2, activation="none")
+        values, indices = functional.topk_encode(*args, k=2, activation="identity")
         dtype = torch.promote_types(torch.promote_types(types[0], types[1]), types[2])
-        expected = reference.topk_encode(*(a.double() for a in args), k=2, activation="none")
+        expected = reference.topk_encode(*(a.double() for a in args), k=2, activation="identity")
         assert values.dtype == dtype and torch.equal(indices, expected[1])
         torch.testing.assert_close(values, expected[0].to(dtype), rtol=2e-2 if dtype == BF16 else 1e-5, atol=1e-5)
         assert [g.dtype for g in torch.autograd.grad(values.sum(), args)] == list(types)

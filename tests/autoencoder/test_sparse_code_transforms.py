@@ -43,7 +43,7 @@ def test_gradcheck_of_every_order(form: str) -> None:
     assert torch.autograd.gradgradcheck(FORMS[form], args, check_fwd_over_rev=True, check_batched_grad=True)
 
 
-@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_gradcheck_of_topk(activation: str) -> None:
     x = torch.randn(3, 9, dtype=F64, requires_grad=True)
 
@@ -91,7 +91,7 @@ def test_second_derivatives() -> None:
 
 def test_jvp_and_grad_of_topk() -> None:
     x, t = torch.randn(4, 8, dtype=F64), torch.randn(4, 8, dtype=F64)
-    for activation in ("relu", "none"):
+    for activation in ("relu", "identity"):
         ours = jvp(lambda x: functional.topk_code(x, 5, activation=activation)[0], (x,), (t,))  # noqa: B023
         plain = jvp(lambda x: reference.topk_code(x, 5, activation=activation)[0], (x,), (t,))  # noqa: B023
         torch.testing.assert_close(ours, plain)
@@ -157,7 +157,7 @@ def test_opcheck(requires_grad: bool) -> None:
         return torch.randn(shape).to(dtype).requires_grad_(requires_grad)
 
     torch.library.opcheck(ops.topk_code.default, (drawn(3, 7), 4, "relu"))
-    torch.library.opcheck(ops.topk_code.default, (drawn(2, 3, 7, dtype=torch.bfloat16), 0, "none"))
+    torch.library.opcheck(ops.topk_code.default, (drawn(2, 3, 7, dtype=torch.bfloat16), 0, "identity"))
     torch.library.opcheck(ops.topk_code_backward.default, (drawn(2, 3), torch.tensor([[0, 4, 2], [1, 3, 2]]), 5))
     for bias in (None, drawn(5)):
         torch.library.opcheck(ops.sparse_decode.default, (drawn(2, 3), INDICES, drawn(4, 5), bias))
@@ -213,7 +213,7 @@ def test_module() -> None:
 
 
 def test_module_norms_and_options() -> None:
-    model = nn.TopKAutoencoder(6, 20, 3, tied_init=False, bias=False, activation="none", dtype=F64)
+    model = nn.TopKAutoencoder(6, 20, 3, tied_init=False, bias=False, activation="identity", dtype=F64)
     assert model.encoder.bias is None and model.dictionary.dtype == F64
     torch.testing.assert_close(model.dictionary.norm(dim=1), torch.ones(20, dtype=F64))
     assert (torch.nn.functional.cosine_similarity(model.dictionary, model.encoder.weight) < 0.999).all()
@@ -225,7 +225,7 @@ def test_module_norms_and_options() -> None:
     norms = model.dictionary.norm(dim=1)
     assert norms[2] == 0
     torch.testing.assert_close(torch.cat([norms[:2], norms[3:]]), torch.ones(19, dtype=F64))
-    all_kept = nn.TopKAutoencoder(6, 20, 20, activation="none")
+    all_kept = nn.TopKAutoencoder(6, 20, 20, activation="identity")
     assert (all_kept(torch.randn(50, 6))[1] < 0).any()
     for k in (0, 21):
         with pytest.raises(ValueError, match=r"k must be in \[1, 20\], the hidden features, but got"):

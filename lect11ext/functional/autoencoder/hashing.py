@@ -145,7 +145,7 @@ def hamming_topk(query: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         query, codes: packed codes (:func:`pack_bits`), uint8, ``[n, bytes]`` and ``[m, bytes]`` of at most 8191 bytes
             a code, any strides.
-        k: at most m.
+        k: from 0 to m.
 
     Returns:
         ``(distances, indices)``, int32 and int64, both ``[n, k]``: ascending by distance and, where that is the same,

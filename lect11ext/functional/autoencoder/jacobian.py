@@ -33,15 +33,16 @@ def jacobian_penalty(
     Args:
         encoder: ``[batch, *] → [batch, *]``, each row from its own row alone (in training mode a batch norm is no such
             function). A module, or any function of tensors; its parameters get gradients.
-        input: ``[batch, *]``.
+        input: ``[batch, *]``, of a floating-point type.
         num_probes: K, one backward each, without bias; None for the exact value, one backward for each unit of the
             code. The estimate's variance is 2/K · ‖J Jᵀ‖², so that one probe does for training.
-        generator, key: of the probes, as for :func:`gaussian_rsample_kl`.
+        generator, key: of the probes, as for :func:`gaussian_rsample_kl`; unused where ``num_probes`` is None.
 
     Returns:
         ``(code, penalty)``, the penalty ``[batch]`` in float32, or float64 where the code is.
 
     Gradients: to ``input`` and to whatever ``encoder`` holds, of any order that it has: the fused functions have all.
+    Deterministic where ``encoder`` is: the same key gives the same probes.
     For a single layer :func:`contractive_linear` is exact and costs no backward.
 
     Raises:
@@ -115,13 +116,14 @@ def tangent_directions(encoder: Encoder, input: Tensor, num_directions: int | No
 
     Args:
         encoder: ``[batch, *] → [batch, *]``, each row from its own row alone.
-        input: ``[batch, *]``, the points.
+        input: ``[batch, *]``, the points, of a floating-point type.
         num_directions: how many; by default all, the smaller of the sizes of a code and of an input.
 
     Returns:
         ``(directions, strengths)``: ``[batch, n, *]``, columns of V, of unit length, orthogonal, in descending order of
-        their ``[batch, n]`` singular values. A direction and its opposite are the same tangent: the largest component
-        is positive. Directions of equal strength (zero, say) are any basis of their span.
+        their ``[batch, n]`` singular values; in the type of ``input``, and float32 or, where the code is, float64. A
+        direction and its opposite are the same tangent: the largest component is positive. Directions of equal strength
+        (zero, say) are any basis of their span.
 
     Gradients: torch.linalg.svd's, which are infinite where strengths are equal.
 

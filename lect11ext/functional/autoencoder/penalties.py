@@ -56,7 +56,8 @@ def sparse_activation(
     Returns:
         ``(code, penalty)``: the code in the type of ``input``; the penalty in float32, or float64 where any input is:
         for "l1" one value a row, ``[*]``, for "kl" a scalar. Means within 1e-6 of 0 or 1 are taken as 1e-6 away, so
-        that a silent unit has a large penalty and no infinite one; beyond, its gradient is zero.
+        that a silent unit's penalty is finite (0.49 at ρ = 0.05); nearer, its gradient is zero. An empty batch counts
+        as silent.
 
     Gradients: to input and scale, of any order; forward-mode AD; ``vmap``. The subgradient of \|h\| at 0 is 0.
     Deterministic: the same bits for any number of threads. Autocast changes no type.
@@ -101,13 +102,14 @@ def contractive_linear(
             = \sum_i \varphi'(a_{bi})^2 \sum_j W_{ij}^2
 
     Args:
-        input: ``[*, in]``.
-        weight: ``[units, in]``, as torch.nn.Linear's.
+        input: ``[*, in]``: float32, float64, bfloat16 or float16.
+        weight: ``[units, in]``, as torch.nn.Linear's; outside autocast of the type of ``input``, as the bias is.
         bias: ``[units]`` or None.
         activation: "identity", "relu", "sigmoid", "softplus" or "tanh".
 
     Returns:
-        ``(code, penalty)``: ``[*, units]``, and ``[*]`` in float32, or float64 where any input is.
+        ``(code, penalty)``: ``[*, units]`` in the type of ``input`` (or autocast's), and ``[*]`` in float32, or float64
+        where any input is.
 
     Gradients: to all three, of any order; forward-mode AD; ``vmap``. The product is torch's; activation and penalty are
     one pass over it. Under autocast the product runs in autocast's type, as torch.nn.Linear does, the penalty does not.
@@ -115,6 +117,7 @@ def contractive_linear(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: torch's, where the types differ.
 
     Source: Rifai et al. 2011.
 

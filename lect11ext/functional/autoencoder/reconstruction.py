@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
@@ -9,6 +11,10 @@ from torch.overrides import has_torch_function_variadic
 from ..._errors import OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
 from ..random import in_functorch
+
+
+def _from_bool(value: Any, like: Tensor) -> Any:
+    return value.to(like.dtype) if isinstance(value, Tensor) and value.dtype == torch.bool else value
 
 
 def reconstruction_loss(
@@ -34,14 +40,15 @@ def reconstruction_loss(
 
     Args:
         input: any shape and strides: float32, float64, bfloat16 or float16.
-        target: the shape of ``input``.
+        target: the shape of ``input``, of one of these types or bool (no integers).
         likelihood: "bernoulli", "continuous_bernoulli", "gaussian" or "squared_error".
         logvar: of the Gaussian, broadcast to the shape of ``input`` (a learned scalar, one a feature, or the decoder's
             own); default 0, a variance of one.
         weight: of every element, broadcast to the shape of ``input``; a bool mask too. Where it is zero the element
-            does not count, be it NaN.
-        reduction: ``"sum_features"`` sums over the last dimension, ``"batchmean"`` sums everything and divides by
-            ``input.size(0)`` (an empty batch gives 0), ``"sum"`` sums everything, ``"none"`` leaves the elements.
+            does not count, be it NaN. No reduction divides by the weights.
+        reduction: ``"sum_features"`` sums over the last dimension (of images, flatten the others into it first),
+            ``"batchmean"`` sums everything and divides by ``input.size(0)`` (an empty batch gives 0), ``"sum"`` sums
+            everything, ``"none"`` leaves the elements.
 
     Returns:
         The loss, in float32, or float64 where any input is.
@@ -62,8 +69,8 @@ def reconstruction_loss(
         >>> lect11ext.functional.reconstruction_loss(logits, x, "continuous_bernoulli").shape
         torch.Size([8])
     """
-    if isinstance(weight, Tensor) and weight.dtype == torch.bool and isinstance(input, Tensor):
-        weight = weight.to(input.dtype)
+    if isinstance(input, Tensor):
+        target, weight = _from_bool(target, input), _from_bool(weight, input)
     if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(input, target, logvar, weight):
         return torch.ops.lect11ext.reconstruction_loss(input, target, logvar, weight, likelihood, reduction)
     try:

@@ -27,11 +27,12 @@ def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tenso
 
     Args:
         input: ``[*, n]``, any strides: float32, float64, bfloat16 or float16.
-        k: at most n.
-        activation: ``"relu"`` or ``"none"``.
+        k: from 0 to n.
+        activation: ``"relu"`` or ``"identity"``.
 
     Returns:
-        ``(values, indices)``, both ``[*, k]``: values in the type of ``input``, indices int64.
+        ``(values, indices)``, both ``[*, k]``: values in the type of ``input``, indices int64. The code written out is
+        ``torch.zeros_like(input).scatter(-1, indices, values)``.
 
     Gradients: to input, of any order, zero but at the indices (and, with ``"relu"``, where a value is zero);
     forward-mode AD; ``vmap``. Deterministic: the same bits for any number of threads. Autocast changes no type.
@@ -122,19 +123,22 @@ def topk_encode(
     M activations, and neither of the two products with it: of three products of a training step one is left.
 
     Args:
-        input: ``[*, D]``.
+        input: ``[*, D]``: float32, float64, bfloat16 or float16.
         weight: ``[M, D]``, as in ``torch.nn.functional.linear``.
-        bias: ``[M]``.
+        bias: ``[M]`` or None.
         k, activation: as in :func:`topk_code`.
 
     Returns:
-        ``(values, indices)``, both ``[*, k]``: values in the promoted type of input, weight and bias. Computed anew,
-        they are in descending order up to rounding.
+        ``(values, indices)``, both ``[*, k]``: values in the promoted type of input, weight and bias, indices int64.
+        Computed anew, the values are in descending order up to the rounding of the product.
 
     Gradients: to input, weight and bias, of any order; forward-mode AD; ``vmap``; those of topk_code of a linear layer.
+    Under autocast the product that finds the indices runs in autocast's type, the values do not.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: as for :func:`topk_code`.
 
     Example::
 

@@ -70,7 +70,7 @@ class Corruption(nn.Module):
         generator: torch.Generator | None = None,
         key: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The corrupted input; with ``return_mask`` a pair of it and what was corrupted, nothing in ``eval()``."""
+        """The corrupted input; with ``return_mask`` a pair of it and where, in ``eval()`` nowhere (all false)."""
         if self.training:
             return self._corrupt(input, return_mask, generator, key)
         return (input, torch.zeros_like(input, dtype=torch.bool)) if return_mask else input

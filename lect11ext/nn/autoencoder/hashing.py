@@ -24,7 +24,7 @@ class BinaryCode(nn.Module):
 
     Args:
         noise: the noise's standard deviation s; Salakhutdinov & Hinton take one that is large beside the weights, and
-            the same noise for a row every time (``key``).
+            the same noise for a row every time (a ``key`` for each batch, where a batch keeps its rows in order).
         straight_through: round the code in training too; its gradient is that of the sigmoid.
 
     Shape: ``[*, bits]`` in and out, in the input's type. In ``eval()`` the code is exactly 1 where the logit is above
@@ -52,6 +52,8 @@ class BinaryCode(nn.Module):
     def forward(self, logits: Tensor, *, generator: torch.Generator | None = None, key: Tensor | None = None) -> Tensor:
         """Noise comes from torch.randn with ``generator``, or is ``philox_normal(logits.shape, key)``."""
         check_type("logits", logits, TENSOR)
+        if not logits.is_floating_point():
+            raise TypeError(f"logits must be of a floating-point type, but got {logits.dtype}")
         if not self.training:
             return self._step(logits)
         if self.noise > 0:
@@ -111,7 +113,7 @@ class HammingIndex(nn.Module):
         self.register_buffer("codes", torch.empty(0, (num_bits + 7) // 8, dtype=torch.uint8, device=device))
 
     def add(self, codes: Tensor) -> None:
-        """Appends codes; they get the next numbers."""
+        """Appends codes; they get the next numbers. The whole index is copied: add many at once."""
         self.codes = torch.cat([self.codes, self._packed("codes", codes).to(self.codes.device)])
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:

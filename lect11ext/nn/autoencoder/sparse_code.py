@@ -25,7 +25,7 @@ class TopKAutoencoder(nn.Module):
         hidden_features: size of the code, the rows of the dictionary.
         k: activations kept in each row.
         bias: whether the encoder has a bias.
-        activation: ``"relu"``, or ``"none"`` to keep negative values.
+        activation: ``"relu"``, or ``"identity"`` to keep negative values.
         tied_init: whether atoms begin as the encoder's rows, else as a draw of their own. In either case with unit
             norm.
 

@@ -30,6 +30,8 @@ class GaussianLatent(nn.Module):
 
     In ``eval()`` it draws too; ``module.mean(x)`` is the code without noise.
 
+    Source: Kingma & Welling 2014.
+
     Example::
 
         >>> import torch, lect11ext
