@@ -48,11 +48,16 @@ def _each(op: Callable[..., Any]) -> Rule:
     return rule
 
 
+def _repeat(x: Tensor, dim: Any, size: int) -> Tensor:
+    """The new dimension in front; what is not batched is repeated."""
+    return x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
+
+
 def _fold(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
     """``[V, B, *] → [V·B, *]``; what is not batched is repeated."""
     if x is None:
         return None
-    x = x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
+    x = _repeat(x, dim, size)
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
@@ -161,10 +166,10 @@ def _attention(op: Callable[..., Any], arguments: Sequence[Any]) -> Rule:
             if name in masks:
                 if keeps_masks and x.size(0) == 1:
                     continue
-                x = x.movedim(in_dims[i], 0) if _is_batched(in_dims[i]) else x.expand(size, *x.shape)
+                x = _repeat(x, in_dims[i], size)
                 folded[i] = x.expand(size, rows, *x.shape[2:]).flatten(0, 1)
             elif name == "alibi_slopes":
-                x = x.movedim(in_dims[i], 0) if _is_batched(in_dims[i]) else x.expand(size, *x.shape)
+                x = _repeat(x, in_dims[i], size)
                 x = x if x.dim() == 3 else x.unsqueeze(1)
                 folded[i] = x.expand(size, rows, x.size(2)).flatten(0, 1)
             else:
@@ -185,7 +190,7 @@ def _lead(x: Tensor | None, dim: Any, size: int, rank: int, every: bool) -> Tens
     """The new dimension in front of ``rank`` others. What has no batch stays as it is, or is repeated if ``every``."""
     if x is None or not (_is_batched(dim) or every):
         return x
-    x = x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
+    x = _repeat(x, dim, size)
     return x.reshape(size, *[1] * (rank + 1 - x.dim()), *x.shape[1:])
 
 
@@ -239,7 +244,7 @@ def _penalized_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[
     op, size = torch.ops.lect11ext.penalized_activation_backward, info.batch_size
     if size == 0 or _is_batched(in_dims[3]) or args[5] == "mean" or args[6][1]:  # a scale's gradient is one a sample
         return _run_each(op, size, in_dims, args)
-    whole = [_repeat(x, dim, size) for x, dim in zip(args[:3], in_dims[:3], strict=True)]
+    whole = [x if x is None else _repeat(x, dim, size) for x, dim in zip(args[:3], in_dims[:3], strict=True)]
     return op(*whole, *args[3:]), (0, None)
 
 
@@ -267,12 +272,6 @@ def _reconstruction(op: Callable[..., Any], backward: bool) -> Rule:
     return rule
 
 
-def _repeat(x: Tensor | None, dim: Any, size: int) -> Tensor | None:
-    if x is None:
-        return None
-    return x.movedim(dim, 0) if _is_batched(dim) else x.expand(size, *x.shape)
-
-
 # binarize, pack_bits, unpack_bits: elements, or rows of any number of dimensions.
 def _rows(op: Callable[..., Any]) -> Rule:
     def rule(info: Any, in_dims: Sequence[Any], rows: Tensor, *args: Any) -> tuple[Any, Any]:
@@ -283,14 +282,11 @@ def _rows(op: Callable[..., Any]) -> Rule:
     return rule
 
 
+# hamming_distance(a, b): batches broadcast as they are, so that the new dimension goes in front of them.
 def _hamming_distance(info: Any, in_dims: Sequence[Any], *codes: Tensor) -> tuple[Any, Any]:
-    # One more dimension in front of both batches, which then broadcast as they did.
-    dims = max(x.dim() - _is_batched(d) for x, d in zip(codes, in_dims, strict=True))
-    whole = []
-    for x, d in zip(codes, in_dims, strict=True):
-        x = x.movedim(d, 0) if _is_batched(d) else x.unsqueeze(0)
-        whole.append(x.reshape(x.size(0), *[1] * (dims + 1 - x.dim()), *x.shape[1:]))
-    return torch.ops.lect11ext.hamming_distance(*whole), 0
+    rank = max(x.dim() - _is_batched(d) for x, d in zip(codes, in_dims, strict=True))
+    led = [_lead(x, d, info.batch_size, rank, False) for x, d in zip(codes, in_dims, strict=True)]
+    return torch.ops.lect11ext.hamming_distance(*led), 0
 
 
 def _code(op: Callable[..., Any], rows: Sequence[int]) -> Rule:

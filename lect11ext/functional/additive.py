@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from .._errors import OPTIONAL_TENSOR, TENSOR, wrong_type
 from .._load import _C
-from .random import in_functorch
+from ._dispatch import through_torch
 
 
 def additive_attention(
@@ -56,7 +55,7 @@ def additive_attention(
     """
     arguments = (query, key, value, score_weight, attn_mask)
     given = [a for a in arguments if a is not None]
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(*given):
+    if through_torch(*given):
         return torch.ops.lect11ext.additive_attention(*arguments, False)[0]
     try:
         return _C.additive_attention(*arguments)

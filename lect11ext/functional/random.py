@@ -19,6 +19,11 @@ def in_functorch() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def words_of_normals(numel: int, *dtypes: torch.dtype) -> int:
+    """How many words so many normals take: float64 takes two for a uniform. What :func:`philox_key` is asked for."""
+    return numel * (2 if torch.float64 in dtypes else 1)
+
+
 def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = None) -> Tensor:
     r"""A key ``[seed, offset]`` (int64, on the device of ``like``) for ``numel`` normals, taken from a generator.
 

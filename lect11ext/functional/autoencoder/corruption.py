@@ -6,11 +6,11 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_unary
 
 from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
-from ..random import in_functorch, philox_key
+from .._dispatch import through_torch
+from ..random import philox_key, words_of_normals
 
 
 @overload
@@ -116,10 +116,10 @@ def corrupt(
         >>> torch.equal(noisy, x.masked_fill(corrupted, 0))
         True
     """
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_unary(input):
+    if through_torch(input):
         if key is None:
-            words = 2 if kind == "gaussian" and input.dtype == torch.float64 else 1  # of a uniform
-            key = philox_key(input, words * input.numel(), generator)
+            numel = input.numel()
+            key = philox_key(input, words_of_normals(numel, input.dtype) if kind == "gaussian" else numel, generator)
         output, mask = torch.ops.lect11ext.corrupt(input, key, kind, amount, low, high, return_mask)
         return (output, mask) if return_mask else output
     try:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from ..._errors import NUMBER, OPTIONAL_INT, TENSOR, check_range, check_type, wrong_type
 from ..._load import _C
-from ..random import in_functorch
+from .._dispatch import through_torch
 
 INT = (int,)
-
-
-def _through_torch(*tensors: object) -> bool:
-    return torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(*tensors)
 
 
 def binarize(input: Tensor, threshold: float = 0.5) -> Tensor:
@@ -42,7 +37,7 @@ def binarize(input: Tensor, threshold: float = 0.5) -> Tensor:
         >>> lect11ext.functional.binarize(torch.tensor([0.2, 0.5, 0.9]))
         tensor([0., 0., 1.])
     """
-    if _through_torch(input):
+    if through_torch(input):
         return torch.ops.lect11ext.binarize(input, threshold)
     try:
         return _C.binarize(input, threshold)
@@ -74,7 +69,7 @@ def pack_bits(input: Tensor, threshold: float = 0.5) -> Tensor:
         >>> lect11ext.functional.pack_bits(torch.tensor([0.9, 0.1, 0.8, 0.0, 0.0, 0.0, 0.0, 0.7, 0.6]))
         tensor([161, 128], dtype=torch.uint8)
     """
-    if _through_torch(input):
+    if through_torch(input):
         return torch.ops.lect11ext.pack_bits(input, threshold)
     try:
         return _C.pack_bits(input, threshold)
@@ -131,7 +126,7 @@ def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
         >>> lect11ext.functional.hamming_distance(codes[:1], codes)
         tensor([[0, 1, 8]], dtype=torch.int32)
     """
-    if _through_torch(a, b):
+    if through_torch(a, b):
         return torch.ops.lect11ext.hamming_distance(a, b)
     try:
         return _C.hamming_distance(a, b)
@@ -164,7 +159,7 @@ def hamming_topk(query: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
         >>> distances.tolist(), indices.tolist()
         ([[0, 1, 1]], [[2, 1, 3]])
     """
-    if _through_torch(query, codes):
+    if through_torch(query, codes):
         return torch.ops.lect11ext.hamming_topk(query, codes, k)
     try:
         return _C.hamming_topk(query, codes, k)
@@ -199,7 +194,7 @@ def hamming_radius(query: Tensor, codes: Tensor, radius: int) -> tuple[Tensor, T
         >>> offsets.tolist(), distances.tolist(), indices.tolist()
         ([0, 1, 4, 6], [0, 0, 1, 1, 1, 0], [0, 1, 2, 3, 1, 2])
     """
-    if _through_torch(query, codes):
+    if through_torch(query, codes):
         return torch.ops.lect11ext.hamming_radius(query, codes, radius)
     try:
         return _C.hamming_radius(query, codes, radius)

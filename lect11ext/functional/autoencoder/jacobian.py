@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import jacfwd, jacrev, vjp, vmap
 
 from ..._errors import OPTIONAL_INT, TENSOR, check_range, check_type
-from ..random import philox_key, philox_normal
+from ..random import philox_key, philox_normal, words_of_normals
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -79,8 +79,7 @@ def jacobian_penalty(
             penalty = penalty + squares(one)
         return code, penalty
     if key is None:
-        words = 2 if wide == torch.float64 else 1  # of a uniform
-        key = philox_key(code.detach(), words * num_probes * code.numel(), generator)
+        key = philox_key(code.detach(), words_of_normals(num_probes * code.numel(), wide), generator)
     probes = philox_normal((num_probes, *code.shape), key, dtype=wide)
     for probe in probes.unbind(0):
         penalty = penalty + squares(probe)

@@ -7,18 +7,17 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import has_torch_function_variadic
 
 from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
 from ..._load import _C
-from ..random import in_functorch
+from .._dispatch import through_torch
 from .reconstruction import reconstruction_loss
 
 KL_FLOOR = 1e-6  # a unit that is silent over a whole batch has a large divergence, not an infinite one
 
 
 def _penalized(input: Tensor, scale: Tensor | None, activation: str, penalty: str) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(input, scale):
+    if through_torch(input, scale):
         return torch.ops.lect11ext.penalized_activation(input, scale, activation, penalty)
     try:
         return _C.penalized_activation(input, scale, activation, penalty)

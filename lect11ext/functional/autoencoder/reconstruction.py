@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from ..._errors import OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
-from ..random import in_functorch
+from .._dispatch import through_torch
 
 
 def _from_bool(value: Any, like: Tensor) -> Any:
@@ -71,7 +70,7 @@ def reconstruction_loss(
     """
     if isinstance(input, Tensor):
         target, weight = _from_bool(target, input), _from_bool(weight, input)
-    if torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(input, target, logvar, weight):
+    if through_torch(input, target, logvar, weight):
         return torch.ops.lect11ext.reconstruction_loss(input, target, logvar, weight, likelihood, reduction)
     try:
         return _C.reconstruction_loss(input, target, logvar, weight, likelihood, reduction)

@@ -7,16 +7,10 @@ import functools
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import has_torch_function_variadic
 
 from ..._errors import OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
 from ..._load import _C
-from ..random import in_functorch
-
-
-def _is_dispatched(*tensors: Tensor | None) -> bool:
-    """Whether a call goes through torch.ops: where something other than the kernels may be asked."""
-    return torch.compiler.is_compiling() or in_functorch() or has_torch_function_variadic(*tensors)
+from .._dispatch import through_torch
 
 
 def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tensor, Tensor]:
@@ -50,7 +44,7 @@ def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tenso
         >>> values, indices
         (tensor([[3., 3., 1.]]), tensor([[1, 3, 0]]))
     """
-    if _is_dispatched(input):
+    if through_torch(input):
         return torch.ops.lect11ext.topk_code(input, k, activation)
     try:
         return _C.topk_code(input, k, activation)
@@ -93,7 +87,7 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
         >>> lect11ext.functional.sparse_decode(torch.tensor([[2.0, 3.0]]), torch.tensor([[1, 0]]), weight)
         tensor([[3., 2.]])
     """
-    if _is_dispatched(values, weight, bias):
+    if through_torch(values, weight, bias):
         return torch.ops.lect11ext.sparse_decode(values, indices, weight, bias)
     try:
         return _C.sparse_decode(values, indices, weight, bias)
@@ -158,7 +152,7 @@ def topk_encode(
         raise ValueError(f"bias must have shape [{weight.size(0)}] (the rows of weight), but got {list(bias.shape)}")
     with torch.no_grad():
         _, indices = topk_code(_linear(input, weight, bias), k, activation=activation)
-    if _is_dispatched(input, weight, bias):
+    if through_torch(input, weight, bias):
         values = torch.ops.lect11ext.sparse_dots(input, indices, weight, bias)
     else:
         values = _C.sparse_dots(input, indices, weight, bias)

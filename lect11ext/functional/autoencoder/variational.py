@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_INT, OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
-from ..random import in_functorch, philox_key
+from .._dispatch import through_torch
+from ..random import philox_key, words_of_normals
 
 
 def gaussian_rsample_kl(
@@ -74,15 +74,11 @@ def gaussian_rsample_kl(
         low, high = (None, None) if logvar_range is None else logvar_range
     except (TypeError, ValueError):
         raise TypeError(f"logvar_range must be (low, high), but got {logvar_range!r}") from None
-    if (
-        torch.compiler.is_compiling()
-        or in_functorch()
-        or has_torch_function_variadic(mean, logvar, prior_mean, prior_logvar)
-    ):
+    if through_torch(mean, logvar, prior_mean, prior_logvar):
         if key is None:
-            given = [t for t in (mean, logvar, prior_mean, prior_logvar) if t is not None]
-            words = 2 if any(t.dtype == torch.float64 for t in given) else 1  # of a uniform
-            key = philox_key(mean, words * mean.numel() * (1 if num_samples is None else num_samples), generator)
+            given = [t.dtype for t in (mean, logvar, prior_mean, prior_logvar) if t is not None]
+            numel = mean.numel() * (1 if num_samples is None else num_samples)
+            key = philox_key(mean, words_of_normals(numel, *given), generator)
         return torch.ops.lect11ext.gaussian_rsample_kl(
             mean, logvar, prior_mean, prior_logvar, key, num_samples, free_bits, low, high, reduction
         )
