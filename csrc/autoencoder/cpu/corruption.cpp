@@ -1,5 +1,6 @@
 #include "autoencoder/corruption.h"
 
+#include "autoencoder/cpu/row_sums.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/normal.h"
 #include "common/cpu/words.h"
@@ -7,13 +8,7 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTile = kCorruptionTile;
-
-template <class T>
-struct alignas(64) Buffer {
-  T data[kTile + kNormalSlack];
-  operator T*() { return data; }
-};
+static_assert(kTile == kCorruptionTile);
 
 template <class T>
 void drift(const CorruptionDrift& args, int64_t begin, int64_t end) {
