@@ -27,7 +27,6 @@ from .gpu_autoencoder import autoencoders
 from .gpu_common import Call, Machine, Workload, ceilings, environment, within
 from .gpu_layers import layers
 
-TURNS = 5
 TURN_SECONDS = 0.02
 HOPPER = "LECT11EXT_ATTENTION_HOPPER"
 BACKENDS = {
@@ -127,10 +126,15 @@ def workloads(m: Machine) -> list[Workload]:
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def measure(m: Machine, work: Workload, peaks: dict[str, tuple[Call, float]]) -> dict[str, Any]:
+def measure(
+    m: Machine, work: Workload, peaks: dict[str, tuple[Call, float]], options: argparse.Namespace
+) -> dict[str, Any]:
     torch.manual_seed(0)
     calls, errors, counts = {}, {}, {}
-    given = work.make()
+    try:
+        given = {name: call for name, call in work.make().items() if name not in options.without.split(",")}
+    except Exception as error:
+        given, errors["lect11ext, before any call"] = {}, _summary(error)
     for name, call in {**given, **{peak: peaks[peak][0] for peak in work.work}}.items():
         try:
             for _ in range(2):
@@ -138,11 +142,12 @@ def measure(m: Machine, work: Workload, peaks: dict[str, tuple[Call, float]]) ->
             m.synchronize()
             seconds = m.seconds(call, 1)
         except Exception as error:  # a peer that has no kernel for this
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            errors[name] = _summary(error)
             continue
         calls[name], counts[name] = call, max(1, min(100, round(TURN_SECONDS / seconds)))
     turns = [
-        {name: m.seconds(call, counts[name]) for name, call in calls.items()} for _ in range(TURNS if calls else 0)
+        {name: m.seconds(call, counts[name]) for name, call in calls.items()}
+        for _ in range(options.turns if calls else 0)
     ]
     result: dict[str, Any] = {"errors": errors, "seconds": {n: median(t[n] for t in turns) for n in calls}}
     ours = [name for name in calls if name.startswith("lect11ext")]
@@ -153,6 +158,10 @@ def measure(m: Machine, work: Workload, peaks: dict[str, tuple[Call, float]]) ->
         for o in ours
     }
     return result
+
+
+def _summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
 
 def line(name: str, result: dict[str, Any]) -> str:
@@ -167,13 +176,17 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--only", default="", help="only workloads whose name contains this text")
+    parser.add_argument("--only", default="", help="only workloads whose name contains this text, or one of these")
     parser.add_argument(
         "--json", default="out/gpu-bench.json", help="where the results are written, after each workload"
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after these no workload is begun")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--turns", type=int, default=5, help="how often the implementations take turns")
+    parser.add_argument(
+        "--without", default="", help="peers to leave out; 'compile,flex,flashrnn' are those that take long to build"
+    )
     options = parser.parse_args()
     begin, m = time.perf_counter(), Machine(options.device, options.small)
     out = Path(options.json)
@@ -185,18 +198,18 @@ def main() -> int:
     }
     peaks, results, left_out = ceilings(m), {}, []
     for work in workloads(m):
-        if options.only not in work.name:
+        if not any(only in work.name for only in options.only.split(",")):
             continue
         if time.perf_counter() - begin > options.seconds:
             left_out.append(work.name)
             continue
         torch._dynamo.reset()
-        results[work.name] = measure(m, work, peaks)
+        results[work.name] = measure(m, work, peaks, options)
         print(line(work.name, results[work.name]), flush=True)
         out.write_text(json.dumps({**facts, "results": results, "left_out": left_out}, indent=1))
     for name, (call, amount) in peaks.items():
         call()
-        facts[name] = amount / median(m.seconds(call, 3) for _ in range(TURNS))
+        facts[name] = amount / median(m.seconds(call, 3) for _ in range(options.turns))
         print(f"{name}: {facts[name] / 1e9:.1f} G/s")
     out.write_text(json.dumps({**facts, "results": results, "left_out": left_out}, indent=1))
     failed = [name for name, r in results.items() if any(e.startswith("lect11ext") for e in r["errors"])]

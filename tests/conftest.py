@@ -1,8 +1,15 @@
-"""Fixtures of all tests: poisoned memory, devices, threads, CPU capabilities."""
+"""Fixtures of all tests: poisoned memory, devices, threads, CPU capabilities.
+
+``pytest --device cuda`` runs them on a GPU: tensors are made there where a test does not say otherwise. Left out are
+tests marked ``cpu`` and those of the CPU's capabilities; on the CPU, tests marked ``gpu``.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +18,41 @@ from lect11ext._load import _C
 
 CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where the tests' tensors are")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cuda":
+        return
+    if not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        raise pytest.UsageError("--device cuda: there is no GPU, or lect11ext was built for the CPU alone")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tests of TF32 say so
+    torch.set_default_device("cuda")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = config.getoption("--device") == "cuda"
+    for item in items:
+        of_cpu = item.get_closest_marker("cpu") or "capability" in getattr(item, "fixturenames", ())
+        if of_cpu if on_gpu else item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="a test of the CPU" if on_gpu else "needs --device cuda"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Some errors leave a process without its GPU. It ends here, so that they are not every later test's errors."""
+    report = yield
+    if report.failed and item.config.getoption("--device") == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid}: {error}", file=sys.__stderr__, flush=True)
+            os._exit(3)
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +64,9 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
-        pytest.skip("no GPU, or a CPU-only build")
-    return request.param
+    return request.config.getoption("--device")
 
 
 @pytest.fixture(params=CAPABILITIES)

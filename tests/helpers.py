@@ -18,6 +18,11 @@ def room(elements: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(elements * dtype.itemsize)).view(elements)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Of the device that the tests run on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def double(args: Sequence[Any]) -> list[Any]:
     """The same inputs in float64, as leaves of their own."""
     return [a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]

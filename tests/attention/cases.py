@@ -31,19 +31,23 @@ class Sizes(NamedTuple):
         return "-".join(map(str, self))
 
 
-def operands(sizes: Sizes, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = True) -> list[Tensor]:
+def operands(
+    sizes: Sizes, dtype: torch.dtype = torch.float32, device: str | None = None, grad: bool = True
+) -> list[Tensor]:
     """Query, key and value."""
     b, h, hk, queries, keys, d, dv = sizes
     shapes = [(b, h, queries, d), (b, hk, keys, d), (b, hk, keys, dv)]
     return [torch.randn(s).to(device, dtype).requires_grad_(grad) for s in shapes]
 
 
-def bool_mask(*shape: int, share: float = 0.7, device: str = "cpu") -> Tensor:
+def bool_mask(*shape: int, share: float = 0.7, device: str | None = None) -> Tensor:
     """True for about ``share`` of the elements."""
     return (torch.rand(shape) < share).to(device)
 
 
-def float_mask(*shape: int, dtype: torch.dtype = torch.float32, barred: float = 0.2, device: str = "cpu") -> Tensor:
+def float_mask(
+    *shape: int, dtype: torch.dtype = torch.float32, barred: float = 0.2, device: str | None = None
+) -> Tensor:
     """Numbers, and −∞ for about ``barred`` of the elements."""
     return torch.randn(shape).masked_fill(torch.rand(shape) < barred, -math.inf).to(device, dtype)
 

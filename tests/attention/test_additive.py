@@ -28,7 +28,14 @@ SLACK = ONE_STEP
 
 
 def operands(
-    batch: tuple[int, ...], L: int, S: int, H: int, D: int, dtype: torch.dtype, device: str = "cpu", spread: float = 1.0
+    batch: tuple[int, ...],
+    L: int,
+    S: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    device: str | None = None,
+    spread: float = 1.0,
 ) -> list[Tensor]:
     sizes = [(*batch, L, H), (*batch, S, H), (*batch, S, D), (H,)]
     scales = [spread, spread, 1.0, max(H, 1) ** -0.5]

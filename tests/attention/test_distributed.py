@@ -27,6 +27,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lect11ext.integrations._sharding import _divides
 from lect11ext.integrations.distributed import gather_sequence, register_sharding, ring_attention, shard_sequence
 
+pytestmark = pytest.mark.cpu
+
 PROCESSES = 2
 CHECKS: dict[str, Callable[[], None]] = {}
 

@@ -63,7 +63,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(sizes: Sizes, options: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> tuple[list[Any], Any]:
+def build(
+    sizes: Sizes, options: dict[str, Any], dtype: torch.dtype, device: str | None = None
+) -> tuple[list[Any], Any]:
     """Tensors for what an entry of OPTIONS names."""
     b, h, _, queries, keys, *_ = sizes
     args, options = operands(sizes, dtype, device), dict(options)

@@ -110,7 +110,7 @@ def test_subclasses_and_function_modes_see_the_call() -> None:
 
 def test_autocast() -> None:
     query, key, value = operands((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), grad=False)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out, lse = sdpa(query, key, value, return_lse=True)
         weights = functional.attention_weights(query, key, lse)
     low = [x.bfloat16() for x in (query, key, value)]

@@ -20,6 +20,8 @@ from lect11ext.integrations._transformers import _attention
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs a network
 hf = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.cpu
 NAME = lect11ext.integrations.transformers()
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS: dict[str, Any] = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

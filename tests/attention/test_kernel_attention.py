@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lect11ext import functional, reference
+from tests.helpers import seeded
 
 kernel_attention = functional.kernel_attention
-SEEDED = torch.Generator().manual_seed(0)
+SEEDED = seeded(0)
 Q, K, V = (torch.randn(2, 4, *n, generator=SEEDED) for n in ((5, 3), (7, 3), (7, 2)))
 
 # Leading dimensions of query and key, and whether heads are grouped.
@@ -82,7 +83,7 @@ def test_mixed_types_are_autocasts_business() -> None:
     """Of which both lose the same, though one of them has few digits for the centre."""
     query, key = (torch.randint(-3, 4, x.shape) + 300.0 for x in (Q, K))
     key = key.bfloat16()  # in steps of 2
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = kernel_attention(query, key, V, 2.0)
     torch.testing.assert_close(out.float(), reference.kernel_attention(query, key, V, 2.0), atol=0.05, rtol=0.05)
 

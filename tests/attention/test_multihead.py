@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lect11ext import nn
-from tests.helpers import ONE_STEP, assert_within_rule, chain
+from tests.helpers import ONE_STEP, assert_within_rule, chain, seeded
 
 N, L, S, E, H = 3, 4, 5, 12, 2
 
@@ -67,7 +67,7 @@ def call(module: Any, tensors: list[Tensor], **kwargs: Any) -> tuple[list[Tensor
     """Outputs, and the gradients of a fixed sum of them to all inputs and parameters."""
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
     outs = [out for out in module(*tensors, **kwargs) if out is not None]
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     loss = sum((out.double() * torch.randn(out.shape, generator=generator).double()).sum() for out in outs)
     return outs, list(torch.autograd.grad(loss, [*tensors, *module.parameters()]))
 
@@ -195,11 +195,11 @@ def test_the_hint_is_torchs() -> None:
 def test_autocast() -> None:
     ours, torchs = pair(batch_first=True)
     tensors = inputs(ours, "batch first")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         for need_weights in (False, True):
             got, plain = (m(*tensors, need_weights=need_weights) for m in (ours, torchs))
             exact = copy.deepcopy(torchs).double()
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(torch.get_default_device().type, enabled=False):
                 wide = exact(*(t.double() for t in tensors), need_weights=need_weights)
             assert got[0].dtype == plain[0].dtype == torch.bfloat16
             assert_within_rule(got[0], plain[0], wide[0], slack=ONE_STEP)

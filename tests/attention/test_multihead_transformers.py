@@ -15,6 +15,8 @@ from lect11ext._load import _C
 from lect11ext.convert import Report
 from tests.helpers import ONE_STEP, assert_within_rule
 
+pytestmark = pytest.mark.cpu
+
 E, H, L, N = 16, 2, 5, 3
 PADDING = torch.arange(L) >= torch.tensor([[5], [3], [4]])
 CAUSAL = torch.nn.Transformer.generate_square_subsequent_mask(L)

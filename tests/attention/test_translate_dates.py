@@ -16,6 +16,8 @@ pytest.importorskip("babel")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+pytestmark = pytest.mark.cpu
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

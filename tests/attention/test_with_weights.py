@@ -152,7 +152,7 @@ def test_compiled_and_autocast() -> None:
     args, options = operands(Sizes(2, 4, 2, 5, 7, 8, 8), "float")
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return ours(*tensors, **options, average_heads=True)
 
     torch._dynamo.reset()

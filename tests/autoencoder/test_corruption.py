@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lect11ext import functional, reference
 from lect11ext.reference.random import philox_words
-from tests.helpers import check, room
+from tests.helpers import check, room, seeded
 
 KEY = torch.tensor([2**40 + 3, 2**32 - 1])  # the blocks cross 2^32
 SHAPES = [(), (1,), (3, 2), (5, 7), (64, 64), (3, 1025), (2, 3, 5, 31), (1, 4099), (700, 3), (0, 4), (4, 0)]
@@ -32,7 +32,7 @@ every_kind = pytest.mark.parametrize(("kind", "amount"), [GAUSSIAN, *REPLACING],
 every_case = pytest.mark.parametrize(("how", "options"), CASES, ids=str)
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, device: str | None = None) -> Tensor:
     return torch.randn(shape).to(device, dtype).requires_grad_()
 
 
@@ -291,7 +291,7 @@ def test_generators(kind: str, amount: float) -> None:
     with torch.random.fork_rng():
         assert torch.equal(draw(), second)
     assert torch.equal(draw(), second)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     before = torch.get_rng_state()
     assert torch.equal(draw(generator=generator), first)
     assert torch.equal(draw(generator=generator), second)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from lect11ext import functional, nn, reference
-from tests.helpers import Tagged, Watch
+from tests.helpers import Tagged, Watch, seeded
 
 KEY = torch.tensor([11, 0])
 corrupt = functional.corrupt
@@ -182,7 +182,7 @@ def test_export(kind: str, amount: float) -> None:
 @every_kind
 def test_types_devices_and_autocast(kind: str, amount: float, dtype: torch.dtype) -> None:
     x = torch.zeros(2, 3, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert corrupt(x, kind, amount).dtype == dtype
     output, mask = corrupt(x.to("meta"), kind, amount, key=KEY.to("meta"), return_mask=True)
     assert output.is_meta and output.dtype == dtype and output.shape == (2, 3) and mask.dtype == torch.bool
@@ -209,7 +209,7 @@ def test_module(kind: str, amount: float) -> None:
     assert torch.equal(output, expected[0]) and torch.equal(mask, expected[1])
     torch.manual_seed(3)
     first = corruption(x)
-    assert torch.equal(corruption(x, generator=torch.Generator().manual_seed(3)), first)
+    assert torch.equal(corruption(x, generator=seeded(3)), first)
     assert torch.equal(functional_call(corruption, {}, (x,), {"key": KEY}), output)
     assert not list(corruption.state_dict())
     before = torch.get_rng_state()

@@ -14,6 +14,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
+pytestmark = pytest.mark.cpu
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

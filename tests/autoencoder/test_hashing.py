@@ -19,7 +19,7 @@ BYTES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20, 24, 31, 32, 33, 40, 48, 56, 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
 
-def random_codes(count: int, size: int, device: str = "cpu") -> Tensor:
+def random_codes(count: int, size: int, device: str | None = None) -> Tensor:
     return torch.randint(0, 256, (count, size), dtype=torch.uint8, device=device)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from lect11ext import functional, nn, reference
-from tests.helpers import Tagged
+from tests.helpers import Tagged, seeded
 
 KEY = torch.tensor([11, 0])
 NAN = float("nan")
@@ -156,7 +156,7 @@ def test_meta_and_autocast() -> None:
     assert unpack_bits(codes, 17).shape == (7, 17)
     assert functional.hamming_distance(pack_bits(x), codes).shape == (3, 7)
     assert functional.hamming_topk(codes, codes, 4)[1].shape == (7, 4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert binarize(torch.randn(3)).dtype == torch.float32
 
 
@@ -189,7 +189,7 @@ def test_binary_code(dtype: torch.dtype) -> None:
     assert torch.equal(code.eval()(logits).nan_to_num(7), exact.nan_to_num(7))
     noise = functional.philox_normal(logits.shape, KEY, dtype=dtype)
     assert torch.equal(code.train()(logits, key=KEY).nan_to_num(7), (logits + 2 * noise).sigmoid().nan_to_num(7))
-    drawn = code(logits, generator=torch.Generator().manual_seed(3))
+    drawn = code(logits, generator=seeded(3))
     torch.manual_seed(3)
     assert torch.equal(code(logits).nan_to_num(7), drawn.nan_to_num(7))
     assert torch.equal(nn.BinaryCode()(logits).nan_to_num(7), logits.sigmoid().nan_to_num(7))

@@ -11,6 +11,7 @@ from torch.func import jacrev, vmap
 
 from lect11ext import functional
 from lect11ext import nn as fused
+from tests.helpers import seeded
 
 KEY = torch.tensor([3, 0])
 
@@ -49,7 +50,7 @@ def test_probes_estimate_without_bias() -> None:
     drawn = functional.jacobian_penalty(model, x)[1]
     torch.manual_seed(0)
     assert torch.equal(drawn, functional.jacobian_penalty(model, x)[1])
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     assert not torch.equal(*(functional.jacobian_penalty(model, x, generator=generator)[1] for _ in range(2)))
 
 

@@ -143,6 +143,6 @@ def test_export() -> None:
 
 def test_autocast() -> None:
     x, weight = torch.randn(5, 8), torch.randn(3, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         code, penalty = functional.contractive_linear(x, weight)
     assert code.dtype == torch.bfloat16 and penalty.dtype == torch.float32

@@ -30,7 +30,7 @@ def compare(
     check(call(functional), call(reference), args, slack)
 
 
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+def inputs(*shape: int, dtype: torch.dtype = torch.float32, device: str | None = None) -> list[Tensor]:
     x, t = 2 * torch.randn(shape), torch.rand(shape)
     return [a.to(device, dtype).requires_grad_() for a in (x, t)]
 

@@ -22,12 +22,12 @@ SIZES = [
 ]  # fmt: skip
 
 
-def code(rows: int, k: int, atoms: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def code(rows: int, k: int, atoms: int, dtype: torch.dtype, device: str | None = None) -> tuple[Tensor, Tensor]:
     """With duplicates in a row wherever chance has it."""
     return torch.randn(rows, k).to(device, dtype).requires_grad_(), torch.randint(atoms, (rows, k), device=device)
 
 
-def operands(size: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+def operands(size: tuple[int, int, int, int], dtype: torch.dtype, device: str | None = None) -> list[Tensor]:
     rows, k, atoms, columns = size
     weight = torch.randn(atoms, columns).to(device, dtype).requires_grad_()
     return [*code(rows, k, atoms, dtype, device), weight, torch.randn(columns).to(device, dtype).requires_grad_()]

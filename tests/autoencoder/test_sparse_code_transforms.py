@@ -169,7 +169,7 @@ def test_opcheck(requires_grad: bool) -> None:
 def test_autocast_changes_no_type() -> None:
     model = nn.TopKAutoencoder(6, 20, 3)
     x = torch.randn(4, 6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         reconstruction, values, _ = model(x)
     assert reconstruction.dtype == values.dtype == torch.float32
     reconstruction.sum().backward()

@@ -31,6 +31,8 @@ OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.star
 SETUP_WITHOUT_TORCH = """
 import runpy, sys
 
+pytestmark = pytest.mark.cpu
+
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":

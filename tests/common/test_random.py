@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lect11ext import functional, reference
 from lect11ext.functional import gaussian_rsample_kl, philox_key, philox_normal
 from lect11ext.reference.random import philox_words
+from tests.helpers import seeded
 
 KEY = torch.tensor([1, 2])
 KEYS = [(0, 0), (7, 0), (2**32 + 5, 2**32 - 2), (-1, -3), (2**63 - 1, -(2**63)), (123456789, 10**12)]
@@ -82,7 +83,7 @@ def test_generators() -> None:
     with torch.random.fork_rng():
         assert torch.equal(draw(), second)
     assert torch.equal(draw(), second)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     assert torch.equal(draw(generator=generator), first)
     assert torch.equal(draw(generator=generator), second)
     before = torch.get_rng_state()

@@ -184,7 +184,7 @@ def test_prepacked_cells_treat_odd_calls_as_others_do(kind: str) -> None:
     cell, x = getattr(nn, kind)(5, 4).eval().prepack(), torch.ones(1, 5)
     wrap = (lambda h: (h, h)) if kind == "LSTMCell" else (lambda h: h)
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             assert flat(cell(x))[0].dtype == torch.bfloat16
         with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device, but h is on meta"):
             cell(x, wrap(torch.zeros(1, 4, device="meta")))

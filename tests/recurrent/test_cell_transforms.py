@@ -122,7 +122,7 @@ def test_opcheck_of_the_gru(reset_after: bool) -> None:
 @pytest.mark.parametrize("module", [nn.LSTMCell, nn.GRUCell])
 def test_autocast(module: Any) -> None:
     cell, x = module(3, 4), torch.randn(5, 3, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         outs = flat(cell(x))
     assert all(o.dtype == torch.bfloat16 for o in outs)
     outs[0].float().sum().backward()

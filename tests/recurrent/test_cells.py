@@ -39,7 +39,7 @@ def cell(module: Any, variant: str, **extra: Any) -> Callable[..., Any]:
 
 
 def operands(
-    variant: str, batch: int, inputs: int, hidden: int, dtype: torch.dtype, device: str = "cpu", bias: bool = True
+    variant: str, batch: int, inputs: int, hidden: int, dtype: torch.dtype, device: str | None = None, bias: bool = True
 ) -> list[Tensor]:
     gates = 4 if variant.startswith("lstm") else 3
     states = 2 if gates == 4 else 1

@@ -179,7 +179,7 @@ def test_compile_and_export(proj_size: int) -> None:
 def test_subclasses_and_autocast() -> None:
     layer, x = nn.LSTM(F, H), torch.randn(T, B, F)
     assert type(layer(x.as_subclass(Tagged), return_cells=True)[2]) is Tagged
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         cells = layer(x, return_cells=True)[2]
     assert cells.dtype == torch.bfloat16
     torch.testing.assert_close(cells.float(), layer(x, return_cells=True)[2], rtol=0, atol=0.03)  # roundings to 8 bits

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lect11ext import convert, functional, nn, reference, revert
+from tests.helpers import seeded
 
 T, B, F, H = 6, 3, 4, 5
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -194,8 +195,8 @@ def test_a_generator_draws_every_mask(name: str) -> None:
             return function(x, state, layer.all_weights, training=True, generator=generator, **options)[0]
 
         before = torch.get_rng_state()
-        first, again = (run(torch.Generator().manual_seed(1)) for _ in range(2))
-        assert torch.equal(first, again) and not torch.equal(run(torch.Generator().manual_seed(2)), first)
+        first, again = (run(seeded(1)) for _ in range(2))
+        assert torch.equal(first, again) and not torch.equal(run(seeded(2)), first)
         assert torch.equal(torch.get_rng_state(), before)  # torch's own is not touched
         run(None)
         assert not torch.equal(torch.get_rng_state(), before)
@@ -212,7 +213,7 @@ def test_frequencies_of_dropout_from_a_generator(rate: float) -> None:
         second = [torch.eye(units).repeat(3, 1) * scale, torch.zeros(3 * units, units)]
         return functional.gru(x, h, [first, second], **options)[0]
 
-    got = run(1.0, dropout=rate, training=True, generator=torch.Generator().manual_seed(1))
+    got = run(1.0, dropout=rate, training=True, generator=seeded(1))
     dropped = got == 0
     assert abs(dropped.double().mean() - rate) < 0.06  # five deviations of 1500 draws
     if rate < 1:

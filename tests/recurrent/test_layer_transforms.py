@@ -275,7 +275,7 @@ def test_autocast(kind: str, options: dict[str, Any]) -> None:
     layer, x = build(kind, options), torch.randn(T, B, F, requires_grad=True)
     wide = flat(layer(x))
     for given in (x, x.bfloat16()):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             outs = flat(layer(given))
         assert all(o.dtype == torch.bfloat16 for o in outs)
         same([o.float() for o in outs], wide, rtol=0, atol=0.03)  # some roundings to 8 bits of numbers below 1

@@ -12,6 +12,8 @@ from torch import Tensor
 import lect11ext
 from lect11ext.functional.recurrent import layers, overlap
 
+pytestmark = pytest.mark.cpu
+
 KINDS = ["LSTM", "GRU"]
 
 
