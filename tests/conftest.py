@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not (torch.cuda.is_available() and _C.build_info()["cuda"]):
         raise pytest.UsageError("--device cuda: there is no GPU, or lect11ext was built for the CPU alone")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tests of TF32 say so
+    torch.backends.cudnn.allow_tf32 = False  # tests of TF32 say so
     torch.set_default_device("cuda")
 
 

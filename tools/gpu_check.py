@@ -138,7 +138,7 @@ def tests(run: Run, name: str = "tests", pattern: str = "**/test_*.py", **enviro
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["--timeout", "60", "--timeout-method", "thread"]
     if files:
-        run.command(name, python("-m", "pytest", *map(str, files), *arguments), 0.6,
+        run.command(name, python("-m", "pytest", *map(str, files), *arguments), 0.75,
                     OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", **environment)  # fmt: skip
 
 

@@ -49,7 +49,6 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any, int]:
         (torch.float32, {"dropout_p": torch.tensor(0.0)}),
         (torch.float32, {"dropout_p": torch.tensor(0.5)}),
     ],
-    ids=str,
 )
 def test_what_torch_takes(dtype: torch.dtype, options: dict[str, Any]) -> None:
     args = operands(dtype)

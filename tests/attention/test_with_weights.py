@@ -150,9 +150,10 @@ def test_vmap(name: str) -> None:
 
 def test_compiled_and_autocast() -> None:
     args, options = operands(Sizes(2, 4, 2, 5, 7, 8, 8), "float")
+    kind = torch.get_default_device().type
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16):
             return ours(*tensors, **options, average_heads=True)
 
     torch._dynamo.reset()

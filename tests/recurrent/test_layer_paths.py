@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -31,9 +33,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture(params=TYPES, ids=lambda t: f"{str(t[0])[6:]}-{t[1]}")
-def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", request.param[1])
-    return request.param[0]
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    torch.backends.cudnn.allow_tf32 = request.param[1] == "tf32"
+    yield request.param[0]
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def tame(args: list[torch.Tensor]) -> list[torch.Tensor]:
