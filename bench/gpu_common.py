@@ -60,7 +60,7 @@ def ceilings(m: Machine) -> dict[str, tuple[Call, float]]:
     """A large product in two arithmetics, and a large copy: calls, and what each does."""
     n, numel = m.size(8192), m.size(2**29)
     out: dict[str, tuple[Call, float]] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         a = m.randn(n, n, dtype=dtype)
         out[f"product/{name}"] = (lambda a=a: a @ a), 2.0 * n**3
     source, target = torch.empty(numel, device=m.device), torch.empty(numel, device=m.device)

@@ -1,4 +1,4 @@
-"""Layers on a GPU: ours by every path (layer_plan.cuh), cuDNN, FlashRNN, and the cell in a graph."""
+"""Layers on a GPU: ours by both paths (csrc/recurrent/layer_cuda.h), cuDNN, FlashRNN, and the cell in a graph."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from lect11ext import nn
 
 from .gpu_common import Call, Machine, Workload, environment, within
 
-# Beside the path that the library chooses: each variable forces another, up to some hidden size.
-PATHS = {
-    "lect11ext grid": ({"LECT11EXT_LAYER_CLUSTER": "0"}, 256),
-    "lect11ext cluster16": ({"LECT11EXT_LAYER_CLUSTER": "16"}, 512),
-    "lect11ext shared": ({"LECT11EXT_LAYER_REGISTERS": "0"}, 1056),
-}
+# Beside the path that the library chooses.
+PATHS = {"lect11ext counter": {"LECT11EXT_LAYER_DATAFLOW": "0"}}
 
 
 def _graphed(m: Machine, call: Call) -> Call:
@@ -95,9 +91,8 @@ def layer(
             return (lambda: torch.autograd.grad(forward(), list(module.parameters()), grad)) if train else inference
 
         calls = {"lect11ext": call(ours, ours), "cudnn": call(torchs, torchs)}
-        for name, (variables, most_hidden) in PATHS.items():
-            if hidden <= most_hidden:
-                calls[name] = within(lambda variables=variables: environment(**variables), calls["lect11ext"])
+        for name, variables in PATHS.items():
+            calls[name] = within(lambda variables=variables: environment(**variables), calls["lect11ext"])
         if layers > 1 or both:
             overlap = {"LECT11EXT_LAYER_OVERLAP": "1"}
             calls["lect11ext overlap"] = within(lambda: environment(**overlap), calls["lect11ext"])

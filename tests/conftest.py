@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="a test of the CPU" if on_gpu else "needs --device cuda"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Said at once: a GPU's minutes may end before the summary."""
+    if report.failed and torch.get_default_device().type == "cuda" and "PYTEST_XDIST_WORKER" not in os.environ:
+        said = report.longreprtext.splitlines()
+        print(f"FAILED {report.nodeid}: {next((x for x in said if x.startswith('E  ')), said[-1:])}", flush=True)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Some errors leave a process without its GPU. It ends here, so that they are not every later test's errors."""

@@ -1,6 +1,6 @@
 """``make gpu-check``: builds for the GPU at hand, tests, sanitizes and measures all CUDA kernels, and writes one JSON.
 
-    python tools/gpu_check.py [--only TEXT] [--steps build,kernels,tests,hopper,sanitize,bench] [--minutes 9]
+    python tools/gpu_check.py [--only TEXT] [--steps build,kernels,tests,general,sanitize,bench] [--minutes 9]
                               [--out DIR]
 
 Needs no network: the Python that runs it has torch with CUDA, pybind11, CMake, Ninja and pytest; nvcc is on the path.
@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ["build", "kernels", "tests", "hopper", "sanitize", "bench"]
+STEPS = ["build", "kernels", "tests", "general", "sanitize", "bench"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 PROGRAMS_BUILT = ROOT / "out" / "programs"
 PEERS = ROOT / "out" / "peers"  # packages that are measured against, where `make gpu-peers` has put them
 TAIL = 4000  # characters of a command's output that are kept in the JSON; all of it goes to a file
 RESERVE = 15.0  # seconds at the end
 GRACE = 8.0  # seconds to say what has been done
-HOPPER = {"LECT11EXT_ATTENTION_HOPPER": "1"}
+GENERAL = {"LECT11EXT_ATTENTION_HOPPER": "0"}  # without attention's kernels of sm_90a
 # Programs that need no torch, each with the kernels that it tries.
 PROGRAMS = {
     "attention_on_gpu": [
@@ -44,7 +44,7 @@ PROGRAMS = {
         ),
         "common/cuda/tensor_map.cu",
     ],
-    "layer_on_gpu": ["recurrent/cuda/layer.cu", "recurrent/cuda/layer_backward.cu"],
+    "layer_on_gpu": [f"recurrent/cuda/layer{name}.cu" for name in ("", "_backward", "_dataflow", "_dataflow_backward")],
 }
 NVCC = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
 
@@ -142,23 +142,23 @@ def tests(run: Run, name: str = "tests", pattern: str = "**/test_*.py", **enviro
                     OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", **environment)  # fmt: skip
 
 
-def hopper(run: Run) -> None:
-    """Attention's tests once more, with the kernels of sm_90a."""
+def general(run: Run) -> None:
+    """Attention's tests once more, with the kernels for all devices where those of sm_90a would be taken."""
     if run.only in "attention":
-        run.command("hopper: cases", python("tools/gpu_cases.py", "--only", "attention"), 0.3, **HOPPER)
-        tests(run, "hopper", "attention/test_dot_product*.py", **HOPPER)
+        run.command("general: cases", python("tools/gpu_cases.py", "--only", "attention"), 0.3, **GENERAL)
+        tests(run, "general", "attention/test_dot_product*.py", **GENERAL)
 
 
 def sanitize(run: Run) -> None:
-    """A small case of every kernel under each tool; attention's with the kernels of sm_90a too."""
+    """A small case of every kernel under each tool; attention's without the kernels of sm_90a too."""
     run.command("cases", python("tools/gpu_cases.py", "--only", run.only), 0.3)
-    jobs = [(tool, run.only, {}) for tool in SANITIZERS] + [(tool, "attention bf16", HOPPER) for tool in SANITIZERS]
+    jobs = [(tool, run.only, {}) for tool in SANITIZERS] + [(tool, "attention bf16", GENERAL) for tool in SANITIZERS]
 
     def one(job: tuple[str, str, dict[str, str]]) -> None:
         tool, only, environment = job
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "60"]
         command += python("tools/gpu_cases.py", "--only", only)
-        label = f"sanitize: {tool}{', sm_90a' if environment else ''}"
+        label = f"sanitize: {tool}{', general' if environment else ''}"
         run.command(label, command, 0.5, OMP_NUM_THREADS="2", **environment)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
@@ -199,7 +199,7 @@ def main() -> int:
         begun = [pool.submit(step, run) for name, step in (("kernels", kernels), ("build", build)) if name in wanted]
         for future in begun:
             future.result()
-    for name, step in (("tests", tests), ("hopper", hopper), ("sanitize", sanitize), ("bench", bench)):
+    for name, step in (("tests", tests), ("general", general), ("sanitize", sanitize), ("bench", bench)):
         if name not in wanted:
             continue
         if run.left() < 2 * RESERVE:

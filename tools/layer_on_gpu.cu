@@ -1,8 +1,8 @@
-// Layers on a GPU without torch: every path of csrc/recurrent/cuda/layer_plan.cuh against a plain loop on the host,
-// against one another, and in time.
+// Layers on a GPU without torch: both ways of csrc/recurrent/cuda, by a counter and by dataflow, against a plain loop
+// on the host, against one another, and in time.
 //
 //   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -I csrc -I tools
-//     -o layer_on_gpu tools/layer_on_gpu.cu csrc/recurrent/cuda/layer.cu csrc/recurrent/cuda/layer_backward.cu
+//     -o layer_on_gpu tools/layer_on_gpu.cu csrc/recurrent/cuda/layer*.cu
 //
 // Links CUDA's runtime statically: what is built where there is no GPU runs where there is one. An LSTM in bfloat16; a
 // line for each shape and path: the largest error of the states after some steps, the largest differences of a backward
@@ -12,6 +12,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 #include "on_gpu.h"
 #include "recurrent/layer_cuda.h"
@@ -24,17 +25,15 @@ using namespace lect11ext::on_gpu;
 constexpr int64_t kGates = 4;
 
 struct Path {
-  const char *name, *cluster, *registers;
-  int64_t most_hidden;  // beyond, another one is taken
+  const char *name, *dataflow, *tiles;
 };
-constexpr Path kPaths[] = {{"grid, shared memory", "0", "0", 1 << 20},  // the plainest, and the others' measure
-                           {"grid, registers", "0", "1", 1056},
-                           {"clusters of 8", "8", "1", 256},
-                           {"clusters of 16", "16", "1", 512}};
+constexpr Path kPaths[] = {{"counter", "0", "0"},  // the others' measure; they fall back to it where they do not fit
+                           {"dataflow, 1 tile", "1", "1"},
+                           {"dataflow, 2 tiles", "1", "2"}};
 
 void choose(const Path& path) {
-  setenv("LECT11EXT_LAYER_CLUSTER", path.cluster, 1);
-  setenv("LECT11EXT_LAYER_REGISTERS", path.registers, 1);
+  setenv("LECT11EXT_LAYER_DATAFLOW", path.dataflow, 1);
+  setenv("LECT11EXT_LAYER_TILES", path.tiles, 1);
 }
 
 // A layer with all that its kernels read and write; sums of the inputs' product are drawn.
@@ -131,17 +130,24 @@ struct Case {
     const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
     for (int64_t t = 0; t < steps; ++t) {
       auto next = state;
-      for (int64_t i = 0; i < states; ++i) {
-        const int64_t b = i / hidden, unit = i % hidden;
-        double sums[kGates];
-        for (int64_t g = 0; g < kGates; ++g) {
-          sums[g] = wide(x[((t * batch + b) * kGates + g) * hidden + unit]);
-          const S* row = &w[(g * hidden + unit) * hidden];
-          for (int64_t k = 0; k < hidden; ++k) sums[g] += wide(row[k]) * wide(state[b * hidden + k]);
+      const auto find = [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t b = i / hidden, unit = i % hidden;
+          double sums[kGates];
+          for (int64_t g = 0; g < kGates; ++g) {
+            sums[g] = wide(x[((t * batch + b) * kGates + g) * hidden + unit]);
+            const S* row = &w[(g * hidden + unit) * hidden];
+            for (int64_t k = 0; k < hidden; ++k) sums[g] += wide(row[k]) * wide(state[b * hidden + k]);
+          }
+          cell[i] = sigmoid(sums[1]) * cell[i] + sigmoid(sums[0]) * std::tanh(sums[2]);
+          next[i] = __float2bfloat16(static_cast<float>(sigmoid(sums[3]) * std::tanh(cell[i])));
         }
-        cell[i] = sigmoid(sums[1]) * cell[i] + sigmoid(sums[0]) * std::tanh(sums[2]);
-        next[i] = __float2bfloat16(static_cast<float>(sigmoid(sums[3]) * std::tanh(cell[i])));
-      }
+      };
+      constexpr int64_t kThreads = 12;
+      std::vector<std::thread> threads;
+      for (int64_t i = 0; i < kThreads; ++i)
+        threads.emplace_back(find, states * i / kThreads, states * (i + 1) / kThreads);
+      for (std::thread& thread : threads) thread.join();
       state = next;
     }
     std::vector<S> last(states);
@@ -156,7 +162,6 @@ void compare(int64_t batch, int64_t hidden) {
   const auto expected = small.expected();
   std::vector<std::vector<S>> plain;
   for (const Path& path : kPaths) {
-    if (hidden > path.most_hidden) continue;
     choose(path);
     std::printf("B %3lld H %4lld %-20s", static_cast<long long>(batch), static_cast<long long>(hidden), path.name);
     try {
@@ -182,8 +187,10 @@ void compare(int64_t batch, int64_t hidden) {
 
 int main() {
   alarm(180);
-  for (const int64_t hidden : {8, 128, 200, 256, 512, 768, 1024, 2048}) {
+  for (const int64_t hidden : {8, 128, 256, 512, 768, 1024, 2048}) {
     for (const int64_t batch : {1, 16, 64}) compare(batch, hidden);
   }
-  for (const int64_t batch : {250, 257}) compare(batch, 256);  // teams of unlike rows, and two passes of one
+  for (const int64_t hidden : {256, 1024}) {  // teams of unlike rows, and more than one launch
+    for (const int64_t batch : {125, 250}) compare(batch, hidden);
+  }
 }

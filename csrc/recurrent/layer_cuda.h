@@ -1,11 +1,12 @@
 // A layer's recurrence on CUDA: one kernel for all steps, forward, and one backward. What they compute: layer.h.
 //
 // A block of threads owns some tiles of eight hidden units, and holds these units' rows of the weights (backward: their
-// columns) in registers or in shared memory for all steps, as far as they fit; what does not fit is read from the L2
-// cache in every step. A team is as many blocks as own all units. It works at some rows of the batch, apart from all
-// other teams, and its blocks meet at a barrier after every step, having written what the next one multiplies to one
-// another's shared memory, where a team is a cluster, else to `exchange`. All blocks of a team run at the same time:
-// the launch is one of clusters, or a cooperative one (cuda/layer_plan.cuh).
+// columns) in registers or in shared memory for all steps; what does not fit is read from the L2 cache in every step. A
+// team is as many blocks as own all units. It works at some rows of the batch, apart from all other teams. All blocks
+// of a team run at the same time: the launch is a cooperative one.
+//
+// In the plain case they read one another's steps where these are written (cuda/layer_dataflow.cuh); else they write
+// what is multiplied next to `exchange`, and meet at a counter after every step (cuda/layer_team.cuh).
 //
 // A step's product is cut along its depth among the warps of a block, and their sums are added in a fixed order: the
 // results are the same bits in every run, but may differ between devices.
@@ -67,6 +68,10 @@ namespace cuda {
 
 void layer_forward(const LayerCuda& args, void* stream);
 void layer_backward(const LayerCudaBackward& args, void* stream);
+
+// The plain case, without barriers (cuda/layer_dataflow.cuh). False, and nothing is done, where it is not that.
+bool layer_forward_dataflow(const LayerCuda& args, void* stream);
+bool layer_backward_dataflow(const LayerCudaBackward& args, void* stream);
 
 }  // namespace cuda
 }  // namespace lect11ext

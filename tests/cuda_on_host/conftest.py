@@ -21,13 +21,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 @pytest.fixture
 def device(kernels: Kernels) -> Iterator[Any]:
-    """Sets how many blocks run at a time, their shared memory, and whether there are clusters: by default one block
-    with all of it, and none."""
+    """Sets how many blocks run at a time, and their shared memory: by default one block, with all of it."""
     everything = 227 * 1024
 
-    def describe(blocks: int, shared: int = everything, *, clusters: bool = False) -> None:
-        kernels.library.set_device(blocks, shared, 9 if clusters else 8)
+    def describe(blocks: int, shared: int = everything) -> None:
+        kernels.library.set_device(blocks, shared, 8)
 
     yield describe
     describe(1)
-    kernels.library.set_clusters(1000, 90)

@@ -64,6 +64,7 @@ class Block {
   bool release_warps();
   bool release_conditions();
   bool release_idle();
+  bool release_sleeping();
   bool release_all(Barrier barrier);
 
   std::vector<Fiber> fibers_;
@@ -76,11 +77,6 @@ class Block {
 };
 
 thread_local Block block;
-// Of the blocks that run together: where each has its shared memory, and which of them this one is.
-constexpr std::size_t kMostTogether = 256;
-unsigned char* shared_of[kMostTogether];
-thread_local std::size_t place_in_cluster = 0, cluster_size = 1;
-
 void Block::enter() {
   (*block.thread_)();
   block.current_->finished = true;
@@ -182,6 +178,18 @@ bool Block::release_idle() {
   return false;
 }
 
+// Blocks that wait for one another are threads of the system, of which others may want the core.
+bool Block::release_sleeping() {
+  bool any = false;
+  for (std::size_t i = 0; i < threads_; ++i) {
+    if (fibers_[i].finished || fibers_[i].barrier != Barrier::Sleep) continue;
+    fibers_[i].barrier = Barrier::None;
+    any = true;
+  }
+  if (any) std::this_thread::yield();
+  return any;
+}
+
 bool Block::release_all(Barrier barrier) {
   if (unfinished_ == 0) return false;
   for (std::size_t i = 0; i < threads_; ++i) {
@@ -216,7 +224,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
       all_blocks->arrive_and_wait();
       progress = true;
     }
-    if (!progress) progress = release_idle();
+    if (!progress) progress = release_idle() || release_sleeping();
     if (!progress) fail("the threads of a block wait at different barriers, or for the grid in an ordinary launch");
   }
   hopper_ends();
@@ -235,12 +243,6 @@ int lane() { return block.number() % warpSize; }
 bool is_shared(const void* address) {
   const auto* const first = lect11ext::cuda::dynamic_shared;
   return address >= first && address < first + sizeof(lect11ext::cuda::dynamic_shared);
-}
-
-void* of_cluster(void* own, unsigned rank) {
-  if (!is_shared(own)) fail("what goes to another block of the cluster is not in shared memory");
-  if (rank >= cluster_size || rank == place_in_cluster) fail("no such other block in the cluster");
-  return shared_of[rank] + (static_cast<unsigned char*>(own) - lect11ext::cuda::dynamic_shared);
 }
 
 void fail(const char* what) {
@@ -265,8 +267,6 @@ void run(const std::function<void()>& thread, dim3 grid, dim3 size, std::size_t 
     std::vector<std::jthread> threads;
     for (std::size_t n = first; n < first + together; ++n) {
       threads.emplace_back([&, n] {
-        place_in_cluster = n - first, cluster_size = together;
-        if (together <= kMostTogether) shared_of[place_in_cluster] = lect11ext::cuda::dynamic_shared;
         block.run(thread, index(n), grid, size, &all_blocks);
         all_blocks.arrive_and_drop();
       });
@@ -276,5 +276,5 @@ void run(const std::function<void()>& thread, dim3 grid, dim3 size, std::size_t 
 
 }  // namespace cuda_on_host
 
-// Blocks that wait for one another are threads of the system, of which others may want the core.
-void __nanosleep(unsigned) { std::this_thread::yield(); }
+// Until all other threads of the block have gone on as far as they can.
+void __nanosleep(unsigned) { cuda_on_host::wait(cuda_on_host::Barrier::Sleep); }

@@ -107,12 +107,6 @@ extern "C" void set_device(int multiprocessors, int most_shared, int compute_maj
   cuda_on_host::compute_major = compute_major;
 }
 
-// How many clusters it runs at a time, at most, and the version of PTX of which its kernels seem to be.
-extern "C" void set_clusters(int most, int ptx_version) {
-  cuda_on_host::most_clusters = most;
-  cuda_on_host::ptx_version = ptx_version;
-}
-
 // Of the latest launch.
 extern "C" std::size_t shared_bytes() { return cuda_on_host::shared_bytes; }
 extern "C" std::size_t blocks_together() { return cuda_on_host::blocks_together; }

@@ -38,6 +38,7 @@ class Layer:
     zoneout: str | None = None  # "mask" or "rate"
     clip: float = math.inf
     truncate: int = 0
+    kept_grads: bool = True  # gradients to what a forward keeps for its backward
 
     def __post_init__(self) -> None:
         draw, T, B, H = Draw(self.dtype, seed=1), self.steps, self.batch, self.hidden
@@ -72,6 +73,9 @@ class Layer:
         }
         if self.lstm:
             self.grads |= {"c": draw(B, H), "cells": draw(*ordered(T, B), H)}
+        if not self.kept_grads:
+            for name in {"gates", "cells"} & self.grads.keys():
+                self.grads[name].zero_()
 
     def ordered(self, steps: int, batch: int) -> tuple[int, int]:
         return (batch, steps) if self.batch_first else (steps, batch)
@@ -212,10 +216,11 @@ class Layer:
         def carry() -> Tensor:
             return aligned(B, H, dtype=self.wide)
 
+        kept_grads = self.grads if self.kept_grads else {}
         kernels.layer_backward(
             **self.common(), clip=self.clip, truncate=self.truncate, grad_out=self.grads["out"],
-            grad_h_out=self.grads["h"], grad_c_out=self.grads.get("c"), grad_gates=self.grads["gates"],
-            grad_cells=self.grads.get("cells"), out=given["out"], gates=given["gates"], cells=given.get("cells"),
+            grad_h_out=self.grads["h"], grad_c_out=self.grads.get("c"), grad_gates=kept_grads.get("gates"),
+            grad_cells=kept_grads.get("cells"), out=given["out"], gates=given["gates"], cells=given.get("cells"),
             normed=given.get("normed"), rstd=given.get("rstd"), out_strides=strides(given["out"]),
             gates_strides=strides(given["gates"]), normed_strides=strides(given.get("normed")),
             rstd_strides=strides(given.get("rstd")), grad_pre=out["pre"], grad_hidden=out.get("hidden"),

@@ -113,7 +113,7 @@ def test_forms_of_the_input(batch_first: bool, proj_size: int) -> None:
     _, _, cells = layer(x, lengths=lengths, return_cells=True)
     by_row = cells if batch_first else cells.transpose(0, 1)
     assert by_row.shape == (B, T, 2 * H)
-    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    packed = pack_padded_sequence(x, lengths.cpu(), batch_first, enforce_sorted=False)
     output, _, packed_cells = layer(packed, return_cells=True)
     assert isinstance(packed_cells, PackedSequence)
     for a, b in zip(packed_cells[1:], output[1:], strict=True):

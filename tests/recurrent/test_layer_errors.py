@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from lect11ext import functional, nn
+from tests.helpers import HERE
 
 KINDS = ["LSTM", "GRU"]
 X, H = torch.randn(6, 3, 5), torch.randn(2, 3, 7)
@@ -145,7 +146,7 @@ def test_wrong_types_of_hx_are_named(kind: str, x: Any) -> None:
         ({"reset": torch.zeros(3, 6) > 0}, ValueError, r"reset must have shape \[6, 3\] \(steps, batch\)"),
         ({"reset": torch.zeros(6, 3).to("meta") > 0}, RuntimeError, "reset is on meta"),
         ({"hx": H.double()}, TypeError, "h must have the type of input, Float, but got Double"),
-        ({"hx": H.to("meta")}, RuntimeError, "h is on meta and input is on cpu"),
+        ({"hx": H.to("meta")}, RuntimeError, f"h is on meta and input is on {HERE}"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -169,7 +170,7 @@ def test_options_of_the_modules() -> None:
 @pytest.mark.parametrize("sizes", [[3, 2, 1], [3, 2, 2, 1], [2, 3, 2], [3, 0, 4], [7, 0], [8, -1], []], ids=str)
 def test_packed_sequences_that_no_function_makes(kind: str, sizes: list[int]) -> None:
     """torch.nn's leave rows out, or fail in the kernel."""
-    packed = PackedSequence(torch.randn(7, 5), torch.tensor(sizes, dtype=torch.int64))
+    packed = PackedSequence(torch.randn(7, 5), torch.tensor(sizes, dtype=torch.int64, device="cpu"))
     with pytest.raises(ValueError, match="positive, in descending order, and sum to the rows of its data, 7, but got"):
         getattr(nn, kind)(5, 7)(packed)
 
@@ -243,7 +244,7 @@ ONES = torch.ones(28)
         (
             [(ONES.to("meta"), ONES)],
             ValueError,
-            "scale_ih of .* must be on the device of weight_ih, cpu, but",
+            f"scale_ih of .* must be on the device of weight_ih, {HERE}, but",
         ),
     ],
 )

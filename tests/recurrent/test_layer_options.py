@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lect11ext import convert, functional, nn, reference, revert
-from tests.helpers import seeded
+from tests.helpers import default_generator, seeded
 
 T, B, F, H = 6, 3, 4, 5
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -194,12 +194,12 @@ def test_a_generator_draws_every_mask(name: str) -> None:
             function = getattr(functional, name)
             return function(x, state, layer.all_weights, training=True, generator=generator, **options)[0]
 
-        before = torch.get_rng_state()
+        before = default_generator().get_state()
         first, again = (run(seeded(1)) for _ in range(2))
         assert torch.equal(first, again) and not torch.equal(run(seeded(2)), first)
-        assert torch.equal(torch.get_rng_state(), before)  # torch's own is not touched
+        assert torch.equal(default_generator().get_state(), before)  # torch's own is not touched
         run(None)
-        assert not torch.equal(torch.get_rng_state(), before)
+        assert not torch.equal(default_generator().get_state(), before)
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])

@@ -1,4 +1,4 @@
-"""Every path of a layer's CUDA kernels (csrc/recurrent/cuda/layer_plan.cuh), by the rule."""
+"""Both paths of a layer's CUDA kernels (csrc/recurrent/layer_cuda.h), by the rule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ pytestmark = pytest.mark.gpu
 
 PATHS = {
     "chosen": {},
-    "grid, registers": {"LECT11EXT_LAYER_CLUSTER": "0", "LECT11EXT_LAYER_REGISTERS": "1"},
-    "grid, shared memory": {"LECT11EXT_LAYER_CLUSTER": "0", "LECT11EXT_LAYER_REGISTERS": "0"},
-    "clusters of 2": {"LECT11EXT_LAYER_CLUSTER": "2"},
-    "clusters of 4": {"LECT11EXT_LAYER_CLUSTER": "4"},
-    "clusters of 8": {"LECT11EXT_LAYER_CLUSTER": "8"},
-    "clusters of 16": {"LECT11EXT_LAYER_CLUSTER": "16"},
+    "counter": {"LECT11EXT_LAYER_DATAFLOW": "0"},
+    "dataflow": {"LECT11EXT_LAYER_TILES": "1"},
+    "dataflow, two tiles": {"LECT11EXT_LAYER_TILES": "2"},
 }
 TYPES = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"),
          (torch.float64, "ieee")]  # fmt: skip
@@ -47,7 +44,9 @@ def tame(args: list[torch.Tensor]) -> list[torch.Tensor]:
     return args
 
 
-@pytest.mark.parametrize("batch, hidden", [(1, 8), (3, 20), (16, 64), (40, 130), (17, 256), (250, 256), (16, 520)])
+@pytest.mark.parametrize(
+    "batch, hidden", [(1, 8), (3, 20), (16, 64), (40, 130), (40, 136), (17, 256), (250, 256), (16, 520)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_the_rule(kind: str, batch: int, hidden: int, path: str, arithmetic: torch.dtype) -> None:
     judge(kind, (5, batch, 12, hidden), arithmetic)

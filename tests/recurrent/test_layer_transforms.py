@@ -135,6 +135,7 @@ def test_per_sample_gradients(kind: str, options: dict[str, Any]) -> None:
         same(torch.utils._pytree.tree_map(lambda g, i=i: g[i], got), expected)
 
 
+@pytest.mark.cpu  # neither has cuDNN's any, nor a second derivative
 @LAYERS
 def test_jvp(kind: str, options: dict[str, Any]) -> None:
     ours, torchs = make(kind, F, H, 2, bidirectional=True, dtype=torch.float64, **options)  # oneDNN's has no jvp
@@ -148,6 +149,7 @@ def test_jvp(kind: str, options: dict[str, Any]) -> None:
     same(*(jvp(call(layer), primals, tangents) for layer in (ours, torchs)), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.cpu
 @LAYERS
 def test_second_derivatives(kind: str, options: dict[str, Any]) -> None:
     options = {"proj_size": 2} if options else {}

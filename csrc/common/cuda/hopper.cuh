@@ -84,8 +84,53 @@ __device__ inline void load_box(uint32_t to, const CUtensorMap& map, uint32_t ba
       : "memory");
 }
 
+// Copies bytes that lie one behind the other, sixteen or a multiple, and tells the barrier.
+__device__ inline void load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// The other way: floats of shared memory are put into memory, or added to what is there, each by itself.
+__device__ inline void store_floats(float* to, uint32_t from, int count) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+               "r"(from), "r"(4 * count)
+               : "memory");
+}
+__device__ inline void add_floats(float* to, uint32_t from, int count) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(from), "r"(4 * count)
+               : "memory");
+}
+
+// Waits until what this thread has stored and added is read from shared memory, or is in memory.
+__device__ inline void floats_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ inline void floats_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// What this thread has written to shared memory comes before what TMA and products read there after a barrier.
+__device__ inline void shared_is_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ inline void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
+// --- turns of blocks ----------------------------------------------------------------------------------------------
+
+// Waits until a counter has come that far. What others had TMA write before they counted is there for TMA to add to.
+__device__ inline void count_wait(const int* counter, int least) {
+  int count = 0;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  } while (count < least);
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// After floats_written.
+__device__ inline void count_up(int* counter) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // --- registers ----------------------------------------------------------------------------------------------------
@@ -148,6 +193,13 @@ __device__ inline void pin(uint32_t (&words)[kParts][4]) {
   }
 }
 
+// A number that the compiler does not know to be `x`: what follows from it is computed where it is used, and not once and
+// kept, in registers or spilled.
+__device__ inline int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // clang-format off
 #define LECT11EXT_SUMS_4(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
 #define LECT11EXT_SUMS_16(i) LECT11EXT_SUMS_4(i), LECT11EXT_SUMS_4(i + 1), LECT11EXT_SUMS_4(i + 2), LECT11EXT_SUMS_4(i + 3)
@@ -167,19 +219,20 @@ __device__ inline void pin(uint32_t (&words)[kParts][4]) {
 // sums (+)= a · bᵀ for 64 rows of a, kColumns of b and sixteen columns of both, of which matrices lie in shared memory
 // (K-major). Lane l of warp w of the warpgroup has of the sums what mma has of its 16 × 8, tile by tile: rows
 // 16w + l / 4 and 8 more, columns 8t + 2 · (l % 4) and 1 more. kAdd: else the sums begin here.
-template <class S, int kColumns, bool kAdd>
+// kDown: sums (+)= aᵀ · b, summed down sixteen rows of both, which are MN-major; a has 64 columns.
+template <class S, int kColumns, bool kAdd, bool kDown = false>
 __device__ inline void wgmma_of_shared(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b) {
-#define LECT11EXT_PRODUCT(n, type, matrix_a, matrix_b, added)                                           \
+#define LECT11EXT_PRODUCT(n, type, matrix_a, matrix_b, added, down)                                     \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " added ", 0;\n" LECT11EXT_WGMMA(                  \
-                   n, type, matrix_a ", " matrix_b ", add, 1, 1, 0, 0")                                 \
+                   n, type, matrix_a ", " matrix_b ", add, 1, 1, " down ", " down)                      \
                : LECT11EXT_SUMS_##n                                                                     \
-               : "l"(a), "l"(b), "n"(static_cast<int>(kAdd)))
+               : "l"(a), "l"(b), "n"(static_cast<int>(kAdd)), "n"(static_cast<int>(kDown)))
   static_assert(kColumns == 64 || kColumns == 128);
   constexpr bool kBrain = std::is_same_v<S, __nv_bfloat16>;
-  if constexpr (kColumns == 64 && kBrain) LECT11EXT_PRODUCT(64, "bf16", "%32", "%33", "%34");
-  else if constexpr (kColumns == 64) LECT11EXT_PRODUCT(64, "f16", "%32", "%33", "%34");
-  else if constexpr (kBrain) LECT11EXT_PRODUCT(128, "bf16", "%64", "%65", "%66");
-  else LECT11EXT_PRODUCT(128, "f16", "%64", "%65", "%66");
+  if constexpr (kColumns == 64 && kBrain) LECT11EXT_PRODUCT(64, "bf16", "%32", "%33", "%34", "%35");
+  else if constexpr (kColumns == 64) LECT11EXT_PRODUCT(64, "f16", "%32", "%33", "%34", "%35");
+  else if constexpr (kBrain) LECT11EXT_PRODUCT(128, "bf16", "%64", "%65", "%66", "%67");
+  else LECT11EXT_PRODUCT(128, "f16", "%64", "%65", "%66", "%67");
 #undef LECT11EXT_PRODUCT
 }
 

@@ -64,58 +64,6 @@ void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t sh
         "launch a cooperative kernel");
 }
 
-// Where only the blocks of a cluster, `cluster` neighbours, wait for one another.
-class Clusters {
- public:
-  Clusters(unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes, void* stream) {
-    attribute_.id = cudaLaunchAttributeClusterDimension;
-    attribute_.val.clusterDim.x = cluster;
-    attribute_.val.clusterDim.y = attribute_.val.clusterDim.z = 1;
-    config_.gridDim = grid;
-    config_.blockDim = block;
-    config_.dynamicSmemBytes = shared_bytes;
-    config_.stream = static_cast<cudaStream_t>(stream);
-    config_.attrs = &attribute_;
-    config_.numAttrs = 1;
-  }
-  Clusters(const Clusters&) = delete;
-  Clusters& operator=(const Clusters&) = delete;
-
-  // How many of them the device runs at a time: none where the kernel was compiled for devices that have no clusters,
-  // whatever this one has.
-  template <class Kernel>
-  int64_t active(Kernel* kernel) const {
-    constexpr int kFirstPtx = 90;
-    if (attributes_of(kernel).ptxVersion < kFirstPtx) return 0;
-    prepare(kernel);
-    int count = 0;
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config_) != cudaSuccess) {
-      cudaGetLastError();  // forget it: there are none, then
-      return 0;
-    }
-    return count;
-  }
-
-  // After `active`, which makes the kernel ready.
-  template <class... Params>
-  void launch(void (*kernel)(Params...), const std::type_identity_t<Params>&... args) const {
-    check(cudaLaunchKernelEx(&config_, kernel, args...), "launch a kernel of clusters");
-  }
-
- private:
-  template <class Kernel>
-  void prepare(Kernel* kernel) const {
-    constexpr unsigned kPortable = 8;  // what every device has
-    reserve_shared(kernel);
-    if (attribute_.val.clusterDim.x > kPortable) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allow large clusters");
-    }
-  }
-
-  cudaLaunchAttribute attribute_{};
-  cudaLaunchConfig_t config_{};
-};
-
 // As many threads as the current device holds at a time. 2048 is what a multiprocessor of sm_80, sm_90 and sm_100
 // holds; where it is 1536 (sm_86, sm_89) the figure is a little high, and nothing depends on it but speed.
 inline int64_t resident_threads() { return 2048 * device_attribute(cudaDevAttrMultiProcessorCount); }

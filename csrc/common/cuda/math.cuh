@@ -14,12 +14,55 @@ __device__ inline T clamp(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
 }
 
-template <class T>
-__device__ inline T sigmoid(T x) {
-  return T(1) / (T(1) + std::exp(-x));
+// 1/x by one instruction, to one unit in the last place: 0 of what is beyond 2^126. A division takes ten times that.
+__device__ inline float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
 }
 
-// x = n·ln 2 + r with |r| ≤ ln(2)/2, and what exp, expm1 and expm1(x) − x share. Coefficients: Cephes (S. Moshier).
+__device__ inline double reciprocal(double x) { return 1.0 / x; }
+
+// The root of x ≥ 0, likewise.
+__device__ inline float root(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::sqrt(x);
+#endif
+}
+
+template <class T>
+__device__ inline T sigmoid(T x) {
+  return reciprocal(T(1) + std::exp(-x));
+}
+
+// Σ coefficients[i] · x^i. Those of this library's floats are minimax in relative error, below 2^-24 unless they say
+// otherwise.
+template <int N>
+__device__ inline float polynomial(const float (&coefficients)[N], float x) {
+  float sum = coefficients[N - 1];
+#pragma unroll
+  for (int i = N - 2; i >= 0; --i) sum = fmaf(sum, x, coefficients[i]);
+  return sum;
+}
+
+// log(1 + x) of 0 ≤ x ≤ 1.
+__device__ inline float log1p_of_unit(float x) {
+  constexpr float kCoefficients[] = {0.99999994f,    -0.499994934f, 0.333190918f,   -0.248429343f, 0.191058174f,
+                                     -0.136628419f, 0.078221187f,  -0.0295023154f, 0.00523196533f};
+  return x * polynomial(kCoefficients, x);
+}
+
+__device__ inline double log1p_of_unit(double x) { return std::log1p(x); }
+
+// x = n·ln 2 + r with |r| ≤ ln(2)/2, and what exp and expm1 share. Coefficients: Cephes (S. Moshier).
 struct ReducedExp {
   int n;
   float em1;   // e^r − 1
@@ -44,38 +87,24 @@ __device__ inline ReducedExp reduced_exp(float x) {
   return {__float_as_int(shifted) - __float_as_int(kToInteger), r + tail, tail};
 }
 
-// 2^n · x for n in [−252, 254], in two steps, so that neither scale leaves the range of a float.
-__device__ inline float scale_by_power(float x, int n) {
-  const int half = n >> 1;
-  return x * __int_as_float((half + 127) << 23) * __int_as_float((n - half + 127) << 23);
-}
-
-// e^(x/2), e^x − 1 and e^x − 1 − x, all from one exponential of x/2. Near zero neither of the last two cancels: with
-// m = expm1(x/2) they are m·(2 + m) and 2·(m − x/2) + m².
+// e^(x/2), e^x − 1 and e^x − 1 − x. Near zero the last two are a polynomial, so that neither cancels.
 template <class T>
 struct HalfExp {
   T root, expm1, expm1_less_x;
 };
 
 __device__ inline HalfExp<float> half_exp(float x) {
-  const ReducedExp e = reduced_exp(0.5f * x);
-  const float root = scale_by_power(e.em1 + 1.0f, e.n);
-  if (e.n == 0) return {root, e.em1 * (2.0f + e.em1), fmaf(2.0f, e.tail, e.em1 * e.em1)};
+  constexpr float kCoefficients[] = {0.5f,           0.166666672f,   0.041666735f,   0.00833331048f,
+                                     0.00138854515f, 0.000198440292f, 2.53548242e-05f, 2.77224763e-06f};
+  const float root = std::exp(0.5f * x), tail = polynomial(kCoefficients, x) * x * x;
   const float square_less_1 = fmaf(root, root, -1.0f);
-  return {root, square_less_1, square_less_1 - x};
+  const bool is_near = std::abs(x) <= 1.0f;
+  return {root, is_near ? x + tail : square_less_1, is_near ? tail : square_less_1 - x};
 }
 
 __device__ inline HalfExp<double> half_exp(double x) {
   const double expm1 = std::expm1(x);
   return {std::exp(0.5 * x), expm1, expm1 - x};
 }
-
-// e^(x/2).
-__device__ inline float root_exp(float x) {
-  const ReducedExp e = reduced_exp(0.5f * x);
-  return scale_by_power(e.em1 + 1.0f, e.n);
-}
-
-__device__ inline double root_exp(double x) { return std::exp(0.5 * x); }
 
 }  // namespace lect11ext::cuda

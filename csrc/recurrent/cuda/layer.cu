@@ -6,28 +6,25 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
-class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1, kHeld, kClusters> {
+template <class S, LayerCell kCell, bool kTensorCores>
+class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1> {
   static constexpr bool kLstm = kCell == LayerCell::Lstm;
   static constexpr int kGates = gates_of(kCell), kKept = kCell == LayerCell::GruResetFirst ? 3 : 4;
-  using Team = LayerTeam<S, kTensorCores, kGates, 1, kHeld, kClusters>;
-  using Team::active, Team::at, Team::operand, Team::parameter, Team::restarts, Team::share_and_wait, Team::time,
-      Team::wait;
+  using Team = LayerTeam<S, kTensorCores, kGates, 1>;
+  using Team::active, Team::at, Team::operand, Team::parameter, Team::restarts, Team::time, Team::wait;
   using typename Team::C;
 
  public:
-  // Of what is multiplied: two that steps take in turns, then r ⊙ u.
-  enum Buffer : int { kResetState = 2, kBuffers = kCell == LayerCell::GruResetFirst ? 3 : 2 };
   enum State : int { kStateH, kStateC, kStates = kLstm ? 2 : 1 };
 
   __device__ Forward(const LayerCuda& args, const LayerPlan& plan)
       : Team(args, plan, args.panels, args.arrivals, dynamic_shared), args_(args) {}
 
   __device__ void run() {
-    this->prepare(kBuffers);
+    this->prepare();
     this->each_unit([&](int64_t b, int64_t unit) { start(b, unit); });
     for (int64_t s = 0; s < args_.steps; ++s) {
-      share_and_wait(s % 2, 0, 1);
+      wait();
       if constexpr (kCell == LayerCell::GruResetFirst) step_reset_first(s);
       else if (args_.norm != nullptr) step_normed(s);
       else step(s);
@@ -70,7 +67,7 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1, kHeld, kCl
       if constexpr (kLstm) state_c(b, unit) = 0;
     }
     state_h(b, unit) = h;
-    operand(s % 2, args_.exchange[s % 2], b, 0, unit) = to_storage<S>(masked(b, unit, h));
+    operand(args_.exchange[s % 2], b, 0, unit) = to_storage<S>(masked(b, unit, h));
   }
 
   // Of the states that only every so many steps are kept, the one after step s.
@@ -126,7 +123,7 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1, kHeld, kCl
   template <class Finish>
   __device__ void multiply_state(int64_t s, Finish finish) {
     this->template multiply<0, kGates>(
-        this->rows_of(s % 2, args_.exchange[s % 2]), 0, this->plan_.chunks,
+        this->rows_of(args_.exchange[s % 2]), 0, this->plan_.chunks,
         [&](int64_t b, int64_t unit) {
           if (s + 1 < args_.steps) prefetch_pre(time(s + 1), b, unit);
           return load_pre(time(s), b, unit);
@@ -279,15 +276,15 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1, kHeld, kCl
   __device__ void step_reset_first(int64_t s) {
     const int64_t t = time(s), chunks = this->plan_.chunks;
     const auto load = [&](int64_t b, int64_t unit) { return load_pre(t, b, unit); };
-    this->template multiply<0, 2>(this->rows_of(s % 2, args_.exchange[s % 2]), 0, chunks, load,
+    this->template multiply<0, 2>(this->rows_of(args_.exchange[s % 2]), 0, chunks, load,
                                   [&](int64_t b, int64_t unit, const Sums& pre, const C(&sums)[2]) {
                                     const C r = sigmoid(pre.of[0] + sums[0]), u = masked(b, unit, state_h(b, unit));
                                     waiting_sums(b, unit)[0] = r;
                                     waiting_sums(b, unit)[args_.hidden] = sigmoid(pre.of[1] + sums[1]);
-                                    operand(kResetState, args_.reset_state, b, 0, unit) = to_storage<S>(r * u);
+                                    operand(args_.reset_state, b, 0, unit) = to_storage<S>(r * u);
                                   });
-    share_and_wait(kResetState, 0, 1);
-    this->template multiply<2, 1>(this->rows_of(kResetState, args_.reset_state), 0, chunks, load,
+    wait();
+    this->template multiply<2, 1>(this->rows_of(args_.reset_state), 0, chunks, load,
                                   [&](int64_t b, int64_t unit, const Sums& pre, const C(&sum)[1]) {
                                     if (!active(t, b)) return keep(s, t, b, unit);
                                     const C sums[] = {waiting_sums(b, unit)[0], waiting_sums(b, unit)[args_.hidden],
@@ -299,28 +296,23 @@ class Forward : public LayerTeam<S, kTensorCores, gates_of(kCell), 1, kHeld, kCl
   const LayerCuda& args_;
 };
 
-template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
+template <class S, LayerCell kCell, bool kTensorCores>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     forward_kernel(const __grid_constant__ LayerCuda args, const __grid_constant__ LayerPlan plan) {
-  Forward<S, kCell, kTensorCores, kHeld, kClusters>(args, plan).run();
+  Forward<S, kCell, kTensorCores>(args, plan).run();
 }
 
 template <class S, LayerCell kCell, bool kTensorCores>
 void run(const LayerCuda& args, void* stream) {
-  // Half of the registers: over 128 blocks all of H 1024, of TF32 too. Two more of the GRU would spill.
-  constexpr int kHeld = !kTensorCores ? 0 : kCell == LayerCell::Gru ? 6 : 8;
-  using Kernel = Forward<S, kCell, kTensorCores, kHeld, false>;
+  using Kernel = Forward<S, kCell, kTensorCores>;
   pack_weights<S, kTensorCores, false>(args, gates_of(kCell), args.panels, stream);
-  const LayerKernels<LayerCuda> kernels{forward_kernel<S, kCell, kTensorCores, 0, false>,
-                                        forward_kernel<S, kCell, kTensorCores, kHeld, false>,
-                                        forward_kernel<S, kCell, kTensorCores, kHeld, true>};
-  launch_layer(kernels, args, Kernel::needs(args, Kernel::kBuffers, Kernel::kStates), stream);
+  launch_layer(forward_kernel<S, kCell, kTensorCores>, args, Kernel::needs(args, Kernel::kStates), stream);
 }
 
 }  // namespace
 
 void layer_forward(const LayerCuda& args, void* stream) {
-  if (args.batch == 0 || args.hidden == 0) return;
+  if (args.batch == 0 || args.hidden == 0 || layer_forward_dataflow(args, stream)) return;
   with_product(args.dtype, args.tensor_cores, [&](auto* type, auto tensor_cores) {
     using S = std::remove_pointer_t<decltype(type)>;
     switch (args.cell) {

@@ -6,23 +6,22 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
-class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kClusters> {
+template <class S, LayerCell kCell, bool kTensorCores>
+class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell)> {
   static constexpr bool kLstm = kCell == LayerCell::Lstm, kResetFirst = kCell == LayerCell::GruResetFirst;
   static constexpr int kGates = gates_of(kCell);
-  using Team = LayerTeam<S, kTensorCores, 1, kGates, kHeld, kClusters>;
-  using Team::active, Team::at, Team::parameter, Team::restarts, Team::share_and_wait, Team::time, Team::wait;
+  using Team = LayerTeam<S, kTensorCores, 1, kGates>;
+  using Team::active, Team::at, Team::parameter, Team::restarts, Team::time, Team::wait;
   using typename Team::C;
 
  public:
-  enum Buffer : int { kBuffers = 2 };  // of what is multiplied: steps take them in turns
   enum State : int { kCarryH, kCarryC, kProduct, kCarryMask, kStates };
 
   __device__ Backward(const LayerCudaBackward& args, const LayerPlan& plan)
       : Team(args, plan, args.panels, args.arrivals, dynamic_shared), args_(args), gate_chunks_(plan.chunks / kGates) {}
 
   __device__ void run() {
-    this->prepare(kBuffers);
+    this->prepare();
     this->each_unit([&](int64_t b, int64_t unit) { start(b, unit); });
     for (int64_t s = args_.steps - 1; s >= 0; --s) {
       const int64_t t = time(s);
@@ -30,7 +29,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kC
       if constexpr (kResetFirst) back_through_reset(s, t);
       else if (args_.norm != nullptr) back_through_norm(s, t);
       if (s == 0 && args_.grad_h == nullptr && args_.grad_mask == nullptr) break;
-      share_and_wait(s % 2, 0, kResetFirst ? 2 : kGates);
+      wait();
       back_to_state(s, t);
     }
     this->each_unit([&](int64_t b, int64_t unit) {
@@ -57,7 +56,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kC
   }
   // What the product of step s sees of the gradient of its gate.
   __device__ S& exchanged(int64_t s, int64_t b, int gate, int64_t unit) const {
-    return this->operand(s % 2, args_.exchange[s % 2], b, gate, unit);
+    return this->operand(args_.exchange[s % 2], b, gate, unit);
   }
   // Whether a step's state reaches the next without the product.
   __device__ bool passes_by() const { return !kLstm || args_.zoneout_h.mask != nullptr || args_.zoneout_h.rate != 0; }
@@ -252,7 +251,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kC
   template <class Finish>
   __device__ void multiply_gates(int64_t s, int first, int last, Finish finish) {
     this->template multiply<0, 1>(
-        this->rows_of(s % 2, args_.exchange[s % 2]), first * gate_chunks_, last * gate_chunks_,
+        this->rows_of(args_.exchange[s % 2]), first * gate_chunks_, last * gate_chunks_,
         [](int64_t, int64_t) { return 0; },
         [&](int64_t b, int64_t unit, int, const C(&sum)[1]) { finish(b, unit, sum[0]); });
   }
@@ -261,7 +260,7 @@ class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kC
 
   // From n through r ⊙ u: the gradient of r, and u's part of it.
   __device__ void back_through_reset(int64_t s, int64_t t) {
-    share_and_wait(s % 2, 2, 3);
+    wait();
     multiply_gates(s, 2, 3, [&](int64_t b, int64_t unit, C grad) {
       if (!active(t, b)) return;
       const C r = from_storage<C>(row(args_.gates, args_.gates_strides, t, b)[unit]);
@@ -293,27 +292,23 @@ class Backward : public LayerTeam<S, kTensorCores, 1, gates_of(kCell), kHeld, kC
   const int64_t gate_chunks_;
 };
 
-template <class S, LayerCell kCell, bool kTensorCores, int kHeld, bool kClusters>
+template <class S, LayerCell kCell, bool kTensorCores>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     backward_kernel(const __grid_constant__ LayerCudaBackward args, const __grid_constant__ LayerPlan plan) {
-  Backward<S, kCell, kTensorCores, kHeld, kClusters>(args, plan).run();
+  Backward<S, kCell, kTensorCores>(args, plan).run();
 }
 
 template <class S, LayerCell kCell, bool kTensorCores>
 void run(const LayerCudaBackward& args, void* stream) {
-  constexpr int kHeld = kTensorCores ? 24 : 0;  // as many registers as the forward's
-  using Kernel = Backward<S, kCell, kTensorCores, kHeld, false>;
+  using Kernel = Backward<S, kCell, kTensorCores>;
   pack_weights<S, kTensorCores, true>(args, gates_of(kCell), args.panels, stream);
-  const LayerKernels<LayerCudaBackward> kernels{backward_kernel<S, kCell, kTensorCores, 0, false>,
-                                                backward_kernel<S, kCell, kTensorCores, kHeld, false>,
-                                                backward_kernel<S, kCell, kTensorCores, kHeld, true>};
-  launch_layer(kernels, args, Kernel::needs(args, Kernel::kBuffers, Kernel::kStates), stream);
+  launch_layer(backward_kernel<S, kCell, kTensorCores>, args, Kernel::needs(args, Kernel::kStates), stream);
 }
 
 }  // namespace
 
 void layer_backward(const LayerCudaBackward& args, void* stream) {
-  if (args.batch == 0 || args.hidden == 0) return;
+  if (args.batch == 0 || args.hidden == 0 || layer_backward_dataflow(args, stream)) return;
   with_product(args.dtype, args.tensor_cores, [&](auto* type, auto tensor_cores) {
     using S = std::remove_pointer_t<decltype(type)>;
     switch (args.cell) {

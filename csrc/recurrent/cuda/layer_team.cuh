@@ -2,7 +2,6 @@
 // that a block keeps, a step's product, and the barrier between steps. Who gets what: layer_plan.cuh.
 #pragma once
 
-#include "common/cuda/cluster.cuh"
 #include "common/cuda/math.cuh"
 #include "recurrent/cuda/layer_pack.cuh"
 #include "recurrent/cuda/layer_plan.cuh"
@@ -18,21 +17,16 @@ __device__ inline T* over_time(T* tensor, TimeStrides strides, int64_t t, int64_
 }
 
 // One block's part, for products with kColumns tiles of weights for each tile of units. What is multiplied has kParts
-// parts to a row, one behind the other. kHeld: chunks of weights that a warp holds in registers, or 0. kClusters:
-// whether a team is a cluster; each build knows which memory it reads, since an access to any kind takes longer.
-template <class S, bool kTensorCores, int kColumns, int kParts, int kHeld, bool kClusters>
+// parts to a row, one behind the other.
+template <class S, bool kTensorCores, int kColumns, int kParts>
 class LayerTeam {
  public:
-  // For `buffers` tensors that are multiplied, and `states` that stay with their units' threads.
-  static LayerNeeds needs(const LayerCommon& args, int64_t buffers, int64_t states) {
+  // For `states` that stay with their units' threads.
+  static LayerNeeds needs(const LayerCommon& args, int64_t states) {
     LayerNeeds needs{};
     needs.rows = kRows;
-    needs.element = sizeof(S);
-    needs.row_bytes = kParts * cuda_depth(args.hidden, sizeof(S)) * int64_t{sizeof(S)};
-    needs.buffers = buffers;
-    needs.chunks = needs.row_bytes / kCudaChunkBytes;
+    needs.chunks = kParts * cuda_depth(args.hidden, sizeof(S)) * int64_t{sizeof(S)} / kCudaChunkBytes;
     needs.chunk_bytes = kColumns * kPieces * kVectorBytes;
-    needs.held_chunks = kHeld;
     needs.sum_bytes = kSumBytes;
     needs.state_bytes = states * int64_t{sizeof(C)};
     return needs;
@@ -63,7 +57,6 @@ class LayerTeam {
         panels_(static_cast<const uint4*>(panels)),
         sums_(reinterpret_cast<C*>(shared)),
         states_(reinterpret_cast<C*>(shared + plan.states_at)),
-        operands_(reinterpret_cast<S*>(shared + plan.operands_at)),
         kept_(reinterpret_cast<uint4*>(shared + plan.kept_at)),
         member_(blockIdx.x % plan.members),
         arrivals_(static_cast<unsigned long long*>(arrivals) + blockIdx.x / plan.members * kCudaArrivals),
@@ -76,16 +69,8 @@ class LayerTeam {
   }
 
   // Before anything else.
-  __device__ void prepare(int buffers) {
-    hold_weights();
+  __device__ void prepare() {
     keep_weights();
-    if constexpr (kClusters) {  // what lies beyond the units is multiplied too
-      const int64_t pieces = buffers * plan_.team_rows * plan_.operand_stride / kVector<S>;
-      for (int64_t i = threadIdx.x; i < pieces; i += kLayerThreads) {
-        reinterpret_cast<uint4*>(operands_)[i] = uint4{0, 0, 0, 0};
-      }
-      cluster_wait();
-    }
     __syncthreads();
   }
 
@@ -155,38 +140,26 @@ class LayerTeam {
 
   // --- what is multiplied
 
-  // Tensor number `buffer`: in every block of a cluster, or `tensor`, [B, kParts · depth].
-  __device__ Rows rows_of(int buffer, void* tensor) const {
-    const int64_t stride = kClusters ? plan_.operand_stride : kParts * depth_;
-    if constexpr (kClusters) return {operands_ + buffer * plan_.team_rows * stride, stride};
+  // Of `tensor`, [B, kParts · depth].
+  __device__ Rows rows_of(void* tensor) const {
+    const int64_t stride = kParts * depth_;
     return {static_cast<S*>(tensor) + first_row_ * stride, stride};
   }
-  __device__ S& operand(int buffer, void* tensor, int64_t b, int part, int64_t unit) const {
-    const Rows rows = rows_of(buffer, tensor);
+  __device__ S& operand(void* tensor, int64_t b, int part, int64_t unit) const {
+    const Rows rows = rows_of(tensor);
     return rows.first[(b - first_row_) * rows.stride + part * depth_ + unit];
   }
 
-  // Waits for all blocks of the team, and for what they have written.
+  // Waits for all blocks of the team, and for what they have written: one thread of each counts itself, after the rest
+  // of its block, and looks on.
   __device__ void wait() {
-    if constexpr (kClusters) return cluster_wait();
     __syncthreads();
     awaited_ += plan_.members;
     if (threadIdx.x == 0 && plan_.members > 1) {
-      __threadfence();
-      atomicAdd(arrivals_, 1ull);
-      while (*static_cast<volatile unsigned long long*>(arrivals_) < awaited_) __nanosleep(kPollNanoseconds);
-      __threadfence();
+      count_arrival(arrivals_);
+      while (arrivals(arrivals_) < awaited_) pause();
     }
     __syncthreads();
-  }
-
-  // The same, and parts first … last − 1 of a buffer are then with all of them.
-  __device__ void share_and_wait(int buffer, int first, int last) {
-    if constexpr (kClusters) {
-      __syncthreads();
-      share(buffer, first, last);
-    }
-    wait();
   }
 
   // --- products
@@ -205,13 +178,13 @@ class LayerTeam {
       }
       warp_product<kFirst, kCount>(operand, tile, row, first, last);
       __syncthreads();
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < kLayerItems; ++i) {
         const int item = threadIdx.x + i * kLayerThreads;
         with_item(tile, row, item, [&](int64_t b, int64_t unit) {
           C sums[kCount] = {};
           add_sums<kCount>(item, sums);
-          finish(b, unit, i == 0 ? loaded[0] : loaded[1], sums);
+          finish(b, unit, loaded[i], sums);
         });
       }
       __syncthreads();
@@ -247,13 +220,9 @@ class LayerTeam {
   int64_t first_row_, last_row_;
 
  private:
-  static constexpr unsigned kPollNanoseconds = 20;
   // Chunks whose rows are on their way at a time, as far as registers reach: reading from the L2 cache takes longer
   // than multiplying.
-  static constexpr int kAhead = sizeof(typename Product<kColumns>::Operand) > 64 ? 1
-                                : kHeld == 0                                     ? 4
-                                : kClusters                                      ? 1
-                                                                                 : 2;
+  static constexpr int kAhead = sizeof(typename Product<kColumns>::Operand) > 64 ? 1 : 4;
 
   __device__ const uint4* panel(int64_t tile) const { return panels_ + tile * plan_.chunks * kColumns * kPieces; }
 
@@ -277,41 +246,6 @@ class LayerTeam {
     }
   }
 
-  __device__ void hold_weights() {
-    const Lane lane;
-    const Part part = part_of(lane.warp);
-    const int64_t tile = first_tile_ + part.tile;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int64_t chunk = part.split + i * part.splits;
-      if (tile >= last_tile_ || chunk >= plan_.chunks) continue;
-#pragma unroll
-      for (int column = 0; column < kColumns; ++column) {
-        held_[i][column] = panel(tile)[(chunk * kColumns + column) * kPieces + lane.lane];
-      }
-    }
-  }
-
-  // --- what is multiplied
-
-  // This block's units of a buffer, to all other blocks of the cluster: a thread a piece and a block.
-  __device__ void share(int buffer, int first, int last) const {
-    constexpr int kTilePieces = kTile / kVector<S>;
-    const Rows rows = rows_of(buffer, nullptr);
-    const int own = kTilePieces << plan_.tile_shift, members = static_cast<int>(plan_.members);
-    const int count = static_cast<int>(last_row_ - first_row_) * own * members;
-    const int pieces = static_cast<int>(last_tile_ - first_tile_) * kTilePieces;
-    for (int part = first; part < last; ++part) {
-      S* const first_piece = rows.first + part * depth_ + first_tile_ * kTile;
-      for (int i = threadIdx.x; i < count; i += kLayerThreads) {
-        const int to = i & (members - 1), place = i / members, piece = place & (own - 1);
-        if (to == member_ || piece >= pieces) continue;
-        S* const from = first_piece + place / own * rows.stride + piece * kVector<S>;
-        cluster_store(from, to, *reinterpret_cast<const uint4*>(from));
-      }
-    }
-  }
-
   // --- products
 
   template <int kFirst, int kCount>
@@ -325,45 +259,16 @@ class LayerTeam {
     const S* from = operand.first + (first_row - first_row_) * operand.stride;
     Tiles product;
     __syncwarp();  // lanes may have come apart over their items
-    if constexpr (kHeld > 0) multiply_held<kFirst>(product, from, operand.stride, rows, part, first, last);
-    else multiply_kept<kFirst>(product, from, operand.stride, rows, tile, part, first, last);
+    multiply<kFirst>(product, from, operand.stride, rows, tile, part, first, last);
     product.store(sums_ + lane.warp * kRows * sum_stride(kCount), lane, rows);
   }
 
-  static __device__ uint4 read_piece(const uint4* piece) {
-    if constexpr (kClusters) return *piece;
-    else return __ldcg(piece);
-  }
-
-  // By weights of registers, whose index must be known when it is compiled.
-  template <int kFirst, class Tiles>
-  __device__ void multiply_held(Tiles& product, const S* from, int64_t stride, int rows, Part part, int first,
-                                int last) {
-    const Lane lane;
-    const auto is_due = [&](int i) {
-      const int chunk = part.split + i * part.splits;
-      return chunk >= first && chunk < last;
-    };
-#pragma unroll
-    for (int i = 0; i < kHeld; i += kAhead) {
-      typename Tiles::Operand ahead[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (i + j < kHeld && is_due(i + j))
-          ahead[j].load(lane, from + (part.split + (i + j) * part.splits) * kChunk, stride, rows, read_piece);
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (i + j < kHeld && is_due(i + j))
-          product.multiply(ahead[j], [&](int t) { return held_[i + j][kFirst + t]; }, rows);
-      }
-    }
-  }
+  static __device__ uint4 read_piece(const uint4* piece) { return __ldcg(piece); }
 
   // By weights of shared memory, and of the L2 cache what is not there.
   template <int kFirst, class Tiles>
-  __device__ void multiply_kept(Tiles& product, const S* from, int64_t stride, int rows, int64_t tile, Part part,
-                                int first, int last) {
+  __device__ void multiply(Tiles& product, const S* from, int64_t stride, int rows, int64_t tile, Part part, int first,
+                           int last) {
     const Lane lane;
     const uint4* kept = kept_ + (tile - first_tile_) * plan_.kept_chunks * kColumns * kPieces;
     for (int chunk = first + part.split; chunk < last; chunk += kAhead * part.splits) {
@@ -406,9 +311,7 @@ class LayerTeam {
   // In shared memory:
   C* sums_;      // [warps, kRows, sum_stride], then the rows' numbers
   C* states_;    // [states, rows of the team, own units]
-  S* operands_;  // [buffers, rows of the team, operand_stride]
   uint4* kept_;  // [own tiles, kept chunks, kColumns, 32]
-  uint4 held_[std::max(kHeld, 1)][kColumns];
   const int64_t member_;
   unsigned long long* arrivals_;
   unsigned long long awaited_ = 0;

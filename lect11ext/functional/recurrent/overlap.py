@@ -21,7 +21,7 @@ from ..random import in_functorch
 
 PIECES = 4  # of time: the last layer begins when the others have done one each
 LEAST_STEPS = 32  # of a piece: below, launches take longer than what they overlap
-TILE_UNITS, TEAM_ROWS, CLUSTER_BLOCKS, CLUSTER_TILES = 8, 16, 8, 32  # as csrc/recurrent/cuda/layer_plan.cuh has them
+TILE_UNITS, TEAM_ROWS = 8, 16  # as csrc/recurrent/cuda/layer_plan.cuh has them
 
 
 def is_wanted(input: Tensor) -> bool:
@@ -39,9 +39,7 @@ def _side_stream(device: torch.device, i: int) -> torch.cuda.Stream:
 def fits_twice(input: Tensor, hidden: int, batch: int) -> bool:
     """Whether two kernels find multiprocessors at the same time."""
     device = torch.cuda.get_device_properties(input.device)
-    tiles = -(-hidden // TILE_UNITS)
-    blocks = min(tiles, CLUSTER_BLOCKS) if device.major >= 9 and tiles <= CLUSTER_TILES else tiles
-    return 2 * blocks * -(-batch // TEAM_ROWS) <= device.multi_processor_count
+    return 2 * -(-hidden // TILE_UNITS) * -(-batch // TEAM_ROWS) <= device.multi_processor_count
 
 
 class Streams:

@@ -4,6 +4,7 @@
 // write; nothing of their speed, and races only as far as a fixed order of threads shows them.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
@@ -52,7 +53,7 @@ inline constexpr int warpSize = 32;
 
 namespace cuda_on_host {
 
-enum class Barrier { None, Warp, Block, Grid, Condition, Idle };
+enum class Barrier { None, Warp, Block, Grid, Condition, Idle, Sleep };
 
 // Lets the others run until all that take part in the barrier have come to it; `mask` is that of a Warp barrier.
 void wait(Barrier barrier, unsigned mask = 0);
@@ -69,8 +70,6 @@ int lane();
 [[noreturn]] void fail(const char* what);
 // Whether an address is in the block's dynamic shared memory, which instructions for global memory do not reach.
 bool is_shared(const void* address);
-// Where an address of this block's shared memory lies in that of block `rank` of its cluster.
-void* of_cluster(void* own, unsigned rank);
 template <class T>
 T* global(T* address) {
   if (is_shared(address)) fail("an access to global memory goes to shared memory");
@@ -123,6 +122,15 @@ T shuffle(unsigned mask, T value, int source) {
 // --- device functions ---------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Barrier::Block); }
+inline int __syncthreads_count(int predicate) {
+  static thread_local int count;
+  __syncthreads();  // the count before has been read
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  count += predicate != 0;
+  __syncthreads();
+  return count;
+}
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::wait(cuda_on_host::Barrier::Warp, mask); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
@@ -157,6 +165,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return ballot;
 }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
@@ -182,6 +191,12 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+// The greater of each half.
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xFFFFu, b & 0xFFFFu);
+}
 inline float rsqrtf(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 
 inline void sincospi(double x, double* sine, double* cosine) {
@@ -207,14 +222,13 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute {
-  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-  cudaFuncAttributeNonPortableClusterSizeAllowed = 10
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8
 };
 
 namespace cuda_on_host {
 // One multiprocessor: what a library does only for large problems begins at a small size here. Tests set others.
 inline constexpr unsigned kMostShared = 227 * 1024;
-inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8, ptx_version = 90, most_clusters = 1000;
+inline int multiprocessors = 1, most_shared = kMostShared, compute_major = 8;
 inline thread_local cudaError_t last_error = cudaSuccess;
 // What the latest launch asked for: shared memory, and blocks that run together.
 inline std::size_t shared_bytes = 0, blocks_together = 0;
@@ -270,12 +284,11 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaS
 
 struct cudaFuncAttributes {
   std::size_t sharedSizeBytes;
-  int ptxVersion;
 };
 
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  *attributes = {0, cuda_on_host::ptx_version};
+  *attributes = {0};
   return cudaSuccess;
 }
 
@@ -289,39 +302,4 @@ template <class... Params>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** args,
                                         std::size_t shared = 0, cudaStream_t = nullptr) {
   return cuda_on_host::launch(kernel, grid, block, args, shared, std::size_t{grid.x} * grid.y * grid.z);
-}
-
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
-union cudaLaunchAttributeValue {
-  struct { unsigned x, y, z; } clusterDim;
-};
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  cudaLaunchAttributeValue val;
-};
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  std::size_t dynamicSmemBytes;
-  cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
-};
-
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
-  const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
-  *count = std::min(cuda_on_host::multiprocessors / size, cuda_on_host::most_clusters);
-  return cudaSuccess;
-}
-
-// With clusters along x.
-template <class... Params>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
-                               const std::type_identity_t<Params>&... args) {
-  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  const unsigned cluster = config->attrs[0].val.clusterDim.x;
-  if (cluster == 0 || cluster > 16 || config->gridDim.x % cluster != 0) {
-    return cuda_on_host::last_error = cudaErrorInvalidConfiguration;
-  }
-  return cuda_on_host::launch(kernel, config->gridDim, config->blockDim, pointers, config->dynamicSmemBytes, cluster);
 }

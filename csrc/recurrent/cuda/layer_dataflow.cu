@@ -1,0 +1,175 @@
+#include "recurrent/cuda/layer_dataflow.cuh"
+#include "recurrent/cuda/layer_pack.cuh"
+
+namespace lect11ext::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+namespace {
+
+constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
+
+// What a thread knows of one of its units in one row.
+template <class S, LayerCell kCell>
+struct Unit {
+  static constexpr bool kLstm = kCell == LayerCell::Lstm;
+  static constexpr int kGates = gates_of(kCell), kKept = 4;
+
+  bool exists;
+  const S* pre;  // of the next step
+  S *out, *gates, *cells;
+  S next[kGates];  // what pre pointed to, on its way while a step is multiplied
+  float state;     // c, or h of a GRU
+  float kept[kKept];
+
+  __device__ Unit(const LayerCuda& args, int64_t b, int64_t unit, bool exists) : exists(exists) {
+    if (!exists) return;
+    const int64_t t = args.reverse ? args.steps - 1 : 0, H = args.hidden;
+    const auto at = [&](const void* tensor, TimeStrides strides) {
+      return tensor == nullptr ? nullptr
+                               : static_cast<S*>(const_cast<void*>(tensor)) + t * strides.step + b * strides.row + unit;
+    };
+    pre = at(args.pre, args.pre_strides);
+    out = at(args.out, args.out_strides);
+    gates = at(args.gates, args.gates_strides);
+    cells = kLstm ? at(args.cells, args.out_strides) : nullptr;
+    state = from_storage<float>(static_cast<const S*>(kLstm ? args.c : args.h)[b * H + unit]);
+  }
+
+  // Asks for the next step's.
+  __device__ void ask(int64_t hidden) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) next[g] = pre[g * hidden];
+  }
+
+  // The new h.
+  __device__ S step(const float (&sums)[kGates], const float (&bias)[kGates]) {
+    const auto given = [&](int g) { return from_storage<float>(next[g]); };
+    if constexpr (kLstm) {
+      const auto gate = [&](int g) { return given(g) + bias[g] + sums[g]; };
+      const float i = quick_sigmoid(gate(0)), f = quick_sigmoid(gate(1)), g = quick_tanh(gate(2));
+      const float o = quick_sigmoid(gate(3));
+      state = fmaf(f, state, i * g);
+      kept[0] = i, kept[1] = f, kept[2] = g, kept[3] = o;
+      return to_storage<S>(o * quick_tanh(state));
+    } else {
+      const float r = quick_sigmoid(given(0) + bias[0] + sums[0]), z = quick_sigmoid(given(1) + bias[1] + sums[1]);
+      const float hidden = sums[2] + bias[2], n = quick_tanh(fmaf(r, hidden, given(2)));
+      kept[0] = r, kept[1] = z, kept[2] = n, kept[3] = hidden;
+      const S h = to_storage<S>(fmaf(z, state - n, n));
+      state = from_storage<float>(h);
+      return h;
+    }
+  }
+
+  __device__ void keep(int64_t hidden) const {
+    if (gates != nullptr) {
+#pragma unroll
+      for (int g = 0; g < kKept; ++g) gates[g * hidden] = to_storage<S>(kept[g]);
+    }
+    if (kLstm && cells != nullptr) *cells = to_storage<S>(state);
+  }
+
+  __device__ void advance(const LayerCuda& args, int64_t sign) {
+    pre += sign * args.pre_strides.step;
+    out += sign * args.out_strides.step;
+    if (gates != nullptr) gates += sign * args.gates_strides.step;
+    if (kLstm && cells != nullptr) cells += sign * args.out_strides.step;
+  }
+};
+
+template <class S, LayerCell kCell, int kTiles, int kPer>
+__global__ void __launch_bounds__(kLayerThreads, 1)
+    dataflow_kernel(const __grid_constant__ LayerCuda args, const __grid_constant__ DataflowPlan plan) {
+  constexpr int kGates = gates_of(kCell);
+  DataflowBlock<S, 1, kGates, kTiles, kPer> block(args, plan, args.panels, reinterpret_cast<float*>(dynamic_shared));
+  const auto unit_of = [&](int i) {
+    const auto item = block.item(i);
+    return Unit<S, kCell>(args, item.b, item.unit, item.exists);
+  };
+  Unit<S, kCell> units[kDataflowItems] = {unit_of(0), unit_of(1)};
+  float bias[kGates] = {};  // of a thread's one unit
+  for (int g = 0; g < kGates && args.bias_hh != nullptr && units[0].exists; ++g) {
+    bias[g] = from_storage<float>(static_cast<const S*>(args.bias_hh)[g * args.hidden + block.item(0).unit]);
+  }
+#pragma unroll
+  for (auto& unit : units) {
+    if (unit.exists) unit.ask(args.hidden);
+  }
+  const int64_t sign = args.reverse ? -1 : 1;
+  const S* before = static_cast<const S*>(args.out) + (args.reverse ? args.steps - 1 : 0) * args.out_strides.step;
+  S last[kDataflowItems];
+  for (int64_t s = 0; s < args.steps; ++s) {
+    if (s == 0) {
+      block.template multiply<false>(static_cast<const S*>(args.h), args.hidden);
+    } else {
+      block.template multiply<true>(before, args.out_strides.row);
+      before += sign * args.out_strides.step;
+    }
+#pragma unroll
+    for (int i = 0; i < kDataflowItems; ++i) {
+      if (!units[i].exists) continue;
+      float sums[kGates];
+      block.sum(i, sums);
+      last[i] = units[i].step(sums, bias);
+      write_for_others(units[i].out, last[i]);
+    }
+    // Beside the others' next step:
+#pragma unroll
+    for (auto& unit : units) {
+      if (!unit.exists) continue;
+      unit.keep(args.hidden);
+      unit.advance(args, sign);
+      if (s + 1 < args.steps) unit.ask(args.hidden);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kDataflowItems; ++i) {
+    if (!units[i].exists) continue;
+    const auto item = block.item(i);
+    const int64_t at = item.b * args.hidden + item.unit;
+    static_cast<S*>(args.h_out)[at] = last[i];
+    if constexpr (kCell == LayerCell::Lstm) static_cast<S*>(args.c_out)[at] = to_storage<S>(units[i].state);
+  }
+}
+
+template <class S, LayerCell kCell>
+bool run(const LayerCuda& args, void* stream) {
+  constexpr int kGates = gates_of(kCell);
+  const auto launch_part = [&](const DataflowPlan& plan, int64_t first, int64_t rows) {
+    LayerCuda part = args;
+    part.batch = rows;
+    move_to<S>(first * args.hidden, part.h, part.c, part.h_out, part.c_out);
+    move_to<S>(first * args.out_strides.row, part.out, part.cells);
+    move_to<S>(first * args.gates_strides.row, part.gates);
+    move_to<S>(first * args.pre_strides.row, part.pre);
+    if (first == 0) {
+      make_absent<S>(args, args.out, args.out_strides, args.hidden, stream);
+      pack_weights<S, true, false>(args, kGates, args.panels, stream);
+    }
+    with_dataflow(plan, [&](auto tiles, auto per) {
+      launch_together(dataflow_kernel<S, kCell, tiles.value, per.value>,
+                      dim3(static_cast<unsigned>(plan.teams * plan.members)), kLayerThreads, plan.shared_bytes, stream,
+                      part, plan);
+    });
+  };
+  return rows_are_aligned<S>(args.out, args.out_strides) && each_part(args, sizeof(S), 1, kGates, launch_part);
+}
+
+}  // namespace
+
+bool layer_forward_dataflow(const LayerCuda& args, void* stream) {
+  const bool is_float = args.dtype == DType::Float;
+  if (!is_plain(args, args.tensor_cores || !is_float, is_float ? 4 : 2) || args.cells_every != 0) return false;
+  bool done = false;
+  with_type(args.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<S, double>) {
+      done =
+          args.cell == LayerCell::Lstm ? run<S, LayerCell::Lstm>(args, stream) : run<S, LayerCell::Gru>(args, stream);
+    }
+  });
+  return done;
+}
+
+}  // namespace lect11ext::cuda

@@ -1,0 +1,350 @@
+// Layers without a barrier: what the blocks of a team need of one another's last step they read where it is written
+// anyway, in the output (backward: in the gradients of the sums), and a number that is not there yet is seen in itself.
+// The tensor is filled beforehand with words that no arithmetic gives, and a warp reads its part of the product again
+// until none of these is left. From one step to the next there is one write and one read of the L2 cache, where a
+// counter takes a write, a count, a look at it and a read.
+//
+// For the plain case (is_plain below), in which a thread's units are always the same: their states stay in registers,
+// as do the weights, and what a step reads besides is asked for a step ahead. All else: layer_team.cuh.
+#pragma once
+
+#include <bit>
+#include <cstdlib>
+#include <type_traits>
+
+#include "common/cuda/launch.h"
+#include "recurrent/cuda/layer_plan.cuh"
+
+namespace lect11ext::cuda {
+
+// --- words that are not there yet -----------------------------------------------------------------------------------
+
+// All ones: a NaN that no arithmetic and no rounding gives.
+inline constexpr uint32_t kAbsent = ~0u;
+
+// Of two words the one that says whether either is absent: the greater, in halves for types of 16 bits.
+template <class S>
+__device__ inline uint32_t newest(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(S) == 4) return a > b ? a : b;
+  else return __vmaxu2(a, b);
+}
+template <class S>
+__device__ inline bool is_there(uint32_t newest) {
+  if constexpr (sizeof(S) == 4) return newest != kAbsent;
+  else return (newest & 0xFFFF) != 0xFFFF && newest >> 16 != 0xFFFF;
+}
+
+// What another block may be writing.
+__device__ inline uint4 read_shared_with_others(const void* from) {
+  uint4 words;
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+#else
+  const volatile uint32_t* const word = static_cast<const volatile uint32_t*>(from);
+  words = {word[0], word[1], word[2], word[3]};
+#endif
+  return words;
+}
+
+template <class S>
+__device__ inline void write_for_others(S* to, S value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(S) == 4) {
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(__float_as_uint(value)) : "memory");
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    asm volatile("st.relaxed.gpu.global.b16 [%0], %1;" ::"l"(to), "h"(bits) : "memory");
+  }
+#else
+  std::conditional_t<sizeof(S) == 4, uint32_t, uint16_t> bits;
+  memcpy(&bits, &value, sizeof(bits));
+  *reinterpret_cast<volatile decltype(bits)*>(to) = bits;
+#endif
+}
+
+// Fills rows of `width` pieces of 16 bytes, over time.
+template <class S>
+__global__ void absent_kernel(S* tensor, TimeStrides strides, int64_t batch, int64_t width, int64_t pieces) {
+  for (int64_t i = int64_t{blockIdx.x} * kLayerThreads + threadIdx.x; i < pieces;
+       i += int64_t{gridDim.x} * kLayerThreads) {
+    const int64_t row = divide(i, width), t = divide(row, batch);
+    S* const first = tensor + t * strides.step + (row - t * batch) * strides.row;
+    reinterpret_cast<uint4*>(first)[i - row * width] = uint4{kAbsent, kAbsent, kAbsent, kAbsent};
+  }
+}
+
+// --- who does what ------------------------------------------------------------------------------------------------
+
+// A block has a team's rows of `tiles` tiles of hidden units.
+struct DataflowPlan {
+  int64_t teams, members;
+  int tiles;       // of a block: 1 or 2
+  int per_warp;    // chunks of the depth, of each part, that a warp multiplies: a power of two
+  int row_groups;  // of 16 rows
+  size_t shared_bytes;
+};
+
+inline constexpr int kGroupRows = 16, kDataflowItems = 2;  // units of rows of a thread
+
+// Sums of the warps: those of a step and of the one before, which slower threads may still be reading.
+constexpr size_t dataflow_shared_bytes(int row_groups, int columns) {
+  return 2 * size_t(row_groups) * kLayerWarps * kGroupRows * sum_stride(columns) * sizeof(float);
+}
+
+// Environment variables for measuring and for trouble, read at every call: LECT11EXT_LAYER_DATAFLOW=0 leaves all layers
+// to layer_team.cuh, LECT11EXT_LAYER_TILES (1 or 2) sets the tiles of a block.
+inline int64_t layer_wish(const char* variable, int64_t otherwise) {
+  const char* const wish = std::getenv(variable);
+  return wish == nullptr || *wish == '\0' ? otherwise : std::strtol(wish, nullptr, 10);
+}
+
+// For `batch` rows; `parts` of the depth of what is multiplied, `columns` of a tile's product. No tiles: not for this
+// way.
+inline DataflowPlan plan_dataflow(int64_t hidden, int64_t batch, int element, int parts, int columns) {
+  constexpr int kMostWeights = 128;       // registers of a thread
+  constexpr int kMostChunks = 8;          // of a part, for which there are builds
+  constexpr int64_t kLittle = 3ll << 19;  // bytes of all blocks' rows that the L2 cache gives in a fraction of a step
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t tiles = cuda_tiles(hidden), row_bytes = cuda_depth(hidden, element) * element;
+  const int64_t share = (row_bytes / kCudaChunkBytes + kLayerWarps - 1) / kLayerWarps;
+  const int64_t wish = layer_wish("LECT11EXT_LAYER_TILES", 0);
+  DataflowPlan best{};
+  int64_t least = 0;
+  for (const int own : {1, 2}) {
+    DataflowPlan plan{};
+    plan.tiles = own;
+    plan.members = (tiles + own - 1) / own;
+    if ((wish != 0 && wish != own) || plan.members > multiprocessors || share > kMostChunks) continue;
+    plan.teams = std::clamp<int64_t>((batch + kGroupRows - 1) / kGroupRows, 1, multiprocessors / plan.members);
+    const int64_t rows = (batch + plan.teams - 1) / plan.teams;
+    plan.row_groups = static_cast<int>((rows + kGroupRows - 1) / kGroupRows);
+    plan.per_warp = std::bit_ceil(static_cast<unsigned>(share));
+    plan.shared_bytes = dataflow_shared_bytes(plan.row_groups, columns * own);
+    if (plan.row_groups * kGroupRows * own * kTile > kDataflowItems * kLayerThreads ||
+        plan.per_warp * parts * columns * own * 4 > kMostWeights || plan.shared_bytes > static_cast<size_t>(room)) {
+      continue;
+    }
+    const int64_t bytes = plan.teams * plan.members * rows * parts * row_bytes;
+    if (best.tiles != 0 && (least <= kLittle || least <= bytes)) continue;
+    best = plan;
+    least = bytes;
+  }
+  return best;
+}
+
+inline bool is_plain(const LayerCommon& args, bool tensor_cores, int element) {
+  const auto in_pieces = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % kVectorBytes == 0; };
+  return layer_wish("LECT11EXT_LAYER_DATAFLOW", 1) != 0 && args.cell != LayerCell::GruResetFirst && tensor_cores &&
+         args.steps > 0 && args.dtype != DType::Double && !args.sigmoid_candidate && args.peephole == nullptr &&
+         args.norm == nullptr && args.hidden_mask == nullptr && args.lengths == nullptr && args.reset == nullptr &&
+         !args.zoneout_h.acts() && !args.zoneout_c.acts() && args.hidden * element % kVectorBytes == 0 &&
+         in_pieces(args.h);
+}
+
+// Whether rows over time begin at multiples of 16 bytes.
+template <class S>
+bool rows_are_aligned(const void* tensor, TimeStrides strides) {
+  return is_aligned<S, kVector<S>>(tensor) && (strides.step | strides.row) % kVector<S> == 0;
+}
+
+// Fills rows of `width` elements.
+template <class S>
+void make_absent(const LayerCommon& args, void* tensor, TimeStrides strides, int64_t width, void* stream) {
+  const int64_t row_pieces = width / kVector<S>, pieces = args.steps * args.batch * row_pieces;
+  launch(absent_kernel<S>, grid_stride_blocks(pieces, kLayerThreads), dim3(kLayerThreads), 0, stream,
+         static_cast<S*>(tensor), strides, args.batch, row_pieces, pieces);
+}
+
+// --- a block ------------------------------------------------------------------------------------------------------
+
+// Products of kParts parts of the depth with kColumns columns of each of kTiles tiles, of which a warp multiplies every
+// eighth chunk, kPer of each part.
+template <class S, int kParts, int kColumns, int kTiles, int kPer>
+class DataflowBlock {
+ public:
+  // Of what this thread works at, number i: of one unit, in several rows.
+  struct Item {
+    int64_t b, unit;
+    bool exists;
+  };
+
+  __device__ DataflowBlock(const LayerCommon& args, const DataflowPlan& plan, const void* panels, float* sums)
+      : hidden_(static_cast<int>(args.hidden)), row_groups_(plan.row_groups), sums_(sums) {
+    const int64_t team = blockIdx.x / plan.members, member = blockIdx.x % plan.members;
+    first_row_ = args.batch * team / plan.teams;
+    rows_ = static_cast<int>(args.batch * (team + 1) / plan.teams - first_row_);
+    first_unit_ = member * kTiles * kTile;
+    const Lane lane;
+    const int chunks = static_cast<int>(cuda_depth(hidden_, sizeof(S))) / kChunk;
+    const uint4* const from = static_cast<const uint4*>(panels);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int part = i / kPer, chunk = lane.warp + i % kPer * kLayerWarps;
+#pragma unroll
+      for (int column = 0; column < kTiles * kColumns; ++column) {
+        const int64_t tile = member * kTiles + column / kColumns;
+        held_[i][column] = uint4{0, 0, 0, 0};
+        if (chunk >= chunks || tile * kTile >= hidden_) continue;
+        const int64_t at = (tile * kParts * chunks + part * chunks + chunk) * kColumns + column % kColumns;
+        held_[i][column] = from[at * kPieces + lane.lane];
+      }
+    }
+  }
+
+  __device__ Item item(int i) const {
+    const int n = threadIdx.x + i * kLayerThreads, row = n / (kTiles * kTile);
+    const int64_t unit = first_unit_ + n % (kTiles * kTile);
+    return {first_row_ + row, unit, row < rows_ && unit < hidden_};
+  }
+
+  // The step's product; `of`, rows of kParts · hidden elements, begins with the batch's first. kChecked: they may not
+  // be there yet. Afterwards `sum` gives it.
+  template <bool kChecked>
+  __device__ void multiply(const S* of, int64_t stride) {
+    const Lane lane;
+    turn_ ^= 1;
+    for (int group = 0; group < row_groups_; ++group) {
+      const int rows = rows_ - group * kGroupRows;
+      const S* const first = of + (first_row_ + group * kGroupRows + lane.g) * stride + lane.q * kVector<S>;
+      WarpProduct<S, true, kTiles * kColumns> product;
+#pragma unroll
+      for (int begin = 0; begin < kHeld; begin += kAhead) {
+        typename WarpProduct<S, true, kTiles * kColumns>::Operand ahead[kAhead];
+        read<kChecked>(ahead, begin, first, stride, rows - lane.g);
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (begin + j < kHeld) product.multiply(ahead[j], [&](int t) { return held_[begin + j][t]; }, kGroupRows);
+        }
+      }
+      product.store(sums_of(group, lane.warp), lane, kGroupRows);
+    }
+    __syncthreads();  // once a step: the next one's sums lie elsewhere
+  }
+
+  static_assert(kLayerThreads % (kTiles * kTile) == 0);
+
+  // Of item i, in the order of the warps.
+  __device__ void sum(int i, float (&sums)[kColumns]) const {
+    const int n = threadIdx.x + i * kLayerThreads, row = n / (kTiles * kTile), unit = n % (kTiles * kTile);
+    const float* from =
+        sums_of(row / kGroupRows, 0) + row % kGroupRows * kStride + unit / kTile * kColumns * kTile + unit % kTile;
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      float sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < kLayerWarps; ++warp) sum += from[warp * kGroupRows * kStride + column * kTile];
+      sums[column] = sum;
+    }
+  }
+
+ private:
+  static constexpr int kChunk = static_cast<int>(kCudaChunkBytes / sizeof(S)), kHeld = kParts * kPer;
+  static constexpr int kStride = sum_stride(kTiles * kColumns);
+  // Chunks on their way at a time: as many as the registers hold beside weights and sums.
+  static constexpr int kWeights = kHeld * kTiles * kColumns * 4;
+  static constexpr int kAhead = kWeights > 64 ? (kTiles * kColumns < 4 ? 4 : 2) : kHeld < 8 ? kHeld : 8;
+
+  __device__ float* sums_of(int group, int warp) const {
+    return sums_ + ((turn_ * row_groups_ + group) * kLayerWarps + warp) * kGroupRows * kStride;
+  }
+
+  // Chunks begin … of a lane's two rows, of which there are `left` from its first.
+  template <bool kChecked, class Operand>
+  __device__ void read(Operand (&ahead)[kAhead], int begin, const S* first, int64_t stride, int left) const {
+    const Lane lane;
+    for (;;) {
+      uint32_t seen = 0;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = begin + j, at = (lane.warp + i % kPer * kLayerWarps) * kChunk;
+        const bool inside = i < kHeld && at + lane.q * kVector<S> < hidden_;
+        const S* const piece = first + i / kPer * hidden_ + at;
+        const auto take = [&](bool wanted, const S* from) {
+          return wanted ? read_shared_with_others(from) : uint4{0, 0, 0, 0};
+        };
+        ahead[j].low = take(inside && left > 0, piece);
+        ahead[j].high = take(inside && left > 8, piece + 8 * stride);
+        for (const uint4& words : {ahead[j].low, ahead[j].high}) {
+          seen = newest<S>(newest<S>(seen, words.x), newest<S>(words.y, newest<S>(words.z, words.w)));
+        }
+      }
+      if (!kChecked || __all_sync(~0u, is_there<S>(seen))) return;
+      pause();
+    }
+  }
+
+  const int hidden_, row_groups_;
+  int64_t first_row_, first_unit_;
+  int rows_, turn_ = 0;
+  float* const sums_;  // [2, row groups, warps, 16, kStride]
+  uint4 held_[kHeld][kTiles * kColumns];
+};
+
+// A batch is cut into as few parts as leave each of them a plan: calls f with one, its first row and its rows. False
+// where there is none.
+template <class F>
+bool each_part(const LayerCommon& args, int element, int parts, int columns, F f) {
+  for (int64_t count = 1; count <= args.batch; ++count) {
+    const int64_t rows = (args.batch + count - 1) / count;
+    if (plan_dataflow(args.hidden, rows, element, parts, columns).tiles == 0) {
+      if (rows <= kGroupRows) return false;
+      continue;
+    }
+    for (int64_t first = 0; first < args.batch; first += rows) {
+      const int64_t mine = std::min(rows, args.batch - first);
+      f(plan_dataflow(args.hidden, mine, element, parts, columns), first, mine);
+    }
+    return true;
+  }
+  return false;
+}
+
+// Moves pointers to where row `first` of the batch begins.
+template <class S, class... Pointers>
+void move_to(int64_t first, Pointers&... pointers) {
+  ((pointers =
+        pointers == nullptr ? nullptr : static_cast<S*>(const_cast<void*>(static_cast<const void*>(pointers))) + first),
+   ...);
+}
+
+// Calls f with the numbers of tiles and of chunks, for which there are builds.
+template <class F>
+void with_dataflow(const DataflowPlan& plan, F f) {
+  const auto with_tiles = [&](auto tiles) {
+    const auto with_chunks = [&](auto per) {
+      if (plan.per_warp == per.value) f(tiles, per);
+    };
+    with_chunks(std::integral_constant<int, 1>{});
+    with_chunks(std::integral_constant<int, 2>{});
+    with_chunks(std::integral_constant<int, 4>{});
+    if constexpr (tiles.value == 1) with_chunks(std::integral_constant<int, 8>{});
+  };
+  plan.tiles == 1 ? with_tiles(std::integral_constant<int, 1>{}) : with_tiles(std::integral_constant<int, 2>{});
+}
+
+// --- gates, to about 1e-6 of one: what is multiplied has at most eleven bits -----------------------------------------
+
+__device__ inline float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+inline constexpr float kLog2E = 1.44269504088896341f;
+__device__ inline float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + power_of_two(-kLog2E * x)); }
+__device__ inline float quick_tanh(float x) {
+  constexpr float kSeries = 0.25f;  // below, 1 − 2σ(−2x) would cancel; the first term left out is x⁸/46 of the value
+  const float z = x * x;
+  const float small = x * fmaf(z, fmaf(z, fmaf(z, -17.0f / 315, 2.0f / 15), -1.0f / 3), 1.0f);
+  const float large = 1.0f - __fdividef(2.0f, 1.0f + power_of_two(2 * kLog2E * x));
+  return z < kSeries * kSeries ? small : large;
+}
+
+}  // namespace lect11ext::cuda
