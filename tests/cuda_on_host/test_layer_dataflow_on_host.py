@@ -49,10 +49,16 @@ def test_more_chunks_a_warp(
     assert kernels.library.blocks_together() == math.ceil(hidden / 8 / tiles)
 
 
-def test_eight_chunks_a_warp(kernels: Kernels, device: Any) -> None:
-    device(132)
-    check(plain("gru", steps=2, batch=2, hidden=1032), kernels)
-    assert kernels.library.blocks_together() == 129
+@pytest.mark.parametrize("cell, types, hidden, blocks", [
+    ("gru", TYPES[0], 1032, 65), ("lstm", TYPES[2], 520, 65), ("lstm", TYPES[0], 1064, 67), ("gru", TYPES[2], 528, 33),
+])  # fmt: skip
+def test_eight_chunks_a_warp(
+    kernels: Kernels, device: Any, cell: str, types: tuple[torch.dtype, bool], hidden: int, blocks: int
+) -> None:
+    """Also of two tiles, half of whose weights are in shared memory."""
+    device(blocks)
+    check(plain(cell, types, steps=2, batch=2, hidden=hidden), kernels)
+    assert kernels.library.blocks_together() == blocks
 
 
 @pytest.mark.parametrize("cell", KINDS)

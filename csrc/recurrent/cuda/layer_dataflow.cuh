@@ -89,9 +89,12 @@ struct DataflowPlan {
 
 inline constexpr int kGroupRows = 16, kDataflowItems = 2;  // units of rows of a thread
 
+// Registers of a thread for weights; what is beyond is in shared memory. The addresses of eight chunks take their room.
+constexpr int held_weights(int per_warp) { return per_warp == 8 ? 96 : 128; }
+
 // Sums of the warps: those of a step and of the one before, which slower threads may still be reading.
-constexpr size_t dataflow_shared_bytes(int row_groups, int columns) {
-  return 2 * size_t(row_groups) * kLayerWarps * kGroupRows * sum_stride(columns) * sizeof(float);
+__host__ __device__ constexpr int dataflow_sums(int row_groups, int columns) {
+  return 2 * row_groups * kLayerWarps * kGroupRows * sum_stride(columns);
 }
 
 // Environment variables for measuring and for trouble, read at every call: LECT11EXT_LAYER_DATAFLOW=0 leaves all layers
@@ -104,7 +107,6 @@ inline int64_t layer_wish(const char* variable, int64_t otherwise) {
 // For `batch` rows; `parts` of the depth of what is multiplied, `columns` of a tile's product. No tiles: not for this
 // way.
 inline DataflowPlan plan_dataflow(int64_t hidden, int64_t batch, int element, int parts, int columns) {
-  constexpr int kMostWeights = 128;       // registers of a thread
   constexpr int kMostChunks = 8;          // of a part, for which there are builds
   constexpr int64_t kLittle = 3ll << 19;  // bytes of all blocks' rows that the L2 cache gives in a fraction of a step
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
@@ -123,9 +125,11 @@ inline DataflowPlan plan_dataflow(int64_t hidden, int64_t batch, int element, in
     const int64_t rows = (batch + plan.teams - 1) / plan.teams;
     plan.row_groups = static_cast<int>((rows + kGroupRows - 1) / kGroupRows);
     plan.per_warp = std::bit_ceil(static_cast<unsigned>(share));
-    plan.shared_bytes = dataflow_shared_bytes(plan.row_groups, columns * own);
+    const int weights = plan.per_warp * parts * columns * own * 4;
+    const int kept = std::max(0, weights - held_weights(plan.per_warp)) * kLayerThreads;
+    plan.shared_bytes = (dataflow_sums(plan.row_groups, columns * own) + size_t(kept)) * sizeof(float);
     if (plan.row_groups * kGroupRows * own * kTile > kDataflowItems * kLayerThreads ||
-        plan.per_warp * parts * columns * own * 4 > kMostWeights || plan.shared_bytes > static_cast<size_t>(room)) {
+        plan.shared_bytes > static_cast<size_t>(room)) {
       continue;
     }
     const int64_t bytes = plan.teams * plan.members * rows * parts * row_bytes;
@@ -172,8 +176,11 @@ class DataflowBlock {
     bool exists;
   };
 
-  __device__ DataflowBlock(const LayerCommon& args, const DataflowPlan& plan, const void* panels, float* sums)
-      : hidden_(static_cast<int>(args.hidden)), row_groups_(plan.row_groups), sums_(sums) {
+  __device__ DataflowBlock(const LayerCommon& args, const DataflowPlan& plan, const void* panels, float* shared)
+      : hidden_(static_cast<int>(args.hidden)),
+        row_groups_(plan.row_groups),
+        sums_(shared),
+        kept_(reinterpret_cast<uint4*>(shared + dataflow_sums(plan.row_groups, kTiles * kColumns)) + threadIdx.x) {
     const int64_t team = blockIdx.x / plan.members, member = blockIdx.x % plan.members;
     first_row_ = args.batch * team / plan.teams;
     rows_ = static_cast<int>(args.batch * (team + 1) / plan.teams - first_row_);
@@ -182,15 +189,16 @@ class DataflowBlock {
     const int chunks = static_cast<int>(cuda_depth(hidden_, sizeof(S))) / kChunk;
     const uint4* const from = static_cast<const uint4*>(panels);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kChunks; ++i) {
       const int part = i / kPer, chunk = lane.warp + i % kPer * kLayerWarps;
 #pragma unroll
       for (int column = 0; column < kTiles * kColumns; ++column) {
         const int64_t tile = member * kTiles + column / kColumns;
-        held_[i][column] = uint4{0, 0, 0, 0};
-        if (chunk >= chunks || tile * kTile >= hidden_) continue;
         const int64_t at = (tile * kParts * chunks + part * chunks + chunk) * kColumns + column % kColumns;
-        held_[i][column] = from[at * kPieces + lane.lane];
+        const bool exists = chunk < chunks && tile * kTile < hidden_;
+        const uint4 weights = exists ? from[at * kPieces + lane.lane] : uint4{0, 0, 0, 0};
+        if (i < kHeld) held_[i][column] = weights;
+        else kept_[((i - kHeld) * kTiles * kColumns + column) * kLayerThreads] = weights;
       }
     }
   }
@@ -212,12 +220,14 @@ class DataflowBlock {
       const S* const first = of + (first_row_ + group * kGroupRows + lane.g) * stride + lane.q * kVector<S>;
       WarpProduct<S, true, kTiles * kColumns> product;
 #pragma unroll
-      for (int begin = 0; begin < kHeld; begin += kAhead) {
+      for (int begin = 0; begin < kChunks; begin += kAhead) {
         typename WarpProduct<S, true, kTiles * kColumns>::Operand ahead[kAhead];
         read<kChecked>(ahead, begin, first, stride, rows - lane.g);
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
-          if (begin + j < kHeld) product.multiply(ahead[j], [&](int t) { return held_[begin + j][t]; }, kGroupRows);
+          const int i = begin + j;
+          if (i < kHeld) product.multiply(ahead[j], [&](int t) { return held_[i][t]; }, kGroupRows);
+          else if (i < kChunks) product.multiply(ahead[j], [&](int t) { return kept(i, t); }, kGroupRows);
         }
       }
       product.store(sums_of(group, lane.warp), lane, kGroupRows);
@@ -242,11 +252,16 @@ class DataflowBlock {
   }
 
  private:
-  static constexpr int kChunk = static_cast<int>(kCudaChunkBytes / sizeof(S)), kHeld = kParts * kPer;
+  static constexpr int kChunk = static_cast<int>(kCudaChunkBytes / sizeof(S)), kChunks = kParts * kPer;
+  static constexpr int kHeld = std::min(kChunks, held_weights(kPer) / (kTiles * kColumns * 4));
   static constexpr int kStride = sum_stride(kTiles * kColumns);
   // Chunks on their way at a time: as many as the registers hold beside weights and sums.
   static constexpr int kWeights = kHeld * kTiles * kColumns * 4;
-  static constexpr int kAhead = kWeights > 64 ? (kTiles * kColumns < 4 ? 4 : 2) : kHeld < 8 ? kHeld : 8;
+  static constexpr int kAhead = kWeights > 64 ? (kTiles * kColumns < 4 ? 4 : 2) : std::min(kHeld, 8);
+
+  __device__ uint4 kept(int i, int column) const {
+    return kept_[((i - kHeld) * kTiles * kColumns + column) * kLayerThreads];
+  }
 
   __device__ float* sums_of(int group, int warp) const {
     return sums_ + ((turn_ * row_groups_ + group) * kLayerWarps + warp) * kGroupRows * kStride;
@@ -261,7 +276,7 @@ class DataflowBlock {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         const int i = begin + j, at = (lane.warp + i % kPer * kLayerWarps) * kChunk;
-        const bool inside = i < kHeld && at + lane.q * kVector<S> < hidden_;
+        const bool inside = i < kChunks && at + lane.q * kVector<S> < hidden_;
         const S* const piece = first + i / kPer * hidden_ + at;
         const auto take = [&](bool wanted, const S* from) {
           return wanted ? read_shared_with_others(from) : uint4{0, 0, 0, 0};
@@ -281,6 +296,7 @@ class DataflowBlock {
   int64_t first_row_, first_unit_;
   int rows_, turn_ = 0;
   float* const sums_;  // [2, row groups, warps, 16, kStride]
+  uint4* const kept_;  // this thread's of [chunks beyond kHeld, columns, threads]
   uint4 held_[kHeld][kTiles * kColumns];
 };
 
@@ -321,7 +337,7 @@ void with_dataflow(const DataflowPlan& plan, F f) {
     with_chunks(std::integral_constant<int, 1>{});
     with_chunks(std::integral_constant<int, 2>{});
     with_chunks(std::integral_constant<int, 4>{});
-    if constexpr (tiles.value == 1) with_chunks(std::integral_constant<int, 8>{});
+    with_chunks(std::integral_constant<int, 8>{});
   };
   plan.tiles == 1 ? with_tiles(std::integral_constant<int, 1>{}) : with_tiles(std::integral_constant<int, 2>{});
 }
