@@ -13,6 +13,19 @@ def flat(out: Any) -> list[Tensor]:
     return list(out) if isinstance(out, (tuple, list)) else [out]
 
 
+HERE = str(torch.empty(0).device)  # the tests' device, as messages name it
+
+
+def default_generator() -> torch.Generator:
+    """Which tensors of the tests' device are drawn from."""
+    return torch.default_generator if HERE == "cpu" else torch.cuda.default_generators[torch.cuda.current_device()]
+
+
+def same_products(a: Tensor, b: Tensor) -> bool:
+    """The same bits; on a GPU nearly, since cuBLAS has other kernels for other layouts."""
+    return torch.equal(a, b) if HERE == "cpu" else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def room(elements: int, dtype: torch.dtype) -> Tensor:
     """Memory of which only the pages that are touched exist: torch.empty would poison all of it."""
     return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(elements * dtype.itemsize)).view(elements)

@@ -138,13 +138,13 @@ void reconstruction(const char* name, Likelihood likelihood) {
 
 void gates() {
   const Matrix pre(kRows, 4 * kCols), state(kRows, kCols), h(kRows, kCols), c(kRows, kCols), bias(1, 4 * kCols);
-  const Matrix hidden(kRows, 3 * kCols), kept(kRows, 4 * kCols, false);
+  const Matrix hidden(kRows, 3 * kCols), kept(kRows, 4 * kCols, false), c_out(kRows, kCols);
   const double of_state = state.bytes();
-  LstmGates lstm{kRows,      kCols, DType::Float, false,  pre.data, bias.data,
-                 bias.data, state.data, kCols, h.data, c.data,   kept.data};
+  LstmGates lstm{kRows,     kCols,      DType::Float, false,  pre.data,   bias.data,
+                 bias.data, state.data, kCols,        h.data, c_out.data, kept.data};
   report("LSTM gates forward", 11 * of_state, [&] { cuda::lstm_gates_forward(lstm, nullptr); });
-  LstmGatesBackward lstm_backward{kRows,      kCols, DType::Float, false,    h.data,       c.data, INFINITY, kept.data,
-                                  state.data, kCols, c.data,       pre.data, DType::Float, h.data};
+  LstmGatesBackward lstm_backward{kRows,     kCols,      DType::Float, false,      h.data,   c.data,       INFINITY,
+                                  kept.data, state.data, kCols,        c_out.data, pre.data, DType::Float, h.data};
   report("LSTM gates backward", 13 * of_state, [&] { cuda::lstm_gates_backward(lstm_backward, nullptr); });
   GruGates gru{kRows,     kCols,      DType::Float, GruStage::After, pre.data, hidden.data, bias.data,
                bias.data, state.data, kCols,        nullptr,         h.data,   kept.data};
@@ -178,17 +178,21 @@ void hamming(int64_t queries) {
   histogram.divide();
   const int64_t pairs = queries * histogram.segments;
   const Device<int32_t> counts(pairs * histogram.bins()), limits(queries), distances(queries * kNearest);
-  const Device<int64_t> starts(pairs), ties(pairs), indices(queries * kNearest);
-  histogram.counts = counts.data;
-  const HammingPlan plan{queries,     histogram.segments, histogram.bins(), kNearest,
-                         counts.data, limits.data,        starts.data,      ties.data};
+  const Device<int64_t> totals(queries * histogram.bins()), starts(pairs + 1), ties(pairs), indices(queries * kNearest);
+  histogram.k = kNearest, histogram.counts = counts.data, histogram.totals = totals.data;
+  const HammingPlan plan{queries,     histogram.segments, histogram.bins(), kNearest, counts.data,
+                         totals.data, limits.data,        starts.data,      ties.data};
   HammingFill fill{};
   static_cast<HammingCudaSearch&>(fill) = histogram;
   fill.limits = limits.data, fill.starts = starts.data, fill.ties = ties.data;
   fill.distances = distances.data, fill.indices = indices.data;
   const double of_codes = static_cast<double>(kCodes * kBytes);
   std::printf("hamming_topk, %lld queries\n", static_cast<long long>(queries));
-  report("  histogram", of_codes, [&] { cuda::hamming_histogram(histogram, nullptr); });
+  report("  histogram", of_codes, [&] {
+    cudaMemsetAsync(counts.data, 0, counts.count * sizeof(int32_t));
+    cudaMemsetAsync(totals.data, 0, totals.count * sizeof(int64_t));
+    cuda::hamming_histogram(histogram, nullptr);
+  });
   report("  plan", 4.0 * counts.count, [&] { cuda::hamming_plan(plan, nullptr); });
   report("  fill", of_codes, [&] { cuda::hamming_fill(fill, nullptr); });
 }

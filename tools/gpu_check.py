@@ -45,6 +45,11 @@ PROGRAMS = {
         "common/cuda/tensor_map.cu",
     ],
     "layer_on_gpu": [f"recurrent/cuda/layer{name}.cu" for name in ("", "_backward", "_dataflow", "_dataflow_backward")],
+    "elementwise_on_gpu": [
+        *(f"autoencoder/cuda/{name}.cu" for name in ("variational", "corruption", "penalties", "reconstruction")),
+        *(f"autoencoder/cuda/{name}.cu" for name in ("sparse_code_topk", "hashing_search")),
+        *(f"recurrent/cuda/{name}_cell.cu" for name in ("lstm", "gru")),
+    ],
 }
 NVCC = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
 
@@ -114,9 +119,11 @@ def build(run: Run) -> None:
 
 
 def kernels(run: Run) -> None:
-    """Attention's two families of kernels, and a layer's paths, against one another, without torch."""
+    """Attention's two families of kernels, and a layer's paths, against one another, and the times of what the memory
+    binds, without torch."""
     for name, kernels in PROGRAMS.items():
-        if run.only not in f"{name} recurrent":
+        families = sorted({kernel.split("/")[0] for kernel in kernels})
+        if run.only not in " ".join([name, *families]):
             continue
         program, sources = PROGRAMS_BUILT / name, [f"csrc/{kernel}" for kernel in kernels]
         options = ["-DLECT11EXT_SM90A", "-I", "csrc", "-I", "tools", "--threads", "8", "-o", str(program)]

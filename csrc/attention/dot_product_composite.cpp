@@ -100,8 +100,9 @@ class Composite {
   Tensor of_key(const OptionalTensor& t) const { return autograd::defined(t) ? spread(*t) : Tensor(); }
   Tensor of_lse(const OptionalTensor& t) const { return autograd::defined(t) ? t->to(type_).unsqueeze(-1) : Tensor(); }
   Tensor of_mask(const OptionalTensor& t) const {
-    return autograd::defined(t) ? at::where(barred_, at::zeros_like(p), t->to(type_)) : Tensor();
+    return autograd::defined(t) ? without_barred(t->to(type_)) : Tensor();
   }
+  Tensor without_barred(const Tensor& t) const { return at::where(barred_, at::zeros_like(p), t); }
   // Gradients as their inputs are.
   Tensor to_key(const Tensor& grad, const Tensor& like) const {
     if (!grad.defined()) return at::zeros_like(like);
@@ -252,7 +253,7 @@ Tensor given_lse_weights(const Composite& c, const Tensor& lse) {
   const Tensor given = lse.to(c.lse.scalar_type()).unsqueeze(-1);
   const Tensor none = at::logical_or(c.lse == -INFINITY, given == -INFINITY);
   const Tensor zero = at::zeros_like(c.lse), difference = at::where(none, zero, c.lse - given);
-  return at::where(none, at::zeros_like(c.p), c.p * at::exp(difference));
+  return at::where(none, at::zeros_like(c.p), c.without_barred(c.p * at::exp(difference)));
 }
 
 }  // namespace

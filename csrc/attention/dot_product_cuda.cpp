@@ -86,7 +86,7 @@ Gradients backward_tangent(const Inputs& in, const Tensor& output, const Tensor&
 
 }  // namespace on_cuda
 
-// Only derivatives of third order ask for it, so that a way over the host serves.
+// Only what goes through ATen asks for it, so that a way over the host serves.
 Tensor dropout_mask_cuda(const Tensor& key, c10::SymIntArrayRef size, double p) {
   return dropout_mask_cpu(key.cpu(), size, p).to(key.device());
 }

@@ -53,17 +53,19 @@ using namespace attention_op;
 
 const OptionalTensor kNone;
 
-Tensor cpu_weights(ATTENTION_WEIGHTS_PARAMETERS) {
+template <Tensor (*kernel)(const WeightsInputs&)>
+Tensor weights(ATTENTION_WEIGHTS_PARAMETERS) {
   const WeightsInputs w = ATTENTION_WEIGHTS_INPUTS(kNone);
   w.check();
-  return on_cpu::weights(w);
+  return kernel(w);
 }
 
-Gradients cpu_weights_backward(const Tensor& grad, ATTENTION_WEIGHTS_PARAMETERS, GradientMask mask) {
+template <Gradients (*kernel)(const Tensor&, const WeightsInputs&, GradientMask)>
+Gradients weights_backward(const Tensor& grad, ATTENTION_WEIGHTS_PARAMETERS, GradientMask mask) {
   const WeightsInputs w = ATTENTION_WEIGHTS_INPUTS(kNone);
   w.check();
   w.check_gradient(grad);
-  return on_cpu::weights_backward(grad, w, mask);
+  return kernel(grad, w, mask);
 }
 
 Tensor meta_weights(ATTENTION_WEIGHTS_PARAMETERS) {
@@ -96,9 +98,16 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
-  m.impl("attention_weights", cpu_weights);
-  m.impl("attention_weights_backward", cpu_weights_backward);
+  m.impl("attention_weights", weights<on_cpu::weights>);
+  m.impl("attention_weights_backward", weights_backward<on_cpu::weights_backward>);
 }
+
+#ifdef LECT11EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
+  m.impl("attention_weights", weights<composite_weights>);
+  m.impl("attention_weights_backward", weights_backward<composite_weights_backward>);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
   m.impl("attention_weights", meta_weights);

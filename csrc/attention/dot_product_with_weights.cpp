@@ -67,6 +67,15 @@ OutputsAndWeights cpu_with_weights(WITH_WEIGHTS_PARAMETERS) {
   return {output, lse, weights};
 }
 
+#ifdef LECT11EXT_WITH_CUDA
+OutputsAndWeights cuda_with_weights(WITH_WEIGHTS_PARAMETERS) {
+  const Inputs in = WITH_WEIGHTS_INPUTS(kNone);
+  in.check();
+  const auto [output, lse] = on_cuda::forward(in);
+  return {output, lse, composite_weights(weights_inputs(in, lse, average_heads))};
+}
+#endif
+
 OutputsAndWeights meta_with_weights(WITH_WEIGHTS_PARAMETERS) {
   const Inputs in = WITH_WEIGHTS_INPUTS(kNone);
   in.check();
@@ -108,6 +117,10 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
 
 TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { m.impl("attention_with_weights", attention_op::cpu_with_weights); }
 
+#ifdef LECT11EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { m.impl("attention_with_weights", attention_op::cuda_with_weights); }
+#endif
+
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) { m.impl("attention_with_weights", attention_op::meta_with_weights); }
 
 TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) { m.impl("attention_with_weights", attention_op::autograd_with_weights); }
@@ -115,6 +128,11 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) { m.impl("attention_with_weights", at
 TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
   m.impl("attention_with_weights",
          attention_op::autocast_with_weights<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
+  m.impl("attention_with_weights",
+         attention_op::autocast_with_weights<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
 }
 
 }  // namespace lect11ext

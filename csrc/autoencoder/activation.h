@@ -12,7 +12,7 @@ enum class Activation : int8_t { Identity, Relu, Sigmoid, Softplus, Tanh };
 
 // Calls f with the activation as a constant.
 template <class F>
-inline void with_activation(Activation activation, F f) {
+constexpr void with_activation(Activation activation, F f) {
   switch (activation) {
     case Activation::Identity: return f(std::integral_constant<Activation, Activation::Identity>());
     case Activation::Relu: return f(std::integral_constant<Activation, Activation::Relu>());

@@ -143,16 +143,30 @@ inline int64_t code_block(int64_t bytes) {
 // --- CUDA ---------------------------------------------------------------------------------------------------------
 
 // Both searches go over the codes twice: a count in each segment, from which follows what is taken of it and where that
-// goes, and a fill in ascending order of the index.
+// goes, and a fill in ascending order of the index of those segments that have something.
 struct HammingCudaSearch {
   int64_t bytes;
   CodeRows query, codes;
   int64_t segment, segments;
+
+  // Enough segments to fill the device, of enough codes that what goes with a segment is little.
+  void divide() {
+    constexpr int64_t kBlocks = 1024, kSharing = 8, kLeastCodes = 4096,
+                      kMostCodes = int64_t{1} << 30;  // int32_t counts
+    const int64_t wanted =
+        (kBlocks + query.count - 1) / query.count * (query.count < kSharing ? query.count : kSharing);
+    const int64_t even = (codes.count + wanted - 1) / wanted;
+    segment = even < kLeastCodes ? kLeastCodes : even > kMostCodes ? kMostCodes : even;
+    segments = codes.count > segment ? (codes.count + segment - 1) / segment : 1;
+  }
 };
 
-// How many codes there are at each distance.
+// How many codes there are at each distance: at those that are not beyond the k-th nearest of the query, while the
+// counts at others are anything.
 struct HammingHistogram : HammingCudaSearch {
+  int64_t k;
   int32_t* counts;  // written: queries × segments × bins(), zero at first
+  int64_t* totals;  // written: queries × bins(), sums over the segments; zero at first
 
   constexpr int64_t bins() const { return 8 * bytes + 1; }
 };
@@ -162,8 +176,9 @@ struct HammingHistogram : HammingCudaSearch {
 struct HammingPlan {
   int64_t queries, segments, bins, k;
   const int32_t* counts;  // read: queries × segments × bins
+  const int64_t* totals;  // read: queries × bins
   int32_t* limits;        // written: queries
-  int64_t* starts;        // written: queries × segments, where a segment's results begin
+  int64_t* starts;        // written: queries × segments, where a segment's results begin, and where the last ones end
   int64_t* ties;          // written: queries × segments, how many are taken at the limit
 };
 
@@ -175,7 +190,7 @@ struct HammingCount : HammingCudaSearch {
 struct HammingFill : HammingCudaSearch {
   int32_t limit;          // of all queries, where `limits` is null
   const int32_t* limits;  // read: queries
-  const int64_t* starts;  // read: queries × segments
+  const int64_t* starts;  // read: queries × segments + 1
   const int64_t* ties;    // read: queries × segments; null where nothing is taken at the limit
   int32_t* distances;     // written
   int64_t* indices;       // written

@@ -179,15 +179,11 @@ Ranges cpu_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
 // --- searches on CUDA ---------------------------------------------------------------------------------------------
 
 #ifdef LECT11EXT_WITH_CUDA
-// Enough segments to fill the device, of enough codes that what goes with a segment is little.
 void prepare(const Tensor& query, const Tensor& codes, HammingCudaSearch& args) {
-  constexpr int64_t kBlocks = 2048, kLeastCodes = 4096, kMostCodes = int64_t{1} << 30;  // which int32_t counts
   args.bytes = query.size(1);
   args.query = rows_of(query);
   args.codes = rows_of(codes);
-  const int64_t wanted = divide_up(kBlocks, args.query.count);
-  args.segment = std::clamp(divide_up(args.codes.count, wanted), kLeastCodes, kMostCodes);
-  args.segments = std::max<int64_t>(1, divide_up(args.codes.count, args.segment));
+  args.divide();
 }
 
 Pair cuda_topk(const Tensor& query, const Tensor& codes, int64_t k) {
@@ -196,16 +192,20 @@ Pair cuda_topk(const Tensor& query, const Tensor& codes, int64_t k) {
   prepare(query, codes, histogram);
   const int64_t n = histogram.query.count, segments = histogram.segments;
   const Tensor counts = at::zeros({n * segments * histogram.bins()}, query.options().dtype(at::kInt));
+  const Tensor totals = at::zeros({n * histogram.bins()}, query.options().dtype(at::kLong));
+  histogram.k = k;
   histogram.counts = counts.mutable_data_ptr<int32_t>();
+  histogram.totals = totals.mutable_data_ptr<int64_t>();
   cuda::hamming_histogram(histogram, stream);
 
-  const Tensor limits = scratch(n, query, at::kInt), starts = scratch(n * segments, query);
+  const Tensor limits = scratch(n, query, at::kInt), starts = scratch(n * segments + 1, query);
   const Tensor ties = scratch(n * segments, query);
   HammingPlan plan{n,
                    segments,
                    histogram.bins(),
                    k,
                    histogram.counts,
+                   histogram.totals,
                    limits.mutable_data_ptr<int32_t>(),
                    starts.mutable_data_ptr<int64_t>(),
                    ties.mutable_data_ptr<int64_t>()};

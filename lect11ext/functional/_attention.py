@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_variadic
 
 from .._errors import (
     NUMBER,
@@ -22,6 +21,7 @@ from .._errors import (
     wrong_type,
 )
 from .._load import _C
+from ._dispatch import is_overridden
 from .random import philox_key
 
 Window = tuple[int | None, int | None]
@@ -298,7 +298,7 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     check_softcap(options.softcap, query)
     args: tuple[Any, ...] = (query, key, value, mask, slopes, cu_seqlens_q, cu_seqlens_k, dropout_key, *options)
-    if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, value, mask):
+    if torch.compiler.is_compiling() or is_overridden(query, key, value, mask):
         return torch.ops.lect11ext.attention(*args)
     try:
         return _C.attention(*args)
@@ -321,7 +321,7 @@ def call_weights(
 ) -> Tensor:
     check_softcap(options.softcap, query)
     args: tuple[Any, ...] = (query, key, lse, mask, slopes, dropout_key, *options, average_heads)
-    if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, lse, mask):
+    if torch.compiler.is_compiling() or is_overridden(query, key, lse, mask):
         return torch.ops.lect11ext.attention_weights(*args)
     try:
         return _C.attention_weights(*args)
@@ -344,6 +344,6 @@ def call_with_weights(
     average_heads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     args: tuple[Any, ...] = (query, key, value, mask, slopes, dropout_key, *options, average_heads)
-    if torch.compiler.is_compiling() or has_torch_function_variadic(query, key, value, mask):
+    if torch.compiler.is_compiling() or is_overridden(query, key, value, mask):
         return torch.ops.lect11ext.attention_with_weights(*args)
     return _C.attention_with_weights(*args)

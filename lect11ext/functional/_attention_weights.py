@@ -206,7 +206,7 @@ class _Weights:
         if key.size(1) == rows.size(1):
             scores = rows @ key.transpose(2, 3)
         else:  # heads that share keys are rows of one product
-            together = rows.unflatten(1, (key.size(1), -1)).flatten(2, 3)
+            together = torch.unflatten(rows, 1, (key.size(1), -1)).flatten(2, 3)
             scores = (together @ key.transpose(2, 3)).view(*rows.shape[:3], key.size(2))
         if options.softcap is not None:
             scores = options.softcap * scores.tanh() - _of_rows(self.lse, first, last)
@@ -246,7 +246,7 @@ def _seen(query: Tensor, key: Tensor, mask: Tensor | None, options: Options) -> 
 def _used(seen: Tensor, group: int) -> Tensor:
     """[batch or 1, key heads or 1, keys]: the keys that any query sees."""
     used = seen.any(-2)
-    return used if group == 1 or used.size(1) == 1 else used.unflatten(1, (-1, group)).any(2)
+    return used if group == 1 or used.size(1) == 1 else torch.unflatten(used, 1, (-1, group)).any(2)
 
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from .._errors import TENSOR, check_type
 from .._load import _C
 from . import _attention as common
 from ._attention import Window
+from ._dispatch import is_overridden
 
 
 def scaled_dot_product_attention(
@@ -109,8 +109,8 @@ def scaled_dot_product_attention(
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and causal_alignment == "top_left"
         and type(is_causal) is type(enable_gqa) is bool
-        and not has_torch_function_variadic(query, key, value)
         and not torch.compiler.is_compiling()
+        and not is_overridden(query, key, value)
         and _fit(query, key, value, enable_gqa)
     ):
         out = _C.attention(

@@ -118,7 +118,7 @@ def _centre(query: Tensor, key: Tensor, group: int) -> Tensor:
     """The mean of the queries that meet a key: as many heads and batches as key has, or one."""
     centre = torch.where(query.isfinite(), query, 0).detach().mean(-2, keepdim=True)
     if group > 1:
-        centre = centre.unflatten(-3, (query.size(-3) // group, group)).mean(-3)
+        centre = torch.unflatten(centre, -3, (query.size(-3) // group, group)).mean(-3)
     for dim in range(-3, -1 - centre.dim(), -1):
         if (key.size(dim) if key.dim() >= -dim else 1) == 1 != centre.size(dim):
             centre = centre.mean(dim, keepdim=True)

@@ -37,7 +37,7 @@ def merged_masks(
     if attn_mask is not None:
         whole = (batch * heads, queries, keys)
         _check_mask("attn_mask", attn_mask, query, (queries, keys), whole)
-        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else torch.unflatten(attn_mask, 0, (batch, heads)))
     if band is not None:
         left, right = band
         offsets = torch.arange(keys, device=query.device) - torch.arange(queries, device=query.device)[:, None]

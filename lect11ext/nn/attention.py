@@ -289,7 +289,7 @@ class MultiheadAttention(nn.Module):
         def projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             x = linear(x, weight, bias)
             # Not −1 heads: of no elements it might be any number.
-            return arrange(x.unflatten(-1, (weight.size(0) // self.head_dim, self.head_dim)))
+            return arrange(torch.unflatten(x, -1, (weight.size(0) // self.head_dim, self.head_dim)))
 
         if self.q_proj_weight is None:
             weight, rows = self.in_proj_weight, self.embed_dim

@@ -221,6 +221,7 @@ def test_more_batch_dimensions_than_a_struct_holds() -> None:
     check_both([args[0], args[1][:, :1].detach().requires_grad_(), *args[2:]])
 
 
+@pytest.mark.cpu  # of a GPU all memory is there that is asked for
 def test_offsets_beyond_32_bits() -> None:
     args = operands((3,), 3, 5, 16, 16, torch.float32)
     for position in range(3):

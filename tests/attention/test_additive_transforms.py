@@ -144,6 +144,7 @@ def peak_bytes() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
+@pytest.mark.cpu  # measures the process
 def test_memory_stays_small() -> None:
     """Forward and backward of 2000 · 2000 · 64 pairs and units, a gigabyte in float32."""
     try:

@@ -168,7 +168,8 @@ def test_one_huge_score_late(dtype: torch.dtype) -> None:
     for at in (0, 299, 150):
         query, key, value = (x.detach() for x in operands(Sizes(1, 1, 1, 7, 300, 16, 16), dtype))
         key[:, :, at] = query[:, :, 3] * 8
-        compare([query.requires_grad_(), key.requires_grad_(), value.requires_grad_()])
+        # Of a query that sees little but one key, gradients of scores are what the output's rounding makes of them.
+        compare([query.requires_grad_(), key.requires_grad_(), value.requires_grad_()], low_slack=8.0)
 
 
 def test_calls_from_several_threads_at_once(dtype: torch.dtype) -> None:
@@ -211,9 +212,8 @@ def test_against_torch(dtype: torch.dtype, device: str) -> None:
         torch.testing.assert_close(sdpa(*args, enable_gqa=True, **options), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_strides_beyond_32_bits(device: str) -> None:
-    if device != "cpu":
-        pytest.skip("needs memory that is not touched")
+@pytest.mark.cpu  # of a GPU all memory is there that is asked for
+def test_strides_beyond_32_bits() -> None:
     near = [x.detach() for x in operands(Sizes(2, 1, 1, 3, 70, 4, 4), torch.bfloat16)]
     mask = torch.randn(2, 1, 3, 70).bfloat16()
     space = room(2**32 + 2**26, torch.bfloat16)
@@ -265,11 +265,13 @@ def megabytes(length: int, derivatives: bool, options: dict[str, Any]) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.cpu  # measures the process
 def test_long_sequences_in_little_memory() -> None:
     """All derivatives of 2^15 positions: one byte for each pair would be 1 GiB."""
     assert megabytes(2**15, True, {"window": (70, 70)}) < 120
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_long_sequences_that_see_everything() -> None:
     assert megabytes(2**15, False, {"is_causal": True}) < 120

@@ -14,7 +14,20 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 
-from .cases import GRADIENTS, KEY, Sizes, finite, float_mask, judge, op_arguments, operands, plain_sdpa, sdpa, wide
+from .cases import (
+    GRADIENTS,
+    KEY,
+    Sizes,
+    at_least,
+    finite,
+    float_mask,
+    judge,
+    op_arguments,
+    operands,
+    plain_sdpa,
+    sdpa,
+    wide,
+)
 
 attention = torch.ops.lect11ext.attention
 BOTTOM = {"causal_alignment": "bottom_right"}
@@ -116,7 +129,8 @@ def test_second_order_of_large_ones(sizes: Sizes, name: str, dtype: torch.dtype)
         args.append(float_mask(1, sizes.heads, 1, sizes.keys, dtype=dtype).requires_grad_())
     terms = sum(sizes[3:])
     ways = ((sdpa, args), (plain_sdpa, args), (plain_sdpa, wide(args)))
-    results = [second_order(bound(f, **options), a) for f, a in ways]
+    # Where a query sees a few keys alone, much cancels to less than what the output's and its tangent's rounding makes.
+    results = [[at_least(x, 1.0) for x in second_order(bound(f, **options), a)] for f, a in ways]
     # A product of two tangents is rounded at each of its factors.
     judge(*results, terms=terms**2, low_slack=8.0)
 

@@ -108,6 +108,19 @@ def test_subclasses_and_function_modes_see_the_call() -> None:
     assert watch.seen.count("lect11ext.attention") == 2
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """It is a function mode, but none that has to see the call."""
+    x = torch.randn(1, 2, 3, 4)
+    with torch.device("meta"):
+        assert torch.equal(sdpa(x, x, x), sdpa(x, x, x, x.new_zeros(3)))
+        assert type(sdpa(x.as_subclass(Tagged), x, x)) is Tagged
+        with pytest.raises(TypeError, match="score_weight must be a Tensor, but got NoneType"):
+            functional.additive_attention(x, x, x, None)  # type: ignore[arg-type]
+        with Watch() as watch:
+            sdpa(x, x, x)
+    assert "lect11ext.attention" in watch.seen
+
+
 def test_autocast() -> None:
     query, key, value = operands((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), grad=False)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):

@@ -113,7 +113,7 @@ def test_mixed_types_are_torchs_error_but_autocasts_business() -> None:
     with sdpa():
         with pytest.raises(RuntimeError, match="same dtype"):
             F.scaled_dot_product_attention(query, key, value)
-        with torch.autocast(torch.get_default_device().type):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             assert F.scaled_dot_product_attention(query, key, value).dtype == torch.bfloat16
 
 
@@ -300,6 +300,7 @@ def test_registered_but_not_active() -> None:
     assert attention.current_flash_attention_impl() != name
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("queries", [7, 4])
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_op(causal: bool, queries: int) -> None:
@@ -320,6 +321,7 @@ def test_flash_op(causal: bool, queries: int) -> None:
         flash(*args)
 
 
+@pytest.mark.cpu
 def test_flash_op_with_dropout() -> None:
     args = inputs(1, 2, 6, 4, dtype=torch.float64)
     handle = _flash._Handle("CPU")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lect11ext import nn
 from tests.attention.test_multihead import CONSTRUCTIONS, E, H, L, N
+from tests.helpers import HERE
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0, 0), (0, 0, 0)], ids=str)
@@ -142,12 +143,12 @@ def jagged(*lengths: int) -> Any:
         (
             lambda m: m(X, X, X, key_padding_mask=torch.zeros(N, L, device="meta") > 0),
             RuntimeError,
-            "on the same device, but key_padding_mask is on meta and query on cpu",
+            f"on the same device, but key_padding_mask is on meta and query on {HERE}",
         ),
         (
             lambda m: m(X, X, X, attn_mask=torch.zeros(L, L, device="meta")),
             RuntimeError,
-            "on the same device, but attn_mask is on meta and query on cpu",
+            f"on the same device, but attn_mask is on meta and query on {HERE}",
         ),
         (lambda m: m(X, jagged(3, 1, 2), X), ValueError, "query, key and value must all be nested tensors, or none"),
         (lambda m: m(X, X, jagged(3, 1, 2)), ValueError, "query, key and value must all be nested tensors, or none"),

@@ -187,6 +187,7 @@ def test_large_scores() -> None:
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.cpu  # elsewhere two functions, of which the second is plain PyTorch
 def test_the_module_takes_it() -> None:
     from lect11ext.nn import MultiheadAttention
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from lect11ext import functional, nn, reference
-from tests.helpers import Tagged, Watch, seeded
+from tests.helpers import HERE, Tagged, Watch, default_generator, seeded
 
 KEY = torch.tensor([11, 0])
 corrupt = functional.corrupt
@@ -212,21 +212,21 @@ def test_module(kind: str, amount: float) -> None:
     assert torch.equal(corruption(x, generator=seeded(3)), first)
     assert torch.equal(functional_call(corruption, {}, (x,), {"key": KEY}), output)
     assert not list(corruption.state_dict())
-    before = torch.get_rng_state()
+    before = default_generator().get_state()
     corruption.eval()
     assert corruption(x) is x
     same, nothing = corruption(x, return_mask=True)
     assert same is x and nothing.dtype == torch.bool and not nothing.any()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(default_generator().get_state(), before)
     ends = ", low=-1.0, high=2.0" if kind == "salt_and_pepper" else ""
     assert repr(corruption) == f"Corruption({kind!r}, amount={amount}{ends})"
 
 
 def test_a_module_is_made_without_drawing() -> None:
-    before = torch.get_rng_state()
+    before = default_generator().get_state()
     with torch.device("meta"):
         nn.Corruption("masking", 0.5)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(default_generator().get_state(), before)
     for options, error, message in [
         ({"kind": "pepper", "amount": 0.1}, ValueError, "kind must be one of"),
         ({"kind": "masking", "amount": 1.1}, ValueError, "amount must be between 0 and 1"),
@@ -276,16 +276,16 @@ M = torch.zeros(3, 4)
             r"key must be an int64 tensor \[seed, offset\], but got I",
         ),
         ((M, "masking", 0.1), {"key": torch.tensor([1, 2, 3])}, ValueError, r"key must have shape \[2\]"),
-        ((M, "masking", 0.1), {"key": KEY.to("meta")}, RuntimeError, "Expected key to be on cpu"),
+        ((M, "masking", 0.1), {"key": KEY.to("meta")}, RuntimeError, f"Expected key to be on {HERE}"),
     ],
 )
 def test_errors_name_the_argument_and_draw_nothing(
     arguments: Any, options: Any, error: type[Exception], message: str
 ) -> None:
-    before = torch.get_rng_state()
+    before = default_generator().get_state()
     with pytest.raises(error, match=message):
         corrupt(*arguments, **options)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(default_generator().get_state(), before)
 
 
 def test_errors_of_the_backward_name_its_argument() -> None:

@@ -52,6 +52,7 @@ def test_subclasses_are_left() -> None:
     assert convert(OwnCell(5, 4))[1] == revert(OwnLSTM(5, 4))[1] == Report()
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:torch.quantize_per", "ignore:.*deprecated")
 def test_quantized_and_scripted_modules_are_left() -> None:
     dynamic = torch.ao.nn.quantized.dynamic

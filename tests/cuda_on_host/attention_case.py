@@ -248,9 +248,16 @@ class Attention:
 
         return of
 
-    def backward(self, kernels: Kernels, *, name: str = "attention_backward", **fields: Any) -> dict[str, Tensor]:
+    def backward(
+        self,
+        kernels: Kernels,
+        *,
+        name: str = "attention_backward",
+        saved: tuple[Tensor, Tensor] | None = None,
+        **fields: Any,
+    ) -> dict[str, Tensor]:
         """Gradients of everything; `fields` replace arguments, None leaves one out."""
-        out, lse = self.saved()
+        out, lse = saved or self.saved()
         outputs: dict[str, Rows | Output] = {}
         for operand_name in ("query", "key", "value"):
             if fields.get(f"grad_{operand_name}", True) is None:

@@ -61,13 +61,13 @@ class HammingCudaSearch(Structure):
 
 
 class HammingHistogram(HammingCudaSearch):
-    _fields_ = [("counts", c_void_p)]
+    _fields_ = [("k", c_int64), ("counts", c_void_p), ("totals", c_void_p)]
 
 
 class HammingPlan(Structure):
     _fields_ = [
         *[(name, c_int64) for name in ("queries", "segments", "bins", "k")],
-        *[(name, c_void_p) for name in ("counts", "limits", "starts", "ties")],
+        *[(name, c_void_p) for name in ("counts", "totals", "limits", "starts", "ties")],
     ]
 
 

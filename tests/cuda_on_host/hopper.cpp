@@ -43,6 +43,17 @@ struct Copy {
   uint32_t to, barrier;
   CUtensorMap map;
   int corner[4];
+  const void* from;  // of bytes one behind the other, so many, and not of the map
+  int bytes;
+};
+
+// From shared memory to floats, done as late as its thread's wait allows.
+struct Put {
+  unsigned thread;
+  float* to;
+  uint32_t from;
+  int count;
+  bool adds;
 };
 
 struct Named {
@@ -73,6 +84,7 @@ struct Warpgroup {
 
 struct Block {
   std::vector<Copy> copies;
+  std::vector<Put> puts;
   std::vector<uint32_t> barriers;
   Named named[kMostNamed];
   std::deque<Warpgroup> warpgroups;  // which stay where they are when others come
@@ -105,7 +117,18 @@ void end_phase(SharedBarrier& barrier) {
 // The 128-byte permutation, of addresses.
 uint32_t permuted(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
+void count_bytes(uint32_t address, int bytes) {
+  SharedBarrier& barrier = barrier_at(address);
+  barrier.bytes -= bytes;
+  require(barrier.bytes >= 0, "more bytes came than a barrier was told of");
+  end_phase(barrier);
+}
+
 void copy(const Copy& c) {
+  if (c.from != nullptr) {
+    std::memcpy(shared_at(c.to, static_cast<std::size_t>(c.bytes)), c.from, static_cast<std::size_t>(c.bytes));
+    return count_bytes(c.barrier, c.bytes);
+  }
   const CUtensorMap& map = c.map;
   const int rows = static_cast<int>(map.box[1]), bytes = static_cast<int>(map.box[0]) * 2;
   constexpr int kPiece = 16, kElements = 8;
@@ -123,10 +146,7 @@ void copy(const Copy& c) {
       else std::memset(to, 0, kPiece);
     }
   }
-  SharedBarrier& barrier = barrier_at(c.barrier);
-  barrier.bytes -= rows * bytes;
-  require(barrier.bytes >= 0, "more bytes came than a barrier was told of");
-  end_phase(barrier);
+  count_bytes(c.barrier, rows * bytes);
 }
 
 void copy_those_of(uint32_t barrier) {
@@ -189,13 +209,15 @@ void take(const PendingProduct& pending) {
   } else {
     const Descriptor d(product.a);
     for (uint32_t row = 0; row < kRows; ++row) {
-      for (uint32_t k = 0; k < kDepth; ++k) a[row][k] = number(product.brain, d.at(row / 8, row % 8, 0, k));
+      for (uint32_t k = 0; k < kDepth; ++k) {
+        a[row][k] = number(product.brain, product.down ? d.at(k / 8, k % 8, 0, row) : d.at(row / 8, row % 8, 0, k));
+      }
     }
   }
   const Descriptor d(product.b);
   for (uint32_t column = 0; column < static_cast<uint32_t>(product.columns); ++column) {
     for (uint32_t k = 0; k < kDepth; ++k) {
-      b[k][column] = number(product.brain, product.registers
+      b[k][column] = number(product.brain, product.registers || product.down
                                                ? d.at(k / 8, k % 8, column / 64 * d.leading, column % 64)  // MN-major
                                                : d.at(column / 8, column % 8, 0, k));
     }
@@ -218,7 +240,7 @@ void take(const PendingProduct& pending) {
 void hopper_begins() { state = Block{}; }
 
 void hopper_ends() {
-  require(state.copies.empty(), "a block ends before its copies");
+  require(state.copies.empty() && state.puts.empty(), "a block ends before its copies");
   for (const uint32_t address : state.barriers) {
     const SharedBarrier& barrier = barrier_at(address);
     require(barrier.missing == barrier.arrivals && barrier.bytes == 0, "a block ends with a barrier half full");
@@ -275,8 +297,36 @@ void named_barrier(int id, int threads, bool waits) {
 void load_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, const int (&corner)[4]) {
   require(map.mark == kTensorMapMark, "a tensor map was not made");
   require(to % 1024 == 0, "a box does not begin at a multiple of 1024 bytes");
-  state.copies.push_back({to, barrier, map, {corner[0], corner[1], corner[2], corner[3]}});
+  state.copies.push_back({to, barrier, map, {corner[0], corner[1], corner[2], corner[3]}, nullptr, 0});
   if (blockIdx.x % 2 == 0) copy_those_of(barrier);
+}
+
+void load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
+  require((to | reinterpret_cast<uintptr_t>(from) | static_cast<unsigned>(bytes)) % 16 == 0, "a copy is not aligned");
+  state.copies.push_back({to, barrier, {}, {}, from, bytes});
+  if (blockIdx.x % 2 == 0) copy_those_of(barrier);
+}
+
+void put_floats(float* to, uint32_t from, int count, bool adds) {
+  require((from | reinterpret_cast<uintptr_t>(to) | static_cast<unsigned>(4 * count)) % 16 == 0,
+          "a copy is not aligned");
+  state.puts.push_back({threadIdx.x, to, from, count, adds});
+}
+
+// What is only known to be read is done too: nothing can show that it is not there.
+void floats_written(bool) {
+  wait_until_idle();  // what may overwrite them does it now
+  std::erase_if(state.puts, [](const Put& put) {
+    if (put.thread != threadIdx.x) return false;
+    const auto* const from = reinterpret_cast<const float*>(shared_at(put.from, sizeof(float) * put.count));
+    for (int i = 0; i < put.count; ++i) put.to[i] = put.adds ? put.to[i] + from[i] : from[i];
+    return true;
+  });
+}
+
+// Blocks run one after another: what neither an earlier one nor a thread of this one does never happens.
+void count_wait(const int* counter, int least) {
+  wait_until([=] { return *counter == least; });
 }
 
 void set_registers(int count, bool more) {
@@ -295,7 +345,8 @@ void wgmma(const Product& product, float* sums, const uint32_t* words) {
   if (group.pending.size() == n) group.pending.push_back({product, 0, {}, {}});
   PendingProduct& pending = group.pending[n];
   require(pending.product.a == product.a && pending.product.b == product.b &&
-              pending.product.registers == product.registers && pending.product.columns == product.columns,
+              pending.product.registers == product.registers && pending.product.columns == product.columns &&
+              pending.product.down == product.down,
           "threads of a warpgroup start different products");
   const unsigned own = threadIdx.x % kWarpgroupThreads;
   ++pending.started;

@@ -55,6 +55,15 @@ def test_backward(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
     check(case, case.backward(kernels), expected)
 
 
+def test_sums_of_float32_are_not_cut(kernels: Kernels) -> None:
+    """Tensor cores cut what they add: with one key, whose weights are all one, that is most of a gradient's error."""
+    case = Attention(queries=193, keys=1, dim=7, value_dim=65, heads=1, kv_heads=1)
+    wide = case.wide()
+    expected = case.gradients(wide["grad_out"], wide["grad_lse"])(*(wide[n] for n in case.inputs()))
+    for found, wanted in zip(case.backward(kernels).values(), expected, strict=True):
+        near(found, wanted, F32, 1.5)
+
+
 @pytest.mark.parametrize("missing", ["grad_out", "grad_lse", "grad_query", "grad_key", "grad_value"])
 def test_what_is_not_given_or_asked_for(kernels: Kernels, missing: str) -> None:
     case = Attention()

@@ -25,6 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "many tiles, and others behind them": {"queries": 180, "keys": 390, "heads": 4, "kv_heads": 4},
     "groups": {"queries": 40, "keys": 130, "heads": 4, "kv_heads": 2, "batch": 2},
     "causal": {"queries": 300, "keys": 300, "window": CAUSAL, **ONE},
+    "causal, groups": {"queries": 260, "keys": 260, "window": CAUSAL, "heads": 4, "kv_heads": 2},
     "causal at the bottom": {"queries": 100, "keys": 330, "window": CAUSAL, "bottom_right": True, **ONE},
     "causal, more queries": {"queries": 300, "keys": 127, "window": CAUSAL, "bottom_right": True, **ONE},
     "causal, more keys": {"queries": 20, "keys": 200, "window": CAUSAL},
@@ -44,15 +45,15 @@ CASES = [
 
 
 @pytest.fixture
-def asked_for(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LECT11EXT_ATTENTION_HOPPER", "1")
+def right_device(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("LECT11EXT_ATTENTION_HOPPER", raising=False)
     kernels.library.set_device(2, 227 * 1024, 9)  # blocks of the forward, which take all the tiles
     yield
     kernels.library.set_device(1, 227 * 1024, 8)
 
 
 @pytest.fixture
-def hopper(kernels: Kernels, asked_for: None) -> Iterator[Kernels]:
+def hopper(kernels: Kernels, right_device: None) -> Iterator[Kernels]:
     made = kernels.library.tensor_maps_made()
     yield kernels
     assert kernels.library.tensor_maps_made() > made, "other kernels were taken"
@@ -161,20 +162,20 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_kernels_take_the_rest(kernels: Kernels, asked_for: None, name: str) -> None:
+def test_other_kernels_take_the_rest(kernels: Kernels, right_device: None, name: str) -> None:
     made = kernels.library.tensor_maps_made()
     fields = {"dtype": BF16, "dim": 64, "value_dim": 64, "queries": 20, **OTHERS[name]}
     check_forward(kernels, Attention(**fields))
     assert kernels.library.tensor_maps_made() == made
 
 
-@pytest.mark.parametrize("missing", ["the wish", "the device", "strides"])
+@pytest.mark.parametrize("missing", ["the leave", "the device", "strides"])
 def test_where_they_are_not_taken(
-    kernels: Kernels, asked_for: None, monkeypatch: pytest.MonkeyPatch, missing: str
+    kernels: Kernels, right_device: None, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     made = kernels.library.tensor_maps_made()
     case = make(64, dtype=BF16, queries=20, batch=2)
-    if missing == "the wish":
+    if missing == "the leave":
         monkeypatch.setenv("LECT11EXT_ATTENTION_HOPPER", "0")
     elif missing == "the device":
         kernels.library.set_device(1, 227 * 1024, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -97,6 +98,52 @@ def test_one_query_is_cut_along_the_keys(kernels: Kernels, heads: int, dtype: to
         kernels.library.set_device(1, 227 * 1024, 8)
 
 
+@pytest.fixture(params=[1, 20], ids=lambda n: f"{n} multiprocessors")
+def cut(request: pytest.FixtureRequest, kernels: Kernels) -> Iterator[None]:
+    """Keys as a whole, and cut among blocks."""
+    kernels.library.set_device(request.param, 227 * 1024, 9)
+    yield
+    kernels.library.set_device(1, 227 * 1024, 8)
+
+
+def whole_numbers(*size: int) -> Tensor:
+    return torch.randint(-9, 10, size).float()
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+@pytest.mark.parametrize("size", [1.0, 2.0**8, 2.0**14, 2.0**40])
+def test_huge_scores(kernels: Kernels, size: float, dtype: torch.dtype) -> None:
+    """Whole numbers, so that the scores are exact, and far apart."""
+    case = Attention(dtype=dtype, queries=33, keys=300, dim=8, scale=1.0)
+    for same_sign in (False, True):
+        query, key = whole_numbers(1, 2, 33, 8), whole_numbers(1, 2, 300, 8)
+        query, key = (query.abs(), key.abs()) if same_sign else (query, key)
+        case.tensors |= {"query": case.spaced((query * size).to(dtype)), "key": case.spaced(key.to(dtype))}
+        check_forward(kernels, case)
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("size", [1e2, 1e6, 1e12])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_the_backward_makes_the_weights_that_the_forward_had(
+    kernels: Kernels, queries: int, size: float, dtype: torch.dtype
+) -> None:
+    """However large scores are, and though they are rounded: those of a query sum to one."""
+    if dtype == F16 and size > 1e2:
+        pytest.skip("beyond its range")
+    case = Attention(dtype=dtype, queries=queries, keys=250, dim=64, heads=1, kv_heads=1)
+    case.tensors["key"] *= size
+    case.tensors["grad_out"].fill_(1.0)
+    grads = case.backward(kernels, saved=case.forward(kernels))
+    assert all(g.isfinite().all() for g in grads.values())
+    total = grads["value"][0, 0].double().sum(0)
+    torch.testing.assert_close(
+        total, torch.full_like(total, queries), rtol=1e-4 if dtype in (F32, F64) else 1e-2, atol=0
+    )
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 def test_little_shared_memory(kernels: Kernels, dtype: torch.dtype) -> None:
     kernels.library.set_device(1, 99 * 1024, 8)
@@ -122,9 +169,11 @@ def test_what_nobody_sees_may_be_nan(kernels: Kernels, mask: str | None, dtype: 
     check_forward(kernels, case)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_mask_of_the_least_number_is_no_bar(kernels: Kernels, dtype: torch.dtype) -> None:
-    case = Attention(dtype=dtype, mask="storage", queries=5, keys=70, mask_size=(1, 1, 5, 70))
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+@pytest.mark.parametrize("keys", [70, 140])
+def test_a_mask_of_the_least_number_is_no_bar(kernels: Kernels, keys: int, dtype: torch.dtype) -> None:
+    case = Attention(dtype=dtype, mask="storage", queries=5, keys=keys, mask_size=(1, 1, 5, keys))
     case.tensors["mask"].zero_()
     case.tensors["mask"][:, :, 1:3, 9:] = torch.finfo(dtype).min
     case.tensors["mask"][:, :, 3] = torch.finfo(dtype).min  # alone: scores are lost beside it, and all keys count alike
@@ -133,6 +182,20 @@ def test_a_mask_of_the_least_number_is_no_bar(kernels: Kernels, dtype: torch.dty
     assert lse[:, :, 3].isfinite().all()
     case.tensors["mask"][:, :, 3] = 0
     check_forward(kernels, case)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1.0, -1.0])
+def test_the_greatest_values(kernels: Kernels, value: float, dtype: torch.dtype) -> None:
+    """Infinity, and numbers near the type's greatest, which TF32 would round to infinity."""
+    case = Attention(dtype=dtype, queries=9, keys=50)
+    case.tensors["value"][:, :, 5, ::2] = value if math.isinf(value) else value * 0.9999 * torch.finfo(dtype).max
+    case.tensors["value"][:, :, 17, 1::2] = value
+    out, _ = case.forward(kernels)
+    if math.isinf(value):
+        assert (out == value).all()
+    else:
+        check_forward(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

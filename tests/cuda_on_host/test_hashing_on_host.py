@@ -119,12 +119,14 @@ def topk(kernels: Kernels, query: Tensor, codes: Tensor, k: int, segment: int) -
     fields = search_fields(query, codes, segment)
     n, segments, bins = query.size(0), fields["segments"], 8 * query.size(1) + 1
     counts, limits = Integers(n, segments, bins, dtype=torch.int32), Integers(n, dtype=torch.int32)
-    counts.tensor.zero_()
-    kernels.hamming_histogram(**fields, counts=counts.tensor)
-    starts, ties = (Integers(n, segments, dtype=torch.int64) for _ in range(2))
+    totals = Integers(n, bins, dtype=torch.int64)
+    for sums in (counts, totals):
+        sums.tensor.zero_()
+    kernels.hamming_histogram(**fields, k=k, counts=counts.tensor, totals=totals.tensor)
+    starts, ties = Integers(n * segments + 1, dtype=torch.int64), Integers(n, segments, dtype=torch.int64)
     kernels.hamming_plan(
-        queries=n, segments=segments, bins=bins, k=k, counts=counts.checked(), limits=limits.tensor,
-        starts=starts.tensor, ties=ties.tensor,
+        queries=n, segments=segments, bins=bins, k=k, counts=counts.checked(), totals=totals.checked(),
+        limits=limits.tensor, starts=starts.tensor, ties=ties.tensor,
     )  # fmt: skip
     distances, indices = Integers(n, k, dtype=torch.int32), Integers(n, k, dtype=torch.int64)
     kernels.hamming_fill(

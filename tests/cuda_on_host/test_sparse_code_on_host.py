@@ -91,6 +91,16 @@ def test_topk_takes_no_tie_too_many(kernels: Kernels, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [9000, 9003])  # the second: rows that are not aligned
+def test_topk_of_long_rows(kernels: Kernels, dtype: torch.dtype, n: int) -> None:
+    # Most rows are done by a bound; where the largest lie in few threads' shares, or are equal, it is low.
+    clustered = torch.rand(n).index_add_(0, torch.arange(0, n, 512), torch.ones(len(range(0, n, 512))))
+    x = torch.stack([torch.randn(n), clustered, torch.rand(n).round_(), torch.arange(n).float()]).to(dtype)
+    for k in (32, 256, 257):
+        assert torch.equal(topk(kernels, x, k, False)[1], reference.topk_code(x, k)[1]), k
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scatter(kernels: Kernels, dtype: torch.dtype) -> None:
     values = torch.randn(300, 4).to(dtype)
     indices = torch.stack([torch.randperm(9)[:4] for _ in range(300)])

@@ -163,7 +163,9 @@ struct DerivativeTiles {
     Source sources[kRowTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) sources[m] = source(sequence, row_kind, m, spot, lane);
-    multiply_rows(sums, sources, stage_at(stage) + plan_.columns.of[column_kind], plan_.shape[column_kind % 2], lane);
+    // Scores are to have the bits that they had in the forward, whose rows are queries.
+    multiply_rows<kKeysAreRows>(sums, sources, stage_at(stage) + plan_.columns.of[column_kind],
+                                plan_.shape[column_kind % 2], lane);
   }
 
   const DerivativeArgs& args_;

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   Forward<S, kWidth, kPlain>(args, plan, dynamic_shared).run();
 }
 
-// A warp a row: out = Σ 2^(lse_s − lse) · out_s over the splits, in their order.
+// A warp a row: out = Σ e^(m_s − m) · out_s / Σ e^(m_s − m) · l_s over the splits, in their order.
 template <class S>
 __global__ void __launch_bounds__(kMostThreads, 1)
     merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ ForwardPlan plan) {
@@ -22,16 +22,21 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const Lane lane;
   const int64_t rows = args.batch * args.heads * args.queries;
   const int64_t step = int64_t{gridDim.x} * kMostWarps;
-  const C* const lses = static_cast<const C*>(plan.partial_lse);
+  const C* const maxima = static_cast<const C*>(plan.partial_largest);
+  const C* const sums = static_cast<const C*>(plan.partial_sum);
   const C* const outs = static_cast<const C*>(plan.partial_out);
+  const C unit = C(plan.unit), kept = C(kept_weight(args));
   for (int64_t row = int64_t{blockIdx.x} * kMostWarps + lane.warp; row < rows; row += step) {
     C largest = -infinity<C>(), sum = 0;
 #pragma unroll 1
-    for (int64_t s = 0; s < plan.splits; ++s) largest = std::fmax(largest, lses[s * rows + row]);
-    const bool none = largest == -infinity<C>();
-    const auto weight = [&](int64_t s) { return none ? C(0) : std::exp(lses[s * rows + row] - largest); };
-    for (int64_t s = 0; s < plan.splits; ++s) sum += weight(s);
-    if (lane.lane == 0) static_cast<C*>(args.lse)[row] = none ? largest : largest + std::log(sum);
+    for (int64_t s = 0; s < plan.splits; ++s) largest = std::fmax(largest, maxima[s * rows + row]);
+    const C base = largest == -infinity<C>() ? C(0) : largest;
+    const auto weight = [&](int64_t s) { return std::exp((maxima[s * rows + row] - base) * unit); };
+    for (int64_t s = 0; s < plan.splits; ++s) sum += weight(s) * sums[s * rows + row];
+    const bool none = sum == 0;
+    if (lane.lane == 0) {
+      static_cast<C*>(args.lse)[row] = none ? -infinity<C>() : rounded_product(largest, unit) + std::log(sum);
+    }
     const int64_t head_of_all = divide(row, args.queries), batch = divide(head_of_all, args.heads);
     const int64_t head = head_of_all - batch * args.heads, query = row - head_of_all * args.queries;
     S* const out = static_cast<S*>(args.out) + batch * args.out_strides.batch + head * args.out_strides.head +
@@ -42,7 +47,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         // A part of no key has weight zero and zeros; one of NaN has them everywhere.
         value += weight(s) * outs[(s * rows + row) * args.value_dim + column];
       }
-      out[column] = to_storage<S>(none ? C(0) : value / sum);
+      out[column] = to_storage<S>(none ? C(0) : value * (kept / sum));
     }
   }
 }
@@ -90,6 +95,7 @@ ForwardPlan make_plan(const AttentionForward& args) {
   const int64_t tiles = std::min(ceil_divide(mean(args.keys), Shape::kKeys),
                                  args.window_left == kOpen ? kOpen : ceil_divide(args.window_left, Shape::kKeys) + 1);
   plan.splits = std::clamp<int64_t>(std::min(wanted, tiles / kLeastTiles), 1, kMostSplits);
+  plan.unit = kPlain ? args.scale : 1;
   return plan;
 }
 
@@ -132,7 +138,7 @@ int64_t attention_scratch(const AttentionForward& args) {
     using S = std::remove_pointer_t<decltype(type)>;
     const int64_t splits = make_plan<S, width, plain>(args).splits;
     if (splits == 1) return;
-    bytes = splits * args.batch * args.heads * args.queries * (args.value_dim + 1) *
+    bytes = splits * args.batch * args.heads * args.queries * (args.value_dim + 2) *
             static_cast<int64_t>(sizeof(Compute<S>));
   });
   return bytes;
@@ -147,8 +153,9 @@ void attention_forward(const AttentionForward& args, void* scratch, void* stream
     using C = Compute<S>;
     ForwardPlan plan = make_plan<S, width, plain>(args);
     const int64_t rows = args.batch * args.heads * args.queries;
-    plan.partial_lse = scratch;
-    plan.partial_out = static_cast<C*>(scratch) + plan.splits * rows;
+    plan.partial_largest = scratch;
+    plan.partial_sum = static_cast<C*>(scratch) + plan.splits * rows;
+    plan.partial_out = static_cast<C*>(scratch) + 2 * plan.splits * rows;
     run<S, width, plain>(args, plan, stream);
     if (plan.splits > 1) {
       launch(merge_kernel<S>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);

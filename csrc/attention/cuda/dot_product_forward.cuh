@@ -2,7 +2,8 @@
 //
 // Of every row a running maximum m and sum l of e^(t − m) are kept, and what has been summed of the output is rescaled
 // as m grows. Where there are few queries, the heads that share keys lie in one tile ("packed"), and the keys are cut
-// among several blocks ("splits"), whose parts are merged in order.
+// among several blocks ("splits"), whose parts, sums with their m and l, are merged in order: of the size of an lse of
+// huge scores, little would be left of l.
 #pragma once
 
 #include "attention/cuda/dot_product_score.cuh"
@@ -17,8 +18,9 @@ struct ForwardPlan {
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
   TileShape row, value;                                           // of queries and keys, and of values
   size_t shared_bytes;
-  void* partial_out;  // C [splits, batch, heads, queries, value_dim]; null for one split
-  void* partial_lse;  // C [splits, batch, heads, queries]
+  double unit;  // of what rows compare: the scale where these are products, else 1
+  // Of splits, where there are several; C [splits, batch, heads, queries], and of sums of values [value_dim] more.
+  void *partial_out, *partial_largest, *partial_sum;
 };
 
 // Rows for a warp, keys in a tile, chosen so that sums stay in registers.
@@ -178,7 +180,7 @@ class Forward {
     }
 
     C sums[kRowTiles][kTiles][4] = {};
-    multiply_rows(sums, sources, keys, plan_.row, lane);
+    multiply_rows<false>(sums, sources, keys, plan_.row, lane);
 
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -214,11 +216,10 @@ class Forward {
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
   __device__ C unit() const { return C(kPlain ? args_.scale * kLog2E : kLog2E); }
 
-  // e^(t − base). Scores near the least finite number, as masks have them, must not be scaled before.
-  __device__ C weight(C t, C base) const {
-    if constexpr (kPlain) return power_of_two(std::fma(t, unit(), -base * unit()));
-    else return power_of_two((t - base) * unit());
-  }
+  // Beyond this exponents are differences of scores, not of products of scores with a factor: the product's rounding
+  // would be an error of all weights of a row, and of its lse. Only 16-bit types, whose weights are rounded anyway,
+  // are spared the subtraction below.
+  static constexpr C kLargeExponent = 64;
 
   // Scores of a tile become weights. All lanes of a quad hold a row's maximum, and each its own part of the sum.
   __device__ void update_row(State& state, C (&sums)[kTiles][4], int m) const {
@@ -231,12 +232,18 @@ class Forward {
       largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
       // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
       const C base = largest == -infinity<C>() ? C(0) : largest;
-      const C shrink = weight(state.largest[m][half], base);
+      const C shrink = power_of_two((state.largest[m][half] - base) * unit());
+      C shift = base * unit();
+      if (!kIsHalf<S> || !(std::abs(shift) <= kLargeExponent)) {
+        shift = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) sums[i / 2][2 * half + i % 2] -= base;
+      }
       C sum = state.sum[m][half] * shrink;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         C& t = sums[i / 2][2 * half + i % 2];
-        t = weight(t, base);
+        t = power_of_two(std::fma(t, unit(), -shift));
         sum += t;
       }
       state.largest[m][half] = largest;
@@ -265,11 +272,16 @@ class Forward {
         const int64_t query = sequence.first_query + row.query;
         const int64_t number = (sequence.batch * args_.heads + row.head) * args_.queries + query;
         const bool none = sum == 0;
-        const C factor = none ? C(0) : kept / sum;
-        const int64_t split = blockIdx.z * args_.batch * args_.heads * args_.queries;
+        const C largest = state.largest[m][half], factor = plan_.splits > 1 ? C(1) : kept / sum;
+        const int64_t part = blockIdx.z * args_.batch * args_.heads * args_.queries + number;
         if (blockIdx.y == 0 && lane.q == 0) {
-          C* const lse = static_cast<C*>(plan_.splits == 1 ? args_.lse : plan_.partial_lse) + split + number;
-          *lse = none ? -infinity<C>() : state.largest[m][half] * (kPlain ? C(args_.scale) : C(1)) + std::log(sum);
+          if (plan_.splits > 1) {
+            static_cast<C*>(plan_.partial_largest)[part] = largest;
+            static_cast<C*>(plan_.partial_sum)[part] = sum;
+          } else {
+            static_cast<C*>(args_.lse)[number] =
+                none ? -infinity<C>() : rounded_product(largest, C(plan_.unit)) + std::log(sum);
+          }
         }
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
@@ -283,8 +295,7 @@ class Forward {
                           query * strides.position + column;
             store_pair(to, pair, count, plan_.pairs_aligned);
           } else {
-            store_pair(static_cast<C*>(plan_.partial_out) + (split + number) * args_.value_dim + column, pair, count,
-                       false);
+            store_pair(static_cast<C*>(plan_.partial_out) + part * args_.value_dim + column, pair, count, false);
           }
         }
       }

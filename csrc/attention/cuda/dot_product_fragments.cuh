@@ -41,10 +41,10 @@ struct Fragment<float, N> {
   uint32_t words[N], rest[N];
 
   __device__ void set(int i, float x) {
-    words[i] = tensor_word<float>(__float_as_uint(x));
-    const float large = __uint_as_float(words[i]);
-    // Of infinity and of NaN nothing is left over; a difference of infinities would be NaN.
-    rest[i] = std::abs(large) <= 3.4e38f ? tensor_word<float>(__float_as_uint(x - large)) : 0;
+    // Words are finite, and of infinity and NaN the rest is all: a rest of zero times infinity would be NaN.
+    constexpr float kMost = 0x1.ffcp127f;  // of TF32, so that nothing rounds to infinity either
+    words[i] = tensor_word<float>(__float_as_uint(std::fmin(std::fmax(x, -kMost), kMost)));
+    rest[i] = tensor_word<float>(__float_as_uint(x - __uint_as_float(words[i])));
   }
 };
 
@@ -60,11 +60,23 @@ using Left = Fragment<S, 4>;
 template <class S>
 using Right = Fragment<S, 2>;
 
-template <class S>
+// sums += left · rightᵀ. Of floats only the product of the smaller parts is left out, so that about 22 bits count.
+// Tensor cores cut what they add and do not round it: the small products come first, and what belongs together is added
+// to the sums by a rounded addition. kMirrored: with its operands exchanged the product has the same bits.
+template <class S, bool kMirrored = false>
 __device__ inline void multiply(Compute<S> (&sums)[4], const Left<S>& left, const Right<S>& right) {
-  if constexpr (kIsHalf<S>) mma<S>(sums, left.words, right.words);
-  else if constexpr (std::is_same_v<S, float>) mma_split(sums, left.words, left.rest, right.words, right.rest);
-  else mma(sums, left.words, right.words);
+  if constexpr (kIsHalf<S>) {
+    mma<S>(sums, left.words, right.words);
+  } else if constexpr (std::is_same_v<S, float>) {
+    float part[4] = {};
+    mma<float>(part, kMirrored ? left.words : left.rest, kMirrored ? right.rest : right.words);
+    mma<float>(part, kMirrored ? left.rest : left.words, kMirrored ? right.words : right.rest);
+    mma<float>(part, left.words, right.words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += part[i];
+  } else {
+    mma(sums, left.words, right.words);
+  }
 }
 
 // --- left operands ------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ namespace lect11ext::cuda {
 // True where they have done the work; false: nothing was started.
 bool hopper_forward(const AttentionForward& args, void* stream);
 
-// Gradients of query, key and value, from D of every query: float [batch, heads, queries].
-bool hopper_backward(const AttentionBackward& args, const float* correction, void* stream);
+// Gradients of query, key and value, with so many bytes of scratch.
+int64_t hopper_scratch(const AttentionBackward& args);
+bool hopper_backward(const AttentionBackward& args, void* scratch, void* stream);
 
 }  // namespace lect11ext::cuda

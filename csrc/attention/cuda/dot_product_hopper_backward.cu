@@ -3,90 +3,141 @@
 namespace lect11ext::cuda {
 namespace {
 
+constexpr int kSideThreads = 256;
+
+// Before: what is known of every query, and zeros where blocks count.
 template <class S, int kColumns>
-__global__ void __launch_bounds__(HopperKeys<S, kColumns>::kThreads, 1) hopper_keys_kernel(
+__global__ void __launch_bounds__(kSideThreads)
+    hopper_prepare_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
+  constexpr int kElements = 8, kLanes = kColumns / kElements;  // of sixteen bytes, of a row
+  const int64_t first = int64_t{blockIdx.x} * kSideThreads + threadIdx.x, step = int64_t{gridDim.x} * kSideThreads;
+  for (int64_t i = first; i <= scratch.units * scratch.tiles; i += step) scratch.counts[i] = 0;
+  const int64_t padded = scratch.tiles * HopperBackwardScratch::queries_of_tile(kColumns);
+  for (int64_t i = first; i < scratch.units * padded * kLanes; i += step) {
+    const int64_t row = i / kLanes, unit = divide(row, padded), query = row - unit * padded;
+    const int64_t batch = divide(unit, args.heads), head = unit - batch * args.heads;
+    const bool there = query < args.queries;
+    float sum = 0;
+    if (there) {
+      const auto piece = [&](const AttentionOperand& operand) {
+        const S* const from = static_cast<const S*>(operand.data) + batch * operand.strides.batch +
+                              head * operand.strides.head + query * operand.strides.position;
+        return __ldg(reinterpret_cast<const uint4*>(from) + i % kLanes);
+      };
+      const uint4 a = piece(args.out), b = piece(args.grad_out);
+      const S *x = reinterpret_cast<const S*>(&a), *y = reinterpret_cast<const S*>(&b);
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) sum += from_storage<float>(x[k]) * from_storage<float>(y[k]);
+    }
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (i % kLanes != 0) continue;
+    const int64_t number = unit * args.queries + query;
+    const float lse = there ? static_cast<const float*>(args.lse)[number] : -INFINITY;
+    if (there && args.grad_lse != nullptr) sum -= static_cast<const float*>(args.grad_lse)[number];
+    scratch.shifts[row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E);
+    scratch.corrections[row] = sum * static_cast<float>(args.scale);
+  }
+}
+
+template <class S, int kColumns>
+__global__ void __launch_bounds__(HopperBackward<S, kColumns>::kThreads, 1) hopper_backward_kernel(
     const __grid_constant__ AttentionBackward args, const __grid_constant__ HopperBackwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
   const Sequence sequence(args, 0);  // all are alike
-  const HopperKeys<S, kColumns> kernel(args, plan, sequence);
-  constexpr int kFullArrivals = 33;  // of the thread that starts TMA, and of the warp that brings numbers
-  kernel.run(kFullArrivals, [&] { kernel.load(); }, [&](int group) { kernel.compute(group); });
+  HopperBackward<S, kColumns>(args, plan, sequence).run();
 #endif
 }
 
+// After: sums of the queries' gradients become rows. A thread has two rows of eight columns, which lie in 64 bytes.
 template <class S, int kColumns>
-__global__ void __launch_bounds__(HopperQueries<S, kColumns>::kThreads, 1) hopper_queries_kernel(
-    const __grid_constant__ AttentionBackward args, const __grid_constant__ HopperBackwardPlan plan) {
-#if LECT11EXT_HOPPER_CODE
-  const Sequence sequence(args, 0);
-  const HopperQueries<S, kColumns> kernel(args, plan, sequence);
-  kernel.run(1, [&] { kernel.load(); }, [&](int group) { kernel.compute(group); });
-#endif
+__global__ void __launch_bounds__(kSideThreads)
+    hopper_round_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
+  using Kernel = HopperBackward<S, kColumns>;
+  constexpr int kPieces = Kernel::kSums / 16;
+  const int64_t pieces = scratch.units * scratch.tiles * kPieces, step = int64_t{gridDim.x} * kSideThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kSideThreads + threadIdx.x; i < pieces; i += step) {
+    const int64_t tile = i / kPieces, unit = divide(tile, scratch.tiles), batch = divide(unit, args.heads);
+    const int piece = static_cast<int>(i % kPieces), column_tile = piece % 8, g = piece / 8 % 8, warp = piece / 64 % 4;
+    const int group = piece / 256;
+    float4 sums[4] = {};
+    if (scratch.counts[tile] > 0) {  // else nothing has come there
+      const auto* const from = reinterpret_cast<const float4*>(scratch.sums + tile * Kernel::kSums) +
+                               (8 * group + column_tile) * kWarpgroup + 32 * warp + 4 * g;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) sums[q] = from[q];
+    }
+    const AttentionStrides& strides = args.grad_query_strides;
+    const int64_t query =
+        (tile - unit * scratch.tiles) * Kernel::kQueries + (Kernel::kHalves == 1 ? 0 : 64 * group) + 16 * warp + g;
+    S* const to = static_cast<S*>(args.grad_query) + batch * strides.batch +
+                  (unit - batch * args.heads) * strides.head + query * strides.position +
+                  (Kernel::kHalves == 1 ? 64 * group : 0) + 8 * column_tile;
+    const auto word = [](float low, float high) { return round_pair<S>(low, high); };
+    if (query < args.queries) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(word(sums[0].x, sums[0].y), word(sums[1].x, sums[1].y),
+                                                 word(sums[2].x, sums[2].y), word(sums[3].x, sums[3].y));
+    }
+    if (query + 8 < args.queries) {
+      *reinterpret_cast<uint4*>(to + 8 * strides.position) =
+          make_uint4(word(sums[0].z, sums[0].w), word(sums[1].z, sums[1].w), word(sums[2].z, sums[2].w),
+                     word(sums[3].z, sums[3].w));
+    }
+  }
 }
 
-// The maps of a side, `rows` in a box.
-bool map_queries(CUtensorMap (&maps)[2], const AttentionBackward& args, int rows) {
-  const Span span = queries_of_use(args);
-  return map_operand(maps[0], args, args.query, args.heads, span, rows) &&
-         map_operand(maps[1], args, args.grad_out, args.heads, span, rows);
-}
-
-bool map_keys(CUtensorMap (&maps)[2], const AttentionBackward& args, int rows) {
-  const Span span = keys_of_use(args);
-  return map_operand(maps[0], args, args.key, args.kv_heads, span, rows) &&
-         map_operand(maps[1], args, args.value, args.kv_heads, span, rows);
-}
-
-// Both kernels, or none.
 template <class S, int kColumns>
-bool run(const AttentionBackward& args, const float* correction, void* stream) {
-  using Keys = HopperKeys<S, kColumns>;
-  using Queries = HopperQueries<S, kColumns>;
-  HopperBackwardPlan of_keys{}, of_queries{};
-  if (!map_keys(of_keys.own, args, Keys::kRows) || !map_queries(of_keys.passing, args, Keys::kQueries) ||
-      !map_queries(of_queries.own, args, Queries::kRows) || !map_keys(of_queries.passing, args, Queries::kKeys)) {
+bool run(const AttentionBackward& args, void* scratch, void* stream) {
+  using Kernel = HopperBackward<S, kColumns>;
+  const Span queries = queries_of_use(args), keys = keys_of_use(args);
+  HopperBackwardPlan plan{};
+  if (!map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
+      !map_operand(plan.value, args, args.value, args.kv_heads, keys, Kernel::kKeys) ||
+      !map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
+      !map_operand(plan.grad_out, args, args.grad_out, args.heads, queries, Kernel::kQueries)) {
     return false;
   }
-  for (HopperBackwardPlan* plan : {&of_keys, &of_queries}) {
-    plan->first_query = static_cast<int>(queries_of_use(args).first);
-    plan->first_key = static_cast<int>(keys_of_use(args).first);
-    plan->correction = correction;
-  }
-  const int64_t group = args.heads / args.kv_heads;
+  plan.first_query = static_cast<int>(queries.first);
+  plan.first_key = static_cast<int>(keys.first);
+  plan.group = static_cast<int>(args.heads / args.kv_heads);
+  plan.scratch = HopperBackwardScratch::of(args, scratch);
+  plan.order = BlockOrder::of(args, ceil_divide(args.keys, Kernel::kKeys), args.batch * args.kv_heads,
+                              4 * args.queries * kColumns * plan.group, 1);
+  const int64_t rows = plan.scratch.rows(kColumns);
+  launch(hopper_prepare_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 8, kSideThreads), kSideThreads, 0,
+         stream, args, plan.scratch);
+  reserve_shared(hopper_backward_kernel<S, kColumns>);
+  const auto blocks = std::min<int64_t>(plan.order.blocks(), device_attribute(cudaDevAttrMultiProcessorCount));
+  launch(hopper_backward_kernel<S, kColumns>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes, stream,
+         args, plan);
   if (args.grad_query != nullptr) {
-    of_queries.order = BlockOrder::of(ceil_divide(args.queries, Queries::kRows), args.batch * args.heads,
-                                      4 * args.keys * kColumns, group);
-    reserve_shared(hopper_queries_kernel<S, kColumns>);
-    launch(hopper_queries_kernel<S, kColumns>, of_queries.order.blocks(), Queries::kThreads, Queries::kBytes, stream,
-           args, of_queries);
-  }
-  if (args.grad_key != nullptr || args.grad_value != nullptr) {
-    of_keys.order = BlockOrder::of(ceil_divide(args.keys, Keys::kRows), args.batch * args.kv_heads,
-                                   4 * args.queries * kColumns * group, 1);
-    reserve_shared(hopper_keys_kernel<S, kColumns>);
-    launch(hopper_keys_kernel<S, kColumns>, of_keys.order.blocks(), Keys::kThreads, Keys::kBytes, stream, args,
-           of_keys);
+    launch(hopper_round_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 16, kSideThreads), kSideThreads, 0,
+           stream, args, plan.scratch);
   }
   return true;
 }
 
-}  // namespace
-
-bool hopper_backward(const AttentionBackward& args, const float* correction, void* stream) {
+bool takes(const AttentionBackward& args) {
   const auto aligned = [](const void* data, const AttentionStrides& strides) {
     return data == nullptr || rows_are_aligned(data, strides);
   };
-  if (!hopper_is_chosen() || !hopper_computes(args) || args.grad_out.data == nullptr || args.grad_mask != nullptr ||
-      !aligned(args.grad_query, args.grad_query_strides) || !aligned(args.grad_key, args.grad_key_strides) ||
-      !aligned(args.grad_value, args.grad_value_strides)) {
-    return false;
-  }
+  return hopper_is_chosen() && hopper_computes(args) && args.grad_out.data != nullptr && args.grad_mask == nullptr &&
+         aligned(args.out.data, args.out.strides) && aligned(args.grad_query, args.grad_query_strides) &&
+         aligned(args.grad_key, args.grad_key_strides) && aligned(args.grad_value, args.grad_value_strides);
+}
+
+}  // namespace
+
+int64_t hopper_scratch(const AttentionBackward& args) {
+  return takes(args) ? HopperBackwardScratch::of(args, nullptr).bytes(args.head_dim) : 0;
+}
+
+bool hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {
+  if (!takes(args)) return false;
   const bool narrow = args.head_dim == 64;
   if (args.dtype == DType::BFloat16) {
-    return narrow ? run<__nv_bfloat16, 64>(args, correction, stream)
-                  : run<__nv_bfloat16, 128>(args, correction, stream);
+    return narrow ? run<__nv_bfloat16, 64>(args, scratch, stream) : run<__nv_bfloat16, 128>(args, scratch, stream);
   }
-  return narrow ? run<__half, 64>(args, correction, stream) : run<__half, 128>(args, correction, stream);
+  return narrow ? run<__half, 64>(args, scratch, stream) : run<__half, 128>(args, scratch, stream);
 }
 
 }  // namespace lect11ext::cuda

@@ -1,9 +1,17 @@
-// The kernels of derivatives of sm_90a: a block owns a tile of keys, or of queries, in shared memory, and pairs of
-// tiles of the other side come by. One warpgroup has TMA load, two compute, 64 rows of the block's own tile each.
+// The kernel of derivatives of sm_90a, five products of it: a block owns a tile of keys and values in shared memory,
+// and tiles of queries with their output's gradients come by. One warpgroup has TMA load and add, two compute, 64 keys
+// each.
 //
-// Scores and the derivatives of weights are computed with the own rows as rows, so that what is made of them is, as it
-// lies in registers, the left operand of the products that are summed (for keys after J. Shah et al., FlashAttention-3,
-// 2024, which adds the query's gradients up in memory; here they have a kernel of their own, and every sum one order).
+// Scores and the derivatives of weights are computed with keys as rows, so that what is made of them is, as it lies in
+// registers, the left operand of the products that are summed over queries. The scores' derivatives go to shared memory
+// besides, for the part of the queries' gradients that these keys have. It is added to the others' in memory by TMA, in
+// the order of the keys: a block waits until the one before it has added its part to a tile of queries, so that runs
+// agree bit for bit (after J. Shah et al., FlashAttention-3, 2024).
+//
+// Blocks stay, and take tile of keys after tile of keys, by numbers in the order in which they come for them. None
+// waits for ever: only tiles of lower numbers are waited for, and those that these wait for are lower still. None waits
+// for long, since all go through the queries in the same order, from the last ones on: these see the first keys too,
+// where attention is causal.
 #pragma once
 
 #include "attention/cuda/dot_product_hopper_tile.cuh"
@@ -12,339 +20,400 @@ namespace lect11ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
-struct HopperBackwardPlan {
-  CUtensorMap own[2], passing[2];  // query and grad_out, or key and value: the block's own, and what comes by
-  BlockOrder order;
-  int first_query, first_key;  // of those that are mapped
-  const float* correction;     // [batch, heads, queries]: D
+// What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head.
+struct HopperBackwardScratch {
+  float* sums;                  // of queries' gradients: a tile as put() below lays it
+  float *shifts, *corrections;  // of each query: what scores lose before they are weights, in binary logarithms, +∞ for
+                                // one that sees nothing; D · scale
+  int *counts, *taken;          // of each tile, the tiles of keys that have been added; numbers that blocks have taken
+  int64_t tiles, units;         // of a head; heads of all batches
+
+  static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
+    const int64_t columns = args.head_dim, tiles = ceil_divide(args.queries, queries_of_tile(columns));
+    HopperBackwardScratch s{};
+    s.tiles = tiles, s.units = args.batch * args.heads;
+    s.sums = static_cast<float*>(data);
+    s.shifts = s.sums + s.rows(columns) * columns;
+    s.corrections = s.shifts + s.rows(columns);
+    s.counts = reinterpret_cast<int*>(s.corrections + s.rows(columns));
+    s.taken = s.counts + s.units * tiles;
+    return s;
+  }
+  static __host__ __device__ constexpr int queries_of_tile(int64_t columns) { return columns == 64 ? 128 : 64; }
+  int64_t rows(int64_t columns) const { return units * tiles * queries_of_tile(columns); }
+  int64_t bytes(int64_t columns) const {
+    constexpr auto kNumber = static_cast<int64_t>(sizeof(float));
+    return kNumber * (rows(columns) * (columns + 2) + units * tiles + 1);
+  }
 };
 
-// What the kernels share: 128 own rows of two tensors, of which tiles of kPassing rows of two others come by. kNumbers:
-// with two numbers of each of these rows, which are queries.
-template <int kPassing, int kColumns, bool kNumbers>
-struct HopperPairs {
-  static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kRows = kGroups * kGroupRows, kStages = 2;
-  static constexpr int kTiles = kPassing / 8, kOutTiles = kColumns / 8;
-  using RowTile = SlabTile<kRows, kColumns>;
-  using PassingTile = SlabTile<kPassing, kColumns>;
-  static constexpr int kStageBytes = 2 * PassingTile::kBytes;
-  static constexpr int kPassingAt = 2 * RowTile::kBytes, kNumbersAt = kPassingAt + kStages * kStageBytes;
-  static constexpr int kNumbersBytes = kNumbers ? 2 * kPassing * static_cast<int>(sizeof(float)) : 0;
-  static constexpr int kBarriersAt = kNumbersAt + kStages * kNumbersBytes;
-  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 * kStages);
+struct HopperBackwardPlan {
+  CUtensorMap key, value, query, grad_out;
+  BlockOrder order;
+  int first_query, first_key;  // of those that are mapped
+  int group;                   // heads of queries to one of keys
+  HopperBackwardScratch scratch;
+};
+
+// Registers of a thread: 128 of sums at 128 columns, 64 of 64 × 64 scores and derivatives, 32 of both as left operands,
+// 32 of queries' gradients. At 64 columns a step has 128 queries, taken by halves, so that each warpgroup has 64 × 64
+// of the queries' gradients as its part of that product, as it has half of the columns at 128.
+template <class S, int kColumns>
+struct HopperBackward {
+  static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kKeys = kGroups * kGroupRows, kStages = 2;
+  static constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns), kHalf = 64;
+  static constexpr int kHalves = kQueries / kHalf, kTiles = kHalf / 8, kOutTiles = kColumns / 8;
+  static constexpr int kSums = kQueries * kColumns;  // floats of a tile of queries
+  static_assert(kSums == kGroups * 64 * 64);
+  using KeyTile = SlabTile<kKeys, kColumns>;
+  using KeySlab = SlabTile<kKeys, 64>;
+  using QueryTile = SlabTile<kQueries, kColumns>;
+  using HalfTile = SlabTile<kHalf, kColumns>;
+  using GradTile = SlabTile<kKeys, kHalf>;  // derivatives of scores
+  static_assert(kHalves == 1 || QueryTile::kSlabs == 1);
+  static constexpr int kNumbersBytes = kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kStageBytes = 2 * (QueryTile::kBytes + kNumbersBytes);
+  static constexpr int kQueriesAt = 2 * KeyTile::kBytes, kGradsAt = kQueriesAt + 2 * kStages * QueryTile::kBytes;
+  static constexpr int kSumsAt = kGradsAt + kHalves * GradTile::kBytes, kSumsBytes = 4 * kSums;
+  static constexpr int kNumbersAt = kSumsAt + 2 * kSumsBytes, kWorkAt = kNumbersAt + 2 * kStages * kNumbersBytes;
+  static constexpr int kWorkBytes = 32, kBarriersAt = kWorkAt + 2 * kWorkBytes;
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 + 2 * kStages + 4 + 4);
+
+  // A tile of keys, and what goes by: tiles of queries of all heads of the group. The loading thread finds it, the
+  // others read it from shared memory when they need it, since registers are few.
+  struct Work {
+    int kv_head, batch, first_key, first_tile, tiles, steps;  // steps −1: there is nothing more
+  };
+  static_assert(sizeof(Work) <= kWorkBytes);
 
   const AttentionBackward& args;
   const HopperBackwardPlan& plan;
+  const Sequence& sequence;
   AlignedShared shared;
-  uint32_t rows_full;
-  Ring<kStages> ring;
+  uint32_t grads_read;
+  Ring<1> keys;        // and values
+  Ring<kStages> ring;  // of queries
+  Ring<2> sums, work;  // of queries' gradients on their way to memory
 
-  __device__ HopperPairs(const AttentionBackward& args, const HopperBackwardPlan& plan)
-      : args(args), plan(plan), shared(dynamic_shared) {
-    rows_full = shared.address + kBarriersAt;
-    ring = {rows_full + 8, rows_full + 8 * (1 + kStages)};
-  }
-
-  __device__ uint32_t rows_at(int which) const { return shared.address + which * RowTile::kBytes; }
-  __device__ uint32_t passing_at(int n, int which) const {
-    return shared.address + kPassingAt + ring.stage(n) * kStageBytes + which * PassingTile::kBytes;
-  }
-  __device__ float* numbers_at(int n, int which) const {
-    return reinterpret_cast<float*>(shared.data + kNumbersAt + ring.stage(n) * kNumbersBytes) + which * kPassing;
+  __device__ HopperBackward(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence)
+      : args(args), plan(plan), sequence(sequence), shared(dynamic_shared) {
+    grads_read = shared.address + kBarriersAt;
+    keys = {grads_read + 8, grads_read + 16};
+    sums = {grads_read + 24, grads_read + 40};
+    work = {grads_read + 56, grads_read + 72};
+    ring = {grads_read + 88, grads_read + 88 + 8 * kStages};
   }
 
-  __device__ void load_rows(int position, int head, int batch) const {
-    barrier_arrive_expecting(rows_full, 2 * RowTile::kBytes);
-    for (int i = 0; i < 2; ++i) RowTile::load(rows_at(i), plan.own[i], rows_full, position, head, batch);
+  // The block's b-th.
+  __device__ Work& work_at(int b) const {
+    return *reinterpret_cast<Work*>(shared.data + kWorkAt + work.stage(b) * kWorkBytes);
   }
-  __device__ void load_passing(int n, int position, int head, int batch) const {
-    barrier_arrive_expecting(ring.full_barrier(n), kStageBytes);
-    for (int i = 0; i < 2; ++i) {
-      PassingTile::load(passing_at(n, i), plan.passing[i], ring.full_barrier(n), position, head, batch);
+  __device__ void find(Work& w, int number) const {
+    // The first keys of a causal attention have the most to do and come first.
+    const BlockOrder::Block block = plan.order.find(number);
+    w.batch = block.unit / static_cast<int>(args.kv_heads);
+    w.kv_head = block.unit - w.batch * static_cast<int>(args.kv_heads);
+    w.first_key = block.tile * kKeys;
+    const Range range = queries_seen(sequence, w.first_key, std::min(w.first_key + kKeys, sequence.keys) - 1);
+    w.first_tile = range.first / kQueries;
+    w.tiles = range.empty() ? 0 : (range.last - 1) / kQueries + 1 - w.first_tile;
+    w.steps = w.tiles * plan.group;
+  }
+  __device__ bool take(int b) const {
+    work.wait_empty(b);
+    const int number = atomicAdd(plan.scratch.taken, 1);
+    const bool any = number < static_cast<int>(plan.order.blocks());
+    if (any) find(work_at(b), number);
+    else work_at(b).steps = -1;
+    barrier_arrive(work.full_barrier(b));
+    return any;
+  }
+  __device__ bool taken(int b) const {
+    work.wait_full(b);
+    return work_at(b).steps >= 0;
+  }
+
+  // Of a step of a tile of keys.
+  __device__ int head_of(const Work& w, int step) const { return w.kv_head * plan.group + step / w.tiles; }
+  __device__ int tile_of(const Work& w, int step) const { return w.first_tile + w.tiles - 1 - step % w.tiles; }
+  __device__ int64_t tile_of_all(const Work& w, int step) const {
+    return (w.batch * args.heads + head_of(w, step)) * plan.scratch.tiles + tile_of(w, step);
+  }
+
+  // Where step n of all that the block does has what.
+  __device__ uint32_t keys_at() const { return shared.address; }
+  __device__ uint32_t values_at() const { return shared.address + KeyTile::kBytes; }
+  // Queries, 0, and gradients of the output, 1.
+  __device__ uint32_t queries_at(int n, int which) const {
+    return shared.address + kQueriesAt + (2 * ring.stage(n) + which) * QueryTile::kBytes;
+  }
+  __device__ uint32_t half_at(int n, int which, int half) const {
+    return queries_at(n, which) + half * kHalf * QueryTile::kRowBytes;
+  }
+  // Shifts, 0, and corrections, 1.
+  __device__ int numbers_at(int n, int which) const { return kNumbersAt + (2 * ring.stage(n) + which) * kNumbersBytes; }
+  __device__ const float* numbers(int n, int which, int half) const {
+    return reinterpret_cast<const float*>(shared.data + numbers_at(n, which)) + half * kHalf;
+  }
+  __device__ uint32_t grads_at(int half) const { return shared.address + kGradsAt + half * GradTile::kBytes; }
+  __device__ int sums_at(int n) const { return kSumsAt + sums.stage(n) * kSumsBytes; }
+
+  __device__ void load() const {
+    for (int b = 0, n = 0; take(b); ++b) {
+      const Work& w = work_at(b);
+      if (w.steps == 0) load_keys(w, b);  // for nothing
+      for (int step = 0; step < w.steps; ++step, ++n) {
+        const int position = tile_of(w, step) * kQueries - plan.first_query, head = head_of(w, step);
+        const int64_t first = tile_of_all(w, step) * kQueries;
+        const uint32_t full = ring.full_barrier(n);
+        ring.wait_empty(n);
+        barrier_arrive_expecting(full, kStageBytes);
+        QueryTile::load(queries_at(n, 0), plan.query, full, position, head, w.batch);
+        load_bytes(shared.address + numbers_at(n, 0), plan.scratch.shifts + first, full, kNumbersBytes);
+        QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, head, w.batch);
+        load_bytes(shared.address + numbers_at(n, 1), plan.scratch.corrections + first, full, kNumbersBytes);
+        if (step == 0) load_keys(w, b);  // there is room for queries before there is for keys
+      }
     }
   }
 
-  // What a query's scores lose before they are weights, in binary logarithms: +∞ for one that sees nothing.
-  __device__ float shift_of(int64_t query) const {
-    const float lse = static_cast<const float*>(args.lse)[query];
-    return lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E);
+  __device__ void load_keys(const Work& w, int b) const {
+    keys.wait_empty(b);
+    barrier_arrive_expecting(keys.full, 2 * KeyTile::kBytes);
+    KeyTile::load(keys_at(), plan.key, keys.full, w.first_key - plan.first_key, w.kv_head, w.batch);
+    KeyTile::load(values_at(), plan.value, keys.full, w.first_key - plan.first_key, w.kv_head, w.batch);
   }
-  __device__ float correction_of(int64_t query) const { return plan.correction[query] * scale(); }
+
+  // Adds to memory what has come of queries' gradients, of every other step: two threads take turns, since one waits
+  // longer for memory than a step takes.
+  __device__ void add(int which) const {
+    int b = 0;
+    for (int before = 0; taken(b); ++b) {  // steps
+      const Work& w = work_at(b);
+#pragma unroll 1
+      for (int step = (before ^ which) & 1; step < w.steps; step += 2) {
+        const int64_t tile = tile_of_all(w, step);
+        const int first = std::max(0, tile_of(w, step) * kQueries + sequence.diagonal - sequence.left) / kKeys;
+        const int turn = w.first_key / kKeys - first;  // of the tiles of keys that these queries see
+        const uint32_t stage = (before + step) & 1, from = shared.address + kSumsAt + stage * kSumsBytes;
+        float* const to = plan.scratch.sums + tile * kSums;
+        if (turn > 0) count_wait(plan.scratch.counts + tile, turn);
+        sums.wait_full(before + step);
+        if (turn > 0) add_floats(to, from, kSums);
+        else store_floats(to, from, kSums);
+        floats_read();
+        barrier_arrive(sums.empty + 8 * stage);
+        floats_written();
+        count_up(plan.scratch.counts + tile);
+      }
+      before += w.steps;
+      barrier_arrive(work.empty + 8 * work.stage(b));
+    }
+    barrier_arrive(work.empty + 8 * work.stage(b));
+  }
+
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
-  __device__ int64_t first_of_head(int batch, int head) const { return (batch * args.heads + head) * args.queries; }
 
-  // Starts both products of own rows with tile n.
-  template <class S>
-  __device__ void start_both(float (&scores)[kTiles][4], float (&grads)[kTiles][4], int own_row, int n) const {
+  // Scores become weights. Queries beyond the last have weight zero by their shift.
+  __device__ void weigh(float (&scores)[kTiles][4], int n, int half, const GroupLane& lane) const {
+    const float* const shifts = numbers(n, 0, half) + 2 * lane.q;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      float& score = scores[i / 4][i % 4];
+      score = power_of_two(std::fma(score, unit(), -shifts[i / 4 * 8 + i % 2]));
+    }
+  }
+
+  // The weights' derivatives become the scores', of weights in `scores`.
+  __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], int n, int half,
+                         const GroupLane& lane) const {
+    const float* const corrections = numbers(n, 1, half) + 2 * lane.q;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      float& grad = grads[i / 4][i % 4];
+      grad = scores[i / 4][i % 4] * std::fma(grad, scale(), -corrections[i / 4 * 8 + i % 2]);
+    }
+  }
+
+  // What no query sees of its key becomes zero, and all of keys beyond the last.
+  __device__ void cut(float (&sums)[kTiles][4], int query, int first_key, const GroupLane& lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int own = first_key + lane.row + 8 * i, key = own - sequence.diagonal;
+      const int column = query + 2 * lane.q;
+      keep_between(sums, i, key - sequence.right - column, own < sequence.keys ? key + sequence.left - column : -1,
+                   0.0f);
+    }
+  }
+
+  // Starts the scores of a step, all halves side by side.
+  __device__ void start_scores_of(float (&scores)[kHalves * kTiles][4], int n, int own_row) const {
     wgmma_fence();
-    start_scores<S, RowTile, PassingTile>(scores, rows_at(0), own_row, passing_at(n, 0));
-    wgmma_commit();
-    start_scores<S, RowTile, PassingTile>(grads, rows_at(1), own_row, passing_at(n, 1));
+    start_scores<S, KeyTile, QueryTile>(scores, keys_at(), own_row, queries_at(n, 0));
     wgmma_commit();
   }
 
-  // Sums become rows of an output, if it is asked for, by way of own tile number `which`.
-  template <class S>
-  __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], int which,
-                        int batch, int head, int own_row, int first_row, int count, const GroupLane& lane) const {
+  // Derivatives of scores to shared memory, as they are: keys as rows.
+  __device__ void keep(const uint32_t (&derivatives)[kTiles / 2][4], int half, int own_row) const {
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    unsigned char* const tile = shared.data + kGradsAt + half * GradTile::kBytes;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int row = own_row + lane.row + i % 2 * 8, column = 8 * (i / 2) + 2 * lane.q;
+      *reinterpret_cast<uint32_t*>(tile + GradTile::offset(row, column)) = derivatives[i / 4][i % 4];
+    }
+  }
+
+  // Starts a warpgroup's 64 × 64 of the queries' gradients: its half of the queries, or of the columns.
+  __device__ void start_sums(float (&part)[8][4], int group) const {
+    const uint32_t grads = grads_at(kHalves == 1 ? 0 : group);
+    const uint32_t columns = keys_at() + (kHalves == 1 ? group : 0) * KeySlab::kBytes;
+    wgmma_fence();
+    wgmma_of_shared<S, 64, false, true>(part, GradTile::down(grads, 0), KeySlab::down(columns, 0));
+#pragma unroll
+    for (int i = 1; i < KeySlab::kRowParts; ++i) {
+      wgmma_of_shared<S, 64, true, true>(part, GradTile::down(grads, i), KeySlab::down(columns, i));
+    }
+    wgmma_commit();
+  }
+
+  // Puts them where TMA takes them: sixteen bytes of each thread one behind the other.
+  __device__ void put(const float (&part)[8][4], int n, int group, const GroupLane& lane) const {
+    auto* const to = reinterpret_cast<float4*>(shared.data + sums_at(n)) + group * 8 * kWarpgroup;
+    sums.wait_empty(n);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      to[i * kWarpgroup + 32 * lane.warp + lane.lane] = make_float4(part[i][0], part[i][1], part[i][2], part[i][3]);
+    }
+    shared_is_written();
+    __syncwarp();
+    if (lane.lane == 0) barrier_arrive(sums.full_barrier(n));
+  }
+
+  // Of a warpgroup's 64 keys, over one step at least; n: steps before. Products are started in this order, and end in
+  // it: of each half the weights' derivatives, the values' sums, the keys'; then the queries' part, and the next step's
+  // scores, which come while the part is put away. No product is left to end in the next turn of the loop: ptxas would
+  // make all of them wait.
+  __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], const Work& w, int& n,
+                      int group, const GroupLane& lane) const {
+    const int own_row = group * kGroupRows, own_key = w.first_key + own_row;
+    const int lowest = w.first_tile * kQueries, highest = lowest + (w.tiles - 1) * kQueries;
+    float scores[kHalves * kTiles][4];
+    ring.wait_full(n);
+    start_scores_of(scores, n, own_row);
+    wgmma_wait<0>();
+    pin(scores);
+#pragma unroll 1
+    for (int end = n + w.steps, first_query = highest; n < end; ++n) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const int query = first_query + half * kHalf;
+        const bool whole = all_see(sequence, query, kHalf, own_key, kGroupRows);
+        float grads[kTiles][4];
+        auto& weighed = reinterpret_cast<float (&)[kTiles][4]>(scores[half * kTiles]);
+        uint32_t weights[kTiles / 2][4], derivatives[kTiles / 2][4];
+        wgmma_fence();
+        start_scores<S, KeyTile, HalfTile>(grads, values_at(), own_row, half_at(n, 1, half));
+        wgmma_commit();
+        pin(weighed);
+        weigh(weighed, n, half, lane);
+        if (!whole) cut(weighed, query, own_key, lane);
+        if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
+        to_weights<S>(weights, weighed);
+        pin(weights);
+        pin(value_sums);
+        wgmma_fence();
+        start_columns<S, HalfTile>(value_sums, weights, half_at(n, 1, half));
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(grads);
+        derive(grads, weighed, n, half, lane);
+        if (!whole) cut(grads, query, own_key, lane);
+        to_weights<S>(derivatives, grads);
+        if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups
+        keep(derivatives, half, own_row);
+        shared_is_written();
+        pin(derivatives);
+        pin(key_sums);
+        wgmma_fence();
+        start_columns<S, HalfTile>(key_sums, derivatives, half_at(n, 0, half));
+        wgmma_commit();
+      }
+      named_barrier_wait(1, kGroups * kWarpgroup);
+      float part[8][4];
+      start_sums(part, group);
+      wgmma_wait<1>();
+      pin(value_sums);
+      pin(key_sums);
+      ring.release(n, lane);
+      if (n + 1 < end) ring.wait_full(n + 1);  // else for nothing, of whatever is there
+      start_scores_of(scores, n + 1, own_row);
+      wgmma_wait<1>();
+      pin(part);
+      if (lane.lane == 0) barrier_arrive(grads_read);
+      put(part, n, group, lane);
+      wgmma_wait<0>();
+      pin(scores);
+      first_query = first_query == lowest ? highest : first_query - kQueries;
+    }
+  }
+
+  __device__ void compute(int group) const {
+    const GroupLane lane;
+    int b = 0;
+    for (int n = 0; taken(b); ++b) {
+      const Work& w = work_at(b);
+      float key_sums[kOutTiles][4] = {}, value_sums[kOutTiles][4] = {};
+      keys.wait_full(b);
+      if (w.steps > 0) sum(key_sums, value_sums, w, n, group, lane);
+      keys.release(b, lane);
+      // The queries' gradients that were there are on their way.
+      sums.wait_empty(n);
+      sums.wait_empty(n + 1);
+      write(args.grad_key, args.grad_key_strides, key_sums, w, n, group);
+      write(args.grad_value, args.grad_value_strides, value_sums, w, n + 1, group);
+      work.release(b, lane);
+    }
+    work.release(b, lane);
+  }
+
+  // Sums become rows of an output, if it is asked for, by way of a warpgroup's part of where queries' gradients go.
+  __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], const Work& w,
+                        int n, int group) const {
+    using Tile = SlabTile<kGroupRows, kColumns>;
     if (to == nullptr) return;
-    S* const first = static_cast<S*>(to) + batch * strides.batch + head * strides.head;
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    S* const first = static_cast<S*>(to) + w.batch * strides.batch + w.kv_head * strides.head;
+    unsigned char* const tile = shared.data + sums_at(n) + group * (kSumsBytes / kGroups);
     const float factors[2] = {1, 1};
-    write_rows<S, RowTile>(sums, factors, shared.data + which * RowTile::kBytes, own_row, lane, [&](int i) {
-      const int row = first_row + own_row + i;
-      return row < count ? first + row * strides.position : nullptr;
+    write_rows<S, Tile>(sums, factors, tile, 0, lane, [&](int i) {
+      const int row = w.first_key + group * kGroupRows + i;
+      return row < sequence.keys ? first + row * strides.position : nullptr;
     });
   }
 
-  template <class Load, class Compute>
-  __device__ void run(int full_arrivals, Load load, Compute compute) const {
-    const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
+  __device__ void run() const {
+    // From one lane, by which the compiler knows that a warp agrees.
+    const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i) prefetch_map(plan.own[i]), prefetch_map(plan.passing[i]);
-      barrier_init(rows_full, 1);
-      ring.init(full_arrivals, 4 * kGroups);
+      for (const CUtensorMap* map : {&plan.key, &plan.value, &plan.query, &plan.grad_out}) prefetch_map(*map);
+      barrier_init(grads_read, 4 * kGroups);
+      keys.init(1, 4 * kGroups);
+      work.init(1, 4 * kGroups + 2);
+      ring.init(1, 4 * kGroups);
+      sums.init(4 * kGroups, 1);
       barrier_init_done();
     }
     __syncthreads();
     if (group == 0) {
       give_registers<GroupRegisters<kGroups>::kLoader>();
-      load();
+      if (threadIdx.x == 0) load();
+      if (threadIdx.x == 32 || threadIdx.x == 64) add(threadIdx.x / 64);
     } else {
       take_registers<GroupRegisters<kGroups>::kCompute>();
       compute(group - 1);
     }
-  }
-
-  // All of a warpgroup have read their own rows.
-  __device__ static void rows_are_free(int group) { named_barrier_wait(1 + group, kWarpgroup); }
-};
-
-// --- gradients of keys and values ---------------------------------------------------------------------------------
-
-// Registers of a thread, at 128 columns: 128 of sums, 64 of a tile's two products, 32 of weights. At 64 columns 128
-// queries at a time would take 256, of which there are 240.
-template <class S, int kColumns>
-struct HopperKeys : HopperPairs<64, kColumns, true> {
-  static constexpr int kQueries = 64;
-  using Base = HopperPairs<kQueries, kColumns, true>;
-  using Base::args, Base::plan, Base::ring, Base::kTiles, Base::kOutTiles, Base::passing_at, Base::numbers_at;
-  using typename Base::PassingTile;
-
-  const Sequence& sequence;
-  int kv_head, batch, first_key, first_query, tiles, heads;
-
-  __device__ HopperKeys(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence)
-      : Base(args, plan), sequence(sequence) {
-    // The first keys of a causal attention have the most to do and come first.
-    const BlockOrder::Block block = plan.order.find(blockIdx.x);
-    batch = block.unit / static_cast<int>(args.kv_heads);
-    kv_head = block.unit - batch * static_cast<int>(args.kv_heads);
-    heads = static_cast<int>(args.heads / args.kv_heads);
-    first_key = block.tile * Base::kRows;
-    const Range range = queries_seen(sequence, first_key, std::min(first_key + Base::kRows, sequence.keys) - 1);
-    first_query = range.first;
-    tiles = range.empty() ? 0 : (range.last - range.first + kQueries - 1) / kQueries;
-  }
-
-  __device__ int head_of(int n) const { return kv_head * heads + n / tiles; }
-  __device__ int query_of(int n) const { return first_query + n % tiles * kQueries; }
-
-  // Two warps: the one has TMA bring tiles, the other brings what is known of their queries.
-  __device__ void load() const {
-    const int lane = threadIdx.x % 32;
-    if (threadIdx.x >= 64) return;
-    if (threadIdx.x >= 32) return load_numbers(lane);
-    if (lane != 0) return;
-    Base::load_rows(first_key - plan.first_key, kv_head, batch);
-    for (int n = 0; n < tiles * heads; ++n) {
-      ring.wait_empty(n);
-      Base::load_passing(n, query_of(n) - plan.first_query, head_of(n), batch);
-    }
-  }
-
-  __device__ void load_numbers(int lane) const {
-#pragma unroll 1
-    for (int n = 0; n < tiles * heads; ++n) {
-      ring.wait_empty(n);
-      const int64_t first = Base::first_of_head(batch, head_of(n));
-#pragma unroll 1
-      for (int i = lane; i < kQueries; i += 32) {
-        const int query = query_of(n) + i;
-        const bool there = query < sequence.queries;
-        numbers_at(n, 0)[i] = there ? Base::shift_of(first + query) : INFINITY;
-        numbers_at(n, 1)[i] = there ? Base::correction_of(first + query) : 0.0f;
-      }
-      barrier_arrive(ring.full_barrier(n));
-    }
-  }
-
-  // Of a tile: scores become weights. Queries beyond the last have weight zero by their shift.
-  __device__ void weigh(float (&scores)[kTiles][4], int n, const GroupLane& lane) const {
-    const float* const shifts = numbers_at(n, 0) + 2 * lane.q;
-#pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      float& score = scores[i / 4][i % 4];
-      score = power_of_two(std::fma(score, Base::unit(), -shifts[i / 4 * 8 + i % 2]));
-    }
-  }
-
-  // The weights' derivatives become the scores', of weights in `scores`.
-  __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], int n,
-                         const GroupLane& lane) const {
-    const float* const corrections = numbers_at(n, 1) + 2 * lane.q;
-#pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      float& grad = grads[i / 4][i % 4];
-      grad = scores[i / 4][i % 4] * std::fma(grad, Base::scale(), -corrections[i / 4 * 8 + i % 2]);
-    }
-  }
-
-  // What no query sees of its key becomes zero.
-  __device__ void cut(float (&sums)[kTiles][4], int n, int own_row, const GroupLane& lane) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = first_key + own_row + lane.row + 8 * half - sequence.diagonal;
-      const int column = query_of(n) + 2 * lane.q;
-      keep_between(sums, half, key - sequence.right - column, key + sequence.left - column, 0.0f);
-    }
-  }
-
-  __device__ void compute(int group) const {
-    const GroupLane lane;
-    const int own_row = group * kGroupRows;
-    float key_sums[kOutTiles][4] = {}, value_sums[kOutTiles][4] = {};
-    float scores[kTiles][4], grads[kTiles][4];
-    uint32_t weights[kTiles / 2][4];
-    barrier_wait(Base::rows_full, 0);
-#pragma unroll 1
-    for (int n = 0; n < tiles * heads; ++n) {
-      ring.wait_full(n);
-      Base::template start_both<S>(scores, grads, own_row, n);
-      const bool whole = all_see(sequence, query_of(n), kQueries, first_key + own_row, kGroupRows);
-      wgmma_wait<1>();
-      pin(scores);
-      weigh(scores, n, lane);
-      if (!whole) cut(scores, n, own_row, lane);
-      to_weights<S>(weights, scores);
-      pin(weights);
-      pin(value_sums);
-      wgmma_fence();
-      start_columns<S, PassingTile>(value_sums, weights, passing_at(n, 1));
-      wgmma_commit();
-      wgmma_wait<1>();
-      pin(grads);
-      derive(grads, scores, n, lane);
-      if (!whole) cut(grads, n, own_row, lane);
-      uint32_t derivatives[kTiles / 2][4];
-      to_weights<S>(derivatives, grads);
-      pin(derivatives);
-      pin(key_sums);
-      wgmma_fence();
-      start_columns<S, PassingTile>(key_sums, derivatives, passing_at(n, 0));
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(value_sums);
-      pin(key_sums);
-      ring.release(n, lane);
-    }
-    Base::rows_are_free(group);
-    Base::template write<S>(args.grad_key, args.grad_key_strides, key_sums, 0, batch, kv_head, own_row, first_key,
-                            sequence.keys, lane);
-    Base::template write<S>(args.grad_value, args.grad_value_strides, value_sums, 1, batch, kv_head, own_row, first_key,
-                            sequence.keys, lane);
-  }
-};
-
-// --- gradients of queries -----------------------------------------------------------------------------------------
-
-template <class S, int kColumns>
-struct HopperQueries : HopperPairs<128, kColumns, false> {
-  static constexpr int kKeys = 128;
-  using Base = HopperPairs<kKeys, kColumns, false>;
-  using Base::args, Base::plan, Base::ring, Base::kTiles, Base::kOutTiles, Base::passing_at;
-  using typename Base::PassingTile;
-
-  const Sequence& sequence;
-  int head, batch, first_query, first_key, tiles;
-
-  __device__ HopperQueries(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence)
-      : Base(args, plan), sequence(sequence) {
-    const BlockOrder::Block block = plan.order.find(blockIdx.x);
-    batch = block.unit / static_cast<int>(args.heads);
-    head = block.unit - batch * static_cast<int>(args.heads);
-    // The last queries of a causal attention have the most to do and come first.
-    first_query = (plan.order.tiles - 1 - block.tile) * Base::kRows;
-    const Range range = keys_seen(sequence, first_query, std::min(first_query + Base::kRows, sequence.queries) - 1);
-    first_key = range.first;
-    tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
-  }
-
-  __device__ void load() const {
-    if (threadIdx.x != 0) return;
-    const int kv_head = head / static_cast<int>(args.heads / args.kv_heads);
-    Base::load_rows(first_query - plan.first_query, head, batch);
-    for (int n = 0; n < tiles; ++n) {
-      ring.wait_empty(n);
-      Base::load_passing(n, first_key + n * kKeys - plan.first_key, kv_head, batch);
-    }
-  }
-
-  __device__ void compute(int group) const {
-    const GroupLane lane;
-    const int own_row = group * kGroupRows, first_row = first_query + own_row;
-    float shifts[2], corrections[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = first_row + lane.row + 8 * half;
-      const int64_t number = Base::first_of_head(batch, head) + query;
-      const bool there = query < sequence.queries;
-      shifts[half] = there ? Base::shift_of(number) : INFINITY;
-      corrections[half] = there ? Base::correction_of(number) : 0.0f;
-    }
-    float sums[kOutTiles][4] = {}, scores[kTiles][4], grads[kTiles][4];
-    uint32_t derivatives[kTiles / 2][4];
-    barrier_wait(Base::rows_full, 0);
-#pragma unroll 1
-    for (int n = 0; n < tiles; ++n) {
-      ring.wait_full(n);
-      Base::template start_both<S>(scores, grads, own_row, n);
-      const int key = first_key + n * kKeys;
-      wgmma_wait<1>();
-      pin(scores);
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        float& score = scores[i / 4][i % 4];
-        score = power_of_two(std::fma(score, Base::unit(), -shifts[i % 4 / 2]));
-      }
-      wgmma_wait<0>();
-      pin(grads);
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        float& grad = grads[i / 4][i % 4];
-        grad = scores[i / 4][i % 4] * std::fma(grad, Base::scale(), -corrections[i % 4 / 2]);
-      }
-      if (!all_see(sequence, first_row, kGroupRows, key, kKeys)) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int own = first_row + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
-          keep_between(grads, half, own - sequence.left - column,
-                       std::min(own + sequence.right, sequence.keys - 1) - column, 0.0f);
-        }
-      }
-      to_weights<S>(derivatives, grads);
-      pin(derivatives);
-      pin(sums);
-      wgmma_fence();
-      start_columns<S, PassingTile>(sums, derivatives, passing_at(n, 0));
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(sums);
-      ring.release(n, lane);
-    }
-    Base::rows_are_free(group);
-    Base::template write<S>(args.grad_query, args.grad_query_strides, sums, 0, batch, head, own_row, first_query,
-                            sequence.queries, lane);
   }
 };
 

@@ -1,9 +1,10 @@
 // The forward kernel of sm_90a. One warpgroup has TMA load, the others compute, 64 queries each.
 //
 // Two things keep the tensor cores busy. Of a warpgroup, the products of the next tile's scores and of this tile's
-// output are started before the softmax that lies between them in time. And the warpgroups of a block take turns: each
-// starts its products only when the one before has started its own, so that one computes exponentials while another
-// multiplies. Both after J. Shah et al., FlashAttention-3 (2024).
+// output are started before the softmax that lies between them in time; the next tile of the last keys is the first of
+// the next queries. And the warpgroups of a block take turns: each starts its products only when the one before has
+// started its own, so that one computes exponentials while another multiplies. Both after J. Shah et al.,
+// FlashAttention-3 (2024).
 #include "attention/cuda/dot_product_hopper_tile.cuh"
 
 namespace lect11ext::cuda {
@@ -30,70 +31,87 @@ struct HopperForward {
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
   using QueryTile = SlabTile<kQueries, kColumns>;
   using KeyTile = SlabTile<kKeys, kColumns>;
-  static constexpr int kKeysAt = QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
+  static constexpr int kKeysAt = kStages * QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
   static constexpr int kOutAt = kValuesAt + kStages * KeyTile::kBytes, kBarriersAt = kOutAt + QueryTile::kBytes;
-  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (2 + 4 * kStages);
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * 6 * kStages;
 
-  // A tile of queries, and the tiles of keys that it sees.
+  // A tile of queries, how many tiles of keys it still sees, and the first key of the next one. From the last keys on:
+  // the first tile that a warpgroup takes is, where attention is causal, the cut one.
   struct Work {
-    int head, batch, first_query, first_key, tiles;
+    int head, batch, first_query, key, tiles;
 
-    // From the last keys on: the first tile that a warpgroup takes is, where attention is causal, the cut one.
-    __device__ int key_of_tile(int t) const { return first_key + (tiles - 1 - t) * kKeys; }
+    __device__ bool pass() { return key -= kKeys, --tiles > 0; }
   };
 
   const AttentionForward& args;
   const HopperForwardPlan& plan;
   const Sequence& sequence;
   AlignedShared shared;
-  Ring<1> queries;
-  Ring<kStages> keys, values;
+  Ring<kStages> queries, keys, values;
 
   __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan, const Sequence& sequence)
       : args(args), plan(plan), sequence(sequence), shared(dynamic_shared) {
     const uint32_t barriers = shared.address + kBarriersAt;
-    queries = {barriers, barriers + 8};
-    keys = {barriers + 16, barriers + 8 * (2 + kStages)};
-    values = {barriers + 8 * (2 + 2 * kStages), barriers + 8 * (2 + 3 * kStages)};
+    queries = {barriers, barriers + 8 * kStages};
+    keys = {barriers + 16 * kStages, barriers + 24 * kStages};
+    values = {barriers + 32 * kStages, barriers + 40 * kStages};
   }
 
-  __device__ bool find(Work& work, int round) const {
-    const unsigned number = BlockOrder::in_round(round);
-    if (number >= plan.order.blocks()) return false;
-    const BlockOrder::Block block = plan.order.find(number);
+  // What the block does in a round, and whether there are keys to see; `over`: nothing, and that was all.
+  __device__ bool find(Work& work, int round, bool& over) const {
+    BlockOrder::Block block;
+    work.tiles = 0;
+    if (!plan.order.in_round(round, block, over)) return false;
     work.batch = block.unit / static_cast<int>(args.heads);
     work.head = block.unit - work.batch * static_cast<int>(args.heads);
     // The last queries of a causal attention have the most to do and come first.
     work.first_query = (plan.order.tiles - 1 - block.tile) * kQueries;
     const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
     const Range range = keys_seen(sequence, work.first_query, last_query);
-    work.first_key = range.first;
     work.tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
+    work.key = range.first + (work.tiles - 1) * kKeys;
     return true;
   }
 
+  // Again, since registers are few.
+  __device__ Work found(int round) const {
+    Work work;
+    bool over;
+    find(work, round, over);
+    return work;
+  }
+
+  // Moves on, from `round` on, to what has keys; false: there is nothing more. What has none is given to `blank`.
+  template <class Blank>
+  __device__ bool next(Work& work, int& round, Blank blank) const {
+    for (bool over = false; !over; ++round) {
+      if (!find(work, round, over)) continue;
+      if (work.tiles > 0) return true;
+      blank(work);
+    }
+    return false;
+  }
+
+  __device__ uint32_t queries_at(int q) const { return shared.address + queries.stage(q) * QueryTile::kBytes; }
   __device__ uint32_t keys_at(int n) const { return shared.address + kKeysAt + keys.stage(n) * KeyTile::kBytes; }
   __device__ uint32_t values_at(int n) const { return shared.address + kValuesAt + values.stage(n) * KeyTile::kBytes; }
 
   __device__ void load() const {
     const int group = static_cast<int>(args.heads / args.kv_heads);
     Work work;
-    // Uses of the rings: n of keys and of values, q of queries, which a tile without keys does not need.
-    for (int round = 0, n = 0, q = 0; find(work, round); ++round) {
-      for (int t = 0; t < work.tiles; ++t, ++n) {
-        const int position = work.key_of_tile(t) - plan.first_key;
+    // Uses of the rings: n of keys and of values, q of queries.
+    for (int round = 0, n = 0, q = 0; next(work, round, [](const Work&) {}); ++round, ++q) {
+      queries.wait_empty(q);
+      barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
+      QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), work.first_query, work.head, work.batch);
+      for (bool more = true; more; more = work.pass(), ++n) {
+        const int position = work.key - plan.first_key;
         const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
           ring.wait_empty(n);
           barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
           KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, work.batch);
         };
         fill(keys, plan.key, keys_at(n));
-        if (t == 0) {  // there is room for keys before there is for the queries
-          queries.wait_empty(q);
-          barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
-          QueryTile::load(shared.address, plan.query, queries.full_barrier(q), work.first_query, work.head, work.batch);
-          ++q;
-        }
         fill(values, plan.value, values_at(n));
       }
     }
@@ -101,15 +119,15 @@ struct HopperForward {
 
   // What a thread carries along the keys, of its two rows.
   struct Rows {
-    float largest[2], sum[2];
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   };
 
   // Scores of 64 queries from `query` on and of a tile of keys from `key` on become weights; `shrink` is what has been
   // summed to be multiplied by.
-  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int query, int key,
-                        const GroupLane& lane) const {
+  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int query, int key) const {
     const float unit = static_cast<float>(args.scale * kLog2E);
     if (!all_see(sequence, query, kGroupRows, key, kKeys)) {
+      const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int own = query + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
@@ -139,64 +157,10 @@ struct HopperForward {
     }
   }
 
-  // Of one warpgroup. Beforehand `n` tiles of keys have come by, and `q` of queries.
-  __device__ void attend(float (&out)[kOutTiles][4], Rows& rows, const Work& work, int n, int q, int group,
-                         const GroupLane& lane) const {
-    const int own_row = group * kGroupRows, query = work.first_query + own_row;
-    float scores[kTiles][4], shrink[2];
-    uint32_t weights[kTiles / 2][4];
-    queries.wait_full(q);
-    keys.wait_full(n);
-    wgmma_fence();
-    start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(n));
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(scores);
-    keys.release(n, lane);
-    if (work.tiles == 1) queries.release(q, lane);
-    weigh(scores, rows, shrink, query, work.key_of_tile(0), lane);  // nothing has been summed yet
-    to_weights<S>(weights, scores);
-#pragma unroll 1
-    for (int t = 1; t < work.tiles; ++t) {
-      ++n;
-      keys.wait_full(n);
-      named_barrier_wait(1 + group, kTurns);
-      pin(out);
-      pin(weights);
-      wgmma_fence();
-      start_scores<S, QueryTile, KeyTile>(scores, shared.address, own_row, keys_at(n));
-      wgmma_commit();
-      values.wait_full(n - 1);
-      wgmma_fence();
-      start_columns<S, KeyTile>(out, weights, values_at(n - 1));
-      wgmma_commit();
-      named_barrier_arrive(1 + (group + 1) % kGroups, kTurns);
-      wgmma_wait<1>();
-      pin(scores);
-      keys.release(n, lane);
-      if (t == work.tiles - 1) queries.release(q, lane);
-      weigh(scores, rows, shrink, query, work.key_of_tile(t), lane);
-      wgmma_wait<0>();
-      pin(out);
-      values.release(n - 1, lane);
-#pragma unroll
-      for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
-      to_weights<S>(weights, scores);
-    }
-    values.wait_full(n);
-    pin(out);
-    pin(weights);
-    wgmma_fence();
-    start_columns<S, KeyTile>(out, weights, values_at(n));
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(out);
-    values.release(n, lane);
-  }
-
-  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int group,
-                         const GroupLane& lane) const {
-    const int first_row = work.first_query + group * kGroupRows;
+  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int own_row) const {
+    const GroupLane lane(
+        unknown(static_cast<int>(threadIdx.x)));  // places of output are not to take registers all along
+    const int first_row = work.first_query + own_row;
     const int64_t first = (work.batch * args.heads + work.head) * args.queries;
     float factors[2];
 #pragma unroll
@@ -213,7 +177,7 @@ struct HopperForward {
     }
     const AttentionStrides& strides = args.out_strides;
     S* const to = static_cast<S*>(args.out) + work.batch * strides.batch + work.head * strides.head;
-    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, group * kGroupRows, lane, [&](int i) {
+    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, own_row, lane, [&](int i) {
       const int query = first_row + i;
       return query < sequence.queries ? to + query * strides.position : nullptr;
     });
@@ -221,24 +185,100 @@ struct HopperForward {
 
   // Turns: barrier 1 + g is where warpgroup g waits for the one before it. The last lets the first go at once, which at
   // the end waits for its last turn in vain.
-  [[maybe_unused]] static constexpr int kTurns = 2 * kWarpgroup;
+  __device__ static void wait_turn(int group) { named_barrier_wait(1 + group, 2 * kWarpgroup); }
+  __device__ static void give_turn(int group) { named_barrier_arrive(1 + group, 2 * kWarpgroup); }
+
+  __device__ void start(float (&scores)[kTiles][4], int q, int n, int own_row) const {
+    wgmma_fence();
+    start_scores<S, QueryTile, KeyTile>(scores, queries_at(q), own_row, keys_at(n));
+    wgmma_commit();
+  }
+  __device__ void start(float (&out)[kOutTiles][4], const uint32_t (&weights)[kTiles / 2][4], int n) const {
+    wgmma_fence();
+    start_columns<S, KeyTile>(out, weights, values_at(n));
+    wgmma_commit();
+  }
 
   __device__ void compute(int group) const {
     const GroupLane lane;
-    if (group == kGroups - 1) named_barrier_arrive(1, kTurns);
+    const int own_row = group * kGroupRows;
+    const auto blank = [&](const Work& work) {
+      const float none[kOutTiles][4] = {};
+      finish(none, Rows{}, work, own_row);
+    };
+    if (group == kGroups - 1) give_turn(0);
     Work work;
-    for (int round = 0, n = 0, q = 0; find(work, round); ++round) {
-      float out[kOutTiles][4] = {};
-      Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
-      if (work.tiles > 0) attend(out, rows, work, n, q++, group, lane);
-      n += work.tiles;
-      finish(out, rows, work, group, lane);
+    int round = 0;
+    if (next(work, round, blank)) attend(work, round, group, lane, blank);
+    if (group == 0) wait_turn(0);
+  }
+
+  // All that a warpgroup does, from its first tile of queries on.
+  template <class Blank>
+  __device__ void attend(Work work, int round, int group, const GroupLane& lane, Blank blank) const {
+    const int own_row = group * kGroupRows;
+    float out[kOutTiles][4] = {}, scores[kTiles][4], shrink[2];
+    uint32_t weights[kTiles / 2][4];
+    Rows rows;
+    int now = round, n = 0, q = 0;  // the round of what is summed; tiles of keys and of queries so far
+    queries.wait_full(q);
+    keys.wait_full(n);
+    start(scores, q, n, own_row);
+    wgmma_wait<0>();
+    pin(scores);
+    keys.release(n, lane);
+    if (work.tiles == 1) queries.release(q, lane);
+    weigh(scores, rows, shrink, work.first_query + own_row, work.key);
+    to_weights<S>(weights, scores);
+#pragma unroll 1
+    for (;; ++n) {
+      now = round;
+      const bool ends = !work.pass();  // then the next scores are other queries'
+      if (ends) {
+        if (!next(work, ++round, blank)) break;
+        queries.wait_full(++q);
+      }
+      keys.wait_full(n + 1);
+      wait_turn(group);
+      pin(out);
+      pin(weights);
+      start(scores, q, n + 1, own_row);
+      values.wait_full(n);
+      start(out, weights, n);
+      give_turn((group + 1) % kGroups);
+      wgmma_wait<1>();
+      pin(scores);
+      keys.release(n + 1, lane);
+      if (work.tiles == 1) queries.release(q, lane);
+      if (ends) {
+        wgmma_wait<0>();
+        pin(out);
+        finish(out, rows, found(now), own_row);
+#pragma unroll
+        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
+        rows = Rows{};
+      }
+      weigh(scores, rows, shrink, work.first_query + own_row, work.key);
+      wgmma_wait<0>();
+      pin(out);
+      values.release(n, lane);
+#pragma unroll
+      for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
+      to_weights<S>(weights, scores);
     }
-    if (group == 0) named_barrier_wait(1, kTurns);
+    values.wait_full(n);
+    pin(out);
+    pin(weights);
+    start(out, weights, n);
+    wgmma_wait<0>();
+    pin(out);
+    values.release(n, lane);
+    finish(out, rows, found(now), own_row);
   }
 
   __device__ void run() const {
-    const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
+    // From one lane, by which the compiler knows that a warp agrees.
+    const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (threadIdx.x == 0) {
       for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) prefetch_map(*map);
       queries.init(1, 4 * kGroups);
@@ -285,7 +325,7 @@ bool run(const AttentionForward& args, void* stream) {
     return false;
   }
   plan.first_key = static_cast<int>(keys.first);
-  plan.order = BlockOrder::of(tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
+  plan.order = BlockOrder::of(args, tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
   reserve_shared(hopper_forward_kernel<S, kColumns>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
   launch(hopper_forward_kernel<S, kColumns>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes, stream,

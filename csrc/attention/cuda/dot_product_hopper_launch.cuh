@@ -10,11 +10,11 @@
 
 namespace lect11ext::cuda {
 
-// Until they are proven on a GPU they are for those who ask for them. The one place to change then.
+// Where they run, unless LECT11EXT_ATTENTION_HOPPER=0 switches them off.
 inline bool hopper_is_chosen() {
 #ifdef LECT11EXT_SM90A  // built in
   const char* const wish = std::getenv("LECT11EXT_ATTENTION_HOPPER");
-  return wish != nullptr && std::strcmp(wish, "1") == 0 && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+  return (wish == nullptr || std::strcmp(wish, "0") != 0) && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 #else
   return false;
@@ -72,18 +72,20 @@ inline bool rows_are_aligned(const void* data, const AttentionStrides& strides) 
 
 // --- the order of blocks ------------------------------------------------------------------------------------------
 
-// In which order tiles of `units`, which are heads of all batches, are taken. `side` units go side by side, tile by
-// tile from the one with the most work on: long ones first, so that none is left to the end; and few units at a time,
-// so that what their tiles share, K and V or Q and dO, is still in the L2 cache.
+// In which order tiles of `units`, which are heads of all batches, are taken. Groups of `side` units, of which the last
+// takes the rest too, go side by side, tile by tile from the one with the most work on: few units at a time, so that
+// what their tiles share, K and V or Q and dO, is still in the L2 cache.
 struct BlockOrder {
   int tiles, units, side;
+  bool uneven;  // tiles differ in work
 
   // bytes: what a unit's tiles share; `together`: units that share it
-  static BlockOrder of(int64_t tiles, int64_t units, int64_t bytes, int64_t together) {
+  static BlockOrder of(const Attention& args, int64_t tiles, int64_t units, int64_t bytes, int64_t together) {
     constexpr int64_t kCache = 24 << 20;  // about half of the L2 cache of an H100
     const int64_t side = std::clamp<int64_t>(kCache / std::max<int64_t>(bytes, 1), 1, units) * together;
     grid_size(tiles * units);
-    return {static_cast<int>(tiles), static_cast<int>(units), static_cast<int>(std::min(side, units))};
+    const bool left = args.window_left < args.queries + args.keys, right = args.window_right < args.queries + args.keys;
+    return {static_cast<int>(tiles), static_cast<int>(units), static_cast<int>(std::min(side, units)), left != right};
   }
 
   __host__ __device__ unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(units); }
@@ -92,16 +94,37 @@ struct BlockOrder {
     int tile, unit;
   };
 
-  __device__ Block find(unsigned number) const {
-    const int in_side = tiles * side, first = static_cast<int>(number) / in_side;
-    const int rest = static_cast<int>(number) - first * in_side, here = std::min(side, units - first * side);
-    return {rest / here, first * side + rest % here};
+  __device__ int groups() const { return units / side; }
+  __device__ int group_units(int group) const { return group == groups() - 1 ? units - group * side : side; }
+  __device__ Block find(int group, int index) const {
+    const int here = group_units(group);
+    return {index / here, group * side + index % here};
+  }
+  __device__ Block find(int number) const {
+    const int group = std::min(number / (tiles * side), groups() - 1);
+    return find(group, number - group * tiles * side);
   }
 
-  // Number of what a block does in its round number `round`, if blocks stay and take one after another: there and back
-  // again, so that none always has more than its neighbour.
-  __device__ static unsigned in_round(int round) {
-    return static_cast<unsigned>(round) * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  // What a block does in its round number `round`, if blocks stay and take one after another: there and back again, so
+  // that none always has more than its neighbour. False: nothing; then `over` is whether that was all.
+  //
+  // Where tiles differ in work every group begins with a round. The least work that there would be is what is missing
+  // at the end of the one before, and all blocks have done alike, or will have after the next group.
+  __device__ bool in_round(int round, Block& block, bool& over) const {
+    const int blocks = static_cast<int>(gridDim.x), own = static_cast<int>(blockIdx.x);
+    int number = round * blocks + (round % 2 == 0 ? own : blocks - 1 - own), group = 0;
+    if (uneven) {
+      const int rounds = (tiles * side + blocks - 1) / blocks;
+      group = std::min(round / rounds, groups() - 1);
+      number -= group * rounds * blocks;
+    } else {
+      group = std::min(number / (tiles * side), groups() - 1);
+      number -= group * tiles * side;
+    }
+    const bool any = number < tiles * group_units(group);
+    over = !any && group == groups() - 1;
+    if (any) block = find(group, number);
+    return any;
   }
 };
 

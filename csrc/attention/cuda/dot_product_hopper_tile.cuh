@@ -89,8 +89,9 @@ __device__ inline void to_weights(uint32_t (&weights)[kTiles / 2][4], const floa
 
 // A thread's place in its warpgroup, and its rows: `row` and the eighth behind it.
 struct GroupLane {
-  int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  int row = 16 * warp + g;
+  int warp, lane, g, q, row;
+  __device__ explicit GroupLane(int thread = static_cast<int>(threadIdx.x))
+      : warp(thread % kWarpgroup / 32), lane(thread % 32), g(lane / 4), q(lane % 4), row(16 * warp + g) {}
 };
 
 // Barriers and stages that fill and empty in turn: `full` counts the bytes that TMA brings, `empty` the warps that have

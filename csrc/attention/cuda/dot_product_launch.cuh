@@ -183,6 +183,7 @@ struct BackwardRun {
         if (plan.splits > 1) numbers += plan.splits * mask_numel(plan);
       }
       bytes = numbers * static_cast<int64_t>(sizeof(Compute<S>));
+      if constexpr (!kTangent && kIsHalf<S>) bytes = std::max(bytes, hopper_scratch(args));
     });
     return bytes;
   }
@@ -192,15 +193,15 @@ struct BackwardRun {
     with_type(args.dtype, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       using C = Compute<S>;
+      if constexpr (!kTangent && kIsHalf<S>) {
+        if (hopper_backward(args, scratch, stream)) return;
+      }
       C* const correction = static_cast<C*>(scratch);
       C* const correction_t = kTangent ? correction + rows(args) : nullptr;
       C* const parts = correction + rows(args) * (kTangent ? 2 : 1);
       if (rows(args) > 0) {
         launch(correction_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0,
                stream, args, correction, correction_t);
-      }
-      if constexpr (!kTangent && kIsHalf<S>) {
-        if (hopper_backward(args, correction, stream)) return;
       }
       const auto fill = [&](DerivativePlan& plan) {
         plan.correction = correction;

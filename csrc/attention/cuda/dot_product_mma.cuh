@@ -47,15 +47,6 @@ __device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
   }
 }
 
-// d += a · bᵀ as mma<float>, for floats in two parts of TF32 each: only the product of the smaller parts is left out,
-// so that about 22 bits count.
-__device__ inline void mma_split(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&a_rest)[4],
-                                 const uint32_t (&b)[2], const uint32_t (&b_rest)[2]) {
-  mma<float>(d, a_rest, b);
-  mma<float>(d, a, b_rest);
-  mma<float>(d, a, b);
-}
-
 // d += a · bᵀ as mma<float>, in double.
 __device__ inline void mma(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
 #pragma unroll

@@ -15,6 +15,11 @@ __device__ inline C infinity() {
   return C(INFINITY);
 }
 
+// A product that the compiler does not fuse with what follows: rounded otherwise in two kernels, a huge score would
+// differ by more than a weight can bear.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // The kernels' arguments and a sequence; queries and keys are counted within it.
 template <class S>
 struct Scores {
@@ -60,16 +65,16 @@ struct Scores {
   // Plain: it is a multiple of the product.
   template <bool kPlain>
   __device__ Score score(C product, int head, int query, int key) const {
-    Score score{product * C(args.scale), 0};
+    Score score{rounded_product(product, C(args.scale)), 0};
     if constexpr (kPlain) return score;
     if (args.softcap != 0) {
       score.capped = std::tanh(score.t / C(args.softcap));
-      score.t = C(args.softcap) * score.capped;
+      score.t = rounded_product(C(args.softcap), score.capped);
     }
     if (args.alibi_slopes != nullptr) {
       const int distance = query + sequence.diagonal - key;
       const float slope = args.alibi_slopes[sequence.batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
-      score.t -= C(slope) * C(distance < 0 ? -distance : distance);
+      score.t = std::fma(-C(slope), C(distance < 0 ? -distance : distance), score.t);
     }
     if (args.mask.type > MaskType::Bool) score.t += added(args.mask, head, query, key);
     return score;

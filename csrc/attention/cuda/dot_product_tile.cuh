@@ -206,8 +206,8 @@ struct SharedRows {
   __device__ Left<S> load(int column, const Lane& lane) const { return left_of_shared(rows, stride, column, lane); }
 };
 
-// sums += rows · tileᵀ for 8 · kTiles rows of a tile.
-template <class S, class Rows, int kRowTiles, int kTiles>
+// sums += rows · tileᵀ for 8 · kTiles rows of a tile. kMirrored: as in multiply.
+template <bool kMirrored, class S, class Rows, int kRowTiles, int kTiles>
 __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], const Rows (&rows)[kRowTiles],
                                      const S* tile, const TileShape& shape, const Lane& lane) {
 #pragma unroll 2
@@ -222,7 +222,7 @@ __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], c
 #pragma unroll
       for (int t = 0; t < kTogether<S>; ++t) {
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) multiply<S>(sums[m][n + t], left[m], right[t]);
+        for (int m = 0; m < kRowTiles; ++m) multiply<S, kMirrored>(sums[m][n + t], left[m], right[t]);
       }
     }
   }

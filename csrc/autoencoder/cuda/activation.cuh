@@ -12,11 +12,11 @@ template <class T>
 struct Logistic {
   T x, e, large;  // large: σ(|x|)
 
-  __device__ explicit Logistic(T x) : x(x), e(std::exp(-std::abs(x))), large(T(1) / (T(1) + e)) {}
+  __device__ explicit Logistic(T x) : x(x), e(std::exp(-std::abs(x))), large(reciprocal(T(1) + e)) {}
 
   __device__ T sigmoid() const { return x < T(0) ? e * large : large; }
   __device__ T slope() const { return e * large * large; }
-  __device__ T softplus() const { return (x < T(0) ? T(0) : x) + std::log1p(e); }
+  __device__ T softplus() const { return (x < T(0) ? T(0) : x) + log1p_of_unit(e); }
   __device__ T curvature() const {
     const T magnitude = slope() * (T(1) - e) * large;
     return x < T(0) ? magnitude : -magnitude;
@@ -28,25 +28,21 @@ struct Activated {
   T value, slope, curvature;
 };
 
-// The same for all threads, so that the choice costs a branch and no divergence: these kernels are bound by memory, and
-// one build for all activations spares the others.
-template <class T>
-__device__ inline Activated<T> activate(Activation activation, T x) {
-  switch (activation) {
-    case Activation::Relu: return {x < T(0) ? T(0) : x, x <= T(0) ? T(0) : T(1), T(0)};
-    case Activation::Sigmoid: {
-      const Logistic<T> s(x);
-      return {s.sigmoid(), s.slope(), s.curvature()};
-    }
-    case Activation::Softplus: {
-      const Logistic<T> s(x);
-      return {s.softplus(), s.sigmoid(), s.slope()};
-    }
-    case Activation::Tanh: {
-      const T value = std::tanh(x), q = std::exp(T(-2) * std::abs(x)), d = T(1) / (T(1) + q), slope = T(4) * q * d * d;
-      return {value, slope, T(-2) * value * slope};
-    }
-    default: return {x, T(1), T(0)};
+template <Activation kActivation, class T>
+__device__ inline Activated<T> activate(T x) {
+  if constexpr (kActivation == Activation::Relu) {
+    return {x < T(0) ? T(0) : x, x <= T(0) ? T(0) : T(1), T(0)};
+  } else if constexpr (kActivation == Activation::Sigmoid) {
+    const Logistic<T> s(x);
+    return {s.sigmoid(), s.slope(), s.curvature()};
+  } else if constexpr (kActivation == Activation::Softplus) {
+    const Logistic<T> s(x);
+    return {s.softplus(), s.sigmoid(), s.slope()};
+  } else if constexpr (kActivation == Activation::Tanh) {
+    const T value = std::tanh(x), q = std::exp(T(-2) * std::abs(x)), d = reciprocal(T(1) + q), slope = T(4) * q * d * d;
+    return {value, slope, T(-2) * value * slope};
+  } else {
+    return {x, T(1), T(0)};
   }
 }
 

@@ -8,25 +8,34 @@
 namespace lect11ext::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 // Both kernels load and store an element once: 8 bytes in float, 4 in bf16, beside a quarter of a Philox block (some
-// 25 integer instructions). A thread's four elements are one block's words, or in float its normals.
-__device__ inline int64_t first_of_thread() { return kQuad * (int64_t{kThreads} * blockIdx.x + threadIdx.x); }
+// 25 integer instructions). A quad's elements are one block's words, or in float its normals.
+template <class Access>
+using Work = Share<Access, 2, 1024>;
 
 template <class T, class Access>
-__global__ void __launch_bounds__(kThreads) drift_kernel(const __grid_constant__ CorruptionDrift args) {
-  const int64_t first = first_of_thread();
-  if (first >= args.shape.numel) return;
-  const Quad quad(first, 0, args.shape.numel);
+__global__ void __launch_bounds__(kFlatThreads, Work<Access>::kThreads / kFlatThreads)
+    drift_kernel(const __grid_constant__ CorruptionDrift args) {
+  constexpr int kQuads = Work<Access>::kQuads;
+  const FlatRange<kQuads> range(args.shape.numel);
   const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
-  T x[kQuad], noise[kQuad];
-  Access::load(args.shape, args.input, first, quad, x);
-  four_normals</*Aligned=*/true>(seed, offset, first, noise);
+  typename Access::template Loaded<T> x[kQuads] = {};
+  T noise[kQuads][kQuad];
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    const Quad quad = range.quad(j);
+    if (!quad.empty()) x[j] = Access::template load<T>(Spot(args.shape, quad.first), args.input, quad);
+  }
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) four_normals</*Aligned=*/true>(seed, offset, range.quad(j).first, noise[j]);
   const T deviation = T(args.deviation);
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) x[i] = std::fma(deviation, noise[i], x[i]);
-  Access::store(args.out, args.input.dtype, first, quad, x);
+  for (int j = 0; j < kQuads; ++j) {
+    const Quad quad = range.quad(j);
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) noise[j][i] = std::fma(deviation, noise[j][i], T(x[j][i]));
+    Access::store(args.out, args.input.dtype, quad.first, quad, noise[j]);
+  }
 }
 
 __device__ inline void store_mask(bool* mask, int64_t first, const Quad& quad, const bool* values) {
@@ -43,48 +52,58 @@ __device__ inline void store_mask(bool* mask, int64_t first, const Quad& quad, c
 }
 
 template <class T, class Access>
-__global__ void __launch_bounds__(kThreads) replace_kernel(const __grid_constant__ CorruptionReplace args) {
-  const int64_t first = first_of_thread();
-  if (first >= args.shape.numel) return;
-  const Quad quad(first, 0, args.shape.numel);
+__global__ void __launch_bounds__(kFlatThreads, Work<Access>::kThreads / kFlatThreads)
+    replace_kernel(const __grid_constant__ CorruptionReplace args) {
+  constexpr int kQuads = Work<Access>::kQuads;
+  const FlatRange<kQuads> range(args.shape.numel);
   const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
-  T x[kQuad];
-  Access::load(args.shape, args.input, first, quad, x);
-  const PhiloxBlock block = philox(seed, offset + static_cast<uint64_t>(first / kQuad));
-  const T low = T(args.low), high = T(args.high);
-  bool replaced[kQuad];
+  typename Access::template Loaded<T> in[kQuads] = {};
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    replaced[i] = block.x[i] <= args.last;
-    if (replaced[i]) x[i] = block.x[i] < args.pepper ? low : high;
+  for (int j = 0; j < kQuads; ++j) {
+    const Quad quad = range.quad(j);
+    if (!quad.empty()) in[j] = Access::template load<T>(Spot(args.shape, quad.first), args.input, quad);
   }
-  Access::store(args.out, args.input.dtype, first, quad, x);
-  if (args.mask != nullptr) store_mask(args.mask, first, quad, replaced);
+  const T low = T(args.low), high = T(args.high);
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    const Quad quad = range.quad(j);
+    const PhiloxBlock block = philox(seed, offset + static_cast<uint64_t>(quad.first) / kQuad);
+    T x[kQuad];
+    bool replaced[kQuad];
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      replaced[i] = block.x[i] <= args.last;
+      x[i] = !replaced[i] ? T(in[j][i]) : block.x[i] < args.pepper ? low : high;
+    }
+    Access::store(args.out, args.input.dtype, quad.first, quad, x);
+    if (args.mask != nullptr) store_mask(args.mask, quad.first, quad, replaced);
+  }
 }
 
 // --- which kernel -------------------------------------------------------------------------------------------------
 
 template <class T, class Access>
-auto kernel_for(const CorruptionDrift&) {
-  return drift_kernel<T, Access>;
+void start(const CorruptionDrift& args, dim3 grid, void* stream) {
+  launch(drift_kernel<T, Access>, grid, kFlatThreads, 0, stream, args);
 }
 
 template <class T, class Access>
-auto kernel_for(const CorruptionReplace&) {
-  return replace_kernel<T, Access>;
+void start(const CorruptionReplace& args, dim3 grid, void* stream) {
+  launch(replace_kernel<T, Access>, grid, kFlatThreads, 0, stream, args);
+}
+
+template <class T, class Access, class Args>
+void start(const Args& args, void* stream) {
+  start<T, Access>(args, FlatRange<Work<Access>::kQuads>::grid(args.shape.numel), stream);
 }
 
 template <class Args>
 void run(const Args& args, void* stream) {
   if (args.shape.numel == 0) return;
-  constexpr int64_t kElements = int64_t{kThreads} * kQuad;
-  const dim3 grid(static_cast<unsigned>((args.shape.numel + kElements - 1) / kElements));
   with_type(args.input.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    using T = Compute<S>;
     const bool fits = Vectors<S>::fits(args.shape, args.input) && Vectors<S>::fits(args.out, args.input.dtype);
-    const auto kernel = fits ? kernel_for<T, Vectors<S>>(args) : kernel_for<T, Elements>(args);
-    launch(kernel, grid, kThreads, 0, stream, args);
+    fits ? start<Compute<S>, Vectors<S>>(args, stream) : start<Compute<S>, Elements>(args, stream);
   });
 }
 

@@ -1,7 +1,7 @@
 #include "autoencoder/hashing.h"
 
+#include "autoencoder/cuda/hashing_codes.cuh"
 #include "common/cuda/launch.h"
-#include "common/cuda/memory.cuh"
 
 namespace lect11ext::cuda {
 
@@ -12,37 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kWord = 4;  // bytes
-
-// --- distances ----------------------------------------------------------------------------------------------------
-
-// Word number w of a code of `bytes` bytes, filled up with zeros. Aligned: every row begins at a multiple of a word and
-// consists of whole ones.
-template <bool Aligned>
-__device__ inline uint32_t load_word(const uint8_t* code, int64_t bytes, int64_t w) {
-  if constexpr (Aligned) return reinterpret_cast<const uint32_t*>(code)[w];
-  uint32_t word = 0;
-  const int64_t left = bytes - kWord * w;
-#pragma unroll
-  for (int i = 0; i < kWord; ++i) {
-    if (i < left) word |= static_cast<uint32_t>(code[kWord * w + i]) << 8 * i;
-  }
-  return word;
-}
-
-__host__ __device__ inline int64_t words_of(int64_t bytes) { return (bytes + kWord - 1) / kWord; }
-
-template <bool Aligned>
-__device__ inline int distance(const uint32_t* query, const uint8_t* code, int64_t bytes) {
-  int sum = 0;
-  for (int64_t w = 0; w < words_of(bytes); ++w) sum += __popc(query[w] ^ load_word<Aligned>(code, bytes, w));
-  return sum;
-}
-
-bool is_aligned(const CodeRows& codes, int64_t bytes) {
-  return bytes % kWord == 0 && codes.stride % kWord == 0 && reinterpret_cast<uintptr_t>(codes.data) % kWord == 0;
-}
-
 // --- all pairs ----------------------------------------------------------------------------------------------------
 
 constexpr int kTileQueries = 16;
@@ -91,11 +60,39 @@ __global__ void __launch_bounds__(kThreads) distance_kernel(HammingDistance args
   }
 }
 
-// --- searches: a block of threads takes one query and one segment of the codes ------------------------------------
+// --- searches -----------------------------------------------------------------------------------------------------
 
-// The query's words come first in shared memory.
+constexpr int kTogether = 4;  // codes whose loads a thread has under way
+
+// Calls f(codes, first) for kTogether codes of each thread, which lie kThreads apart; those beyond the segment are not
+// loaded.
+template <int kWords, class F>
+__device__ inline void for_codes(const HammingCudaSearch& args, int64_t begin, int64_t end, F f) {
+  for (int64_t first = begin; first < end; first += kTogether * kThreads) {
+    Code<kWords> codes[kTogether] = {};
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int64_t number = first + j * kThreads + threadIdx.x;
+      if (number < end) codes[j] = Code<kWords>::load(args.codes, args.bytes, number);
+    }
+    f(codes, first);
+  }
+}
+
+__device__ inline int64_t segment_end(const HammingCudaSearch& args, int64_t segment) {
+  const int64_t end = (segment + 1) * args.segment;
+  return end < args.codes.count ? end : args.codes.count;
+}
+
+__device__ inline void load_query(const HammingCudaSearch& args, int64_t query, uint32_t* words) {
+  const uint8_t* from = args.query.data + query * args.query.stride;
+  for (int64_t w = threadIdx.x; w < words_of(args.bytes); w += kThreads)
+    words[w] = load_word<false>(from, args.bytes, w);
+}
+
+// A block of threads takes one query and one segment of the codes. The query's words come first in shared memory.
 struct Place {
-  int64_t query, segment, first, last;
+  int64_t query, first, last;
   uint32_t* words;
   int64_t number;  // of the pair
 };
@@ -104,96 +101,171 @@ __device__ inline Place enter(const HammingCudaSearch& args, uint32_t* shared) {
   Place place;
   place.number = blockIdx.x;
   place.query = divide(blockIdx.x, args.segments);
-  place.segment = blockIdx.x - place.query * args.segments;
-  place.first = place.segment * args.segment;
-  const int64_t end = place.first + args.segment;
-  place.last = end < args.codes.count ? end : args.codes.count;
+  const int64_t segment = blockIdx.x - place.query * args.segments;
+  place.first = segment * args.segment;
+  place.last = segment_end(args, segment);
   place.words = shared;
-  const uint8_t* query = args.query.data + place.query * args.query.stride;
-  for (int64_t w = threadIdx.x; w < words_of(args.bytes); w += kThreads) {
-    shared[w] = load_word<false>(query, args.bytes, w);
-  }
+  load_query(args, place.query, shared);
   __syncthreads();
   return place;
 }
 
-// Integer sums: the same whatever the order of the additions.
-template <bool Aligned>
-__global__ void __launch_bounds__(kThreads) histogram_kernel(HammingHistogram args, bool in_shared) {
-  uint32_t* const shared = reinterpret_cast<uint32_t*>(dynamic_shared);
-  const int64_t bins = args.bins();
-  int32_t* const counts = args.counts + static_cast<int64_t>(blockIdx.x) * bins;
-  int32_t* const sums = in_shared ? reinterpret_cast<int32_t*>(shared + words_of(args.bytes)) : counts;
-  for (int64_t i = threadIdx.x; in_shared && i < bins; i += kThreads) sums[i] = 0;
-  const Place place = enter(args, shared);
-  for (int64_t c = place.first + threadIdx.x; c < place.last; c += kThreads) {
-    atomicAdd(sums + distance<Aligned>(place.words, args.codes.data + c * args.codes.stride, args.bytes), 1);
+// The distance within which `k` of a histogram's codes lie; all distances where there are not as many. By a warp.
+__device__ inline int bound_of(const int32_t* counts, int bins, int64_t k) {
+  const int lane = threadIdx.x % kWarp;
+  int64_t below = 0;
+  for (int base = 0; base < bins; base += kWarp) {
+    int64_t up_to = base + lane < bins ? counts[base + lane] : 0;
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, up_to, distance);
+      if (lane >= distance) up_to += other;
+    }
+    const unsigned reached = __ballot_sync(~0u, below + up_to >= k);
+    if (reached != 0) return base + kWarp - __popc(reached);
+    below += __shfl_sync(~0u, up_to, kWarp - 1);
   }
+  return bins;
+}
+
+constexpr int kGroup = kWarps;  // queries that share the reading of codes, at most
+
+// Integer sums: the same whatever the order of the additions. A block takes some queries and a segment. From its first
+// codes it knows a distance within which there are k, and counts only what is as near afterwards: a few of the codes,
+// where all of them would wait for one another, since most random codes have one of few distances.
+template <int kWords>
+__global__ void __launch_bounds__(kThreads) histogram_kernel(HammingHistogram args, int group, bool fits) {
+  __shared__ int bounds[kGroup];
+  uint32_t* const words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  const bool in_shared = kWords > 0 || fits;  // known to the compiler where it matters
+  const int bins = static_cast<int>(args.bins()), per_code = static_cast<int>(words_of(args.bytes));
+  const int64_t which = divide(blockIdx.x, args.segments), segment = blockIdx.x - which * args.segments;
+  const int64_t query = which * group, of_query = args.segments * bins;
+  const int queries = static_cast<int>(args.query.count - query < group ? args.query.count - query : group);
+  int32_t* const counts = args.counts + (query * args.segments + segment) * bins;
+  int32_t* const shared = reinterpret_cast<int32_t*>(words + group * per_code);
+  for (int q = 0; q < queries; ++q) load_query(args, query + q, words + q * per_code);
+  for (int i = threadIdx.x; in_shared && i < queries * bins; i += kThreads) shared[i] = 0;
+  if (threadIdx.x < kGroup) bounds[threadIdx.x] = bins;
   __syncthreads();
-  for (int64_t i = threadIdx.x; in_shared && i < bins; i += kThreads) counts[i] = sums[i];
+  const int64_t begin = segment * args.segment, end = segment_end(args, segment);
+  for_codes<kWords>(args, begin, end, [&](const Code<kWords>* codes, int64_t first) {
+    for (int q = 0; q < queries; ++q) {
+      const auto own = Code<kWords>::in_registers(words + q * per_code);
+      const int bound = bounds[q];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (first + j * kThreads + threadIdx.x >= end) break;
+        const int d = codes[j].distance(own.data);
+        if (d > bound) continue;
+        if (in_shared) atomicAdd(shared + q * bins + d, 1);
+        else atomicAdd(counts + q * of_query + d, 1);
+      }
+    }
+    if (!in_shared || first != begin) return;
+    __syncthreads();
+    const int warp = threadIdx.x / kWarp;
+    if (warp < queries) {
+      const int bound = bound_of(shared + warp * bins, bins, args.k);
+      if (threadIdx.x % kWarp == 0) bounds[warp] = bound;
+    }
+    __syncthreads();
+  });
+  __syncthreads();
+  for (int q = 0; q < queries; ++q) {
+    for (int i = threadIdx.x; i < bins; i += kThreads) {
+      const int32_t count = in_shared ? shared[q * bins + i] : __ldcg(counts + q * of_query + i);
+      if (in_shared) counts[q * of_query + i] = count;
+      // Above the bound the count is that of the first codes only; what is sought lies at it, or below.
+      if (count == 0 || i > bounds[q]) continue;
+      atomicAdd(reinterpret_cast<unsigned long long*>(args.totals + (query + q) * bins + i),
+                static_cast<unsigned long long>(count));
+    }
+  }
+}
+
+// The sum of the values of the threads up to this one, and of all.
+struct Sums {
+  int64_t up_to, all;
+};
+
+__device__ inline Sums sums_of(int64_t value, int64_t* warp_sums) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Sums sums{value, 0};
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int64_t other = __shfl_up_sync(~0u, sums.up_to, distance);
+    if (lane >= distance) sums.up_to += other;
+  }
+  __syncthreads();  // the sums before have been read
+  if (lane == kWarp - 1) warp_sums[warp] = sums.up_to;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) sums.up_to += warp_sums[w];
+    sums.all += warp_sums[w];
+  }
+  return sums;
 }
 
 // One block a query: the limit, and the sums that precede each segment's results.
 __global__ void __launch_bounds__(kThreads) plan_kernel(HammingPlan args) {
-  __shared__ int64_t partial[kThreads];
-  __shared__ int limit;
+  __shared__ int64_t warp_sums[kWarps];
+  __shared__ int nearest, limit;
   __shared__ int64_t below_limit;
   const int64_t query = blockIdx.x;
   const int32_t* counts = args.counts + query * args.segments * args.bins;
-  // A thread sums some neighbouring bins over all segments; then one finds the bin in which the k-th code is.
-  const int64_t share = (args.bins + kThreads - 1) / kThreads;
-  const int64_t low = threadIdx.x * share, high = low + share < args.bins ? low + share : args.bins;
-  int64_t sum = 0;
-  for (int64_t bin = low; bin < high; ++bin) {
-    for (int64_t s = 0; s < args.segments; ++s) sum += counts[s * args.bins + bin];
-  }
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t below = 0;
-    int owner = 0;
-    while (below + partial[owner] < args.k) below += partial[owner++];
-    int64_t bin = owner * share;
-    for (;; ++bin) {
-      int64_t here = 0;
-      for (int64_t s = 0; s < args.segments; ++s) here += counts[s * args.bins + bin];
-      if (below + here >= args.k) break;
-      below += here;
+  const int64_t* totals = args.totals + query * args.bins;
+  if (threadIdx.x == 0) nearest = 0;
+  // The first bin that is not empty, and that in which the k-th code is.
+  int64_t below = 0;
+  for (int64_t base = 0; base < args.bins && below < args.k; base += kThreads) {
+    const int64_t bin = base + threadIdx.x, here = bin < args.bins ? totals[bin] : 0;
+    const Sums sums = sums_of(here, warp_sums);
+    const int64_t up_to = below + sums.up_to, before = up_to - here;
+    if (here > 0 && before == 0) nearest = static_cast<int>(bin);
+    if (before < args.k && args.k <= up_to) {
+      limit = static_cast<int>(bin);
+      below_limit = before;
+      args.limits[query] = limit;
     }
-    limit = static_cast<int>(bin);
-    below_limit = below;
-    args.limits[query] = limit;
+    below += sums.all;
   }
   __syncthreads();
-  for (int64_t s = threadIdx.x; s < args.segments; s += kThreads) {
-    int64_t below = 0;
-    for (int bin = 0; bin < limit; ++bin) below += counts[s * args.bins + bin];
-    args.starts[query * args.segments + s] = below;  // how many, until the sums are taken
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t start = 0, left = args.k - below_limit;
-    for (int64_t s = 0; s < args.segments; ++s) {
-      const int64_t place = query * args.segments + s, at_limit = counts[s * args.bins + limit];
-      const int64_t below = args.starts[place], taken = at_limit < left ? at_limit : left;
-      args.starts[place] = query * args.k + start;
-      args.ties[place] = taken;
-      start += below + taken;
-      left -= taken;
+  int64_t start = query * args.k, left = args.k - below_limit;  // of the segments that come next
+  for (int64_t base = 0; base < args.segments; base += kThreads) {
+    const int64_t segment = base + threadIdx.x, place = query * args.segments + segment;
+    int64_t nearer = 0, at_limit = 0;
+    if (segment < args.segments) {
+      for (int bin = nearest; bin < limit; ++bin) nearer += counts[segment * args.bins + bin];
+      at_limit = counts[segment * args.bins + limit];
     }
+    const Sums of_nearer = sums_of(nearer, warp_sums), of_limit = sums_of(at_limit, warp_sums);
+    const int64_t ties_before = of_limit.up_to - at_limit < left ? of_limit.up_to - at_limit : left;
+    if (segment < args.segments) {
+      args.starts[place] = start + of_nearer.up_to - nearer + ties_before;
+      args.ties[place] = at_limit < left - ties_before ? at_limit : left - ties_before;
+    }
+    const int64_t ties = of_limit.all < left ? of_limit.all : left;
+    start += of_nearer.all + ties;
+    left -= ties;
   }
+  if (threadIdx.x == 0 && query == args.queries - 1) args.starts[args.queries * args.segments] = start;
 }
 
-template <bool Aligned>
+template <int kWords>
 __global__ void __launch_bounds__(kThreads) count_kernel(HammingCount args) {
-  uint32_t* const shared = reinterpret_cast<uint32_t*>(dynamic_shared);
   __shared__ unsigned long long total;
   if (threadIdx.x == 0) total = 0;
-  const Place place = enter(args, shared);
+  const Place place = enter(args, reinterpret_cast<uint32_t*>(dynamic_shared));
   unsigned long long count = 0;
-  for (int64_t c = place.first + threadIdx.x; c < place.last; c += kThreads) {
-    count += distance<Aligned>(place.words, args.codes.data + c * args.codes.stride, args.bytes) < args.limit;
-  }
+  for_codes<kWords>(args, place.first, place.last, [&](const Code<kWords>* codes, int64_t first) {
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const bool here = first + j * kThreads + threadIdx.x < place.last;
+      count += here && codes[j].distance(place.words) < args.limit;
+    }
+  });
   atomicAdd(&total, count);
   __syncthreads();
   if (threadIdx.x == 0) args.counts[place.number] = static_cast<int64_t>(total);
@@ -201,45 +273,56 @@ __global__ void __launch_bounds__(kThreads) count_kernel(HammingCount args) {
 
 // In ascending order of the index: a warp's lanes by a ballot, the block's warps by their sums. Codes at the limit are
 // numbered apart, for only the first of them are taken; where they go follows from how many of both kinds came before.
-template <bool Aligned>
+template <int kWords>
 __global__ void __launch_bounds__(kThreads) fill_kernel(HammingFill args) {
-  uint32_t* const shared = reinterpret_cast<uint32_t*>(dynamic_shared);
   __shared__ int below_of[kWarps], ties_of[kWarps];
-  const Place place = enter(args, shared);
+  const int64_t start = args.starts[blockIdx.x], found = args.starts[blockIdx.x + 1] - start;
+  if (found == 0) return;  // most segments, where few codes are wanted
+  const Place place = enter(args, reinterpret_cast<uint32_t*>(dynamic_shared));
   const int limit = args.limits != nullptr ? args.limits[place.query] : args.limit;
   const int64_t most_ties = args.ties != nullptr ? args.ties[place.number] : 0;
-  const int64_t start = args.starts[place.number];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const unsigned before = (1u << lane) - 1;
   int64_t below = 0, ties = 0;  // so far
-  for (int64_t first = place.first; first < place.last; first += kThreads) {
-    const int64_t c = first + threadIdx.x;
-    const bool here = c < place.last;
-    const int d = here ? distance<Aligned>(place.words, args.codes.data + c * args.codes.stride, args.bytes) : 0;
-    const bool is_below = here && d < limit, is_tie = here && d == limit;
-    const unsigned below_lanes = __ballot_sync(~0u, is_below), tie_lanes = __ballot_sync(~0u, is_tie);
-    if (lane == 0) {
-      below_of[warp] = __popc(below_lanes);
-      ties_of[warp] = __popc(tie_lanes);
-    }
-    __syncthreads();
-    int64_t my_below = below + __popc(below_lanes & before), my_ties = ties + __popc(tie_lanes & before);
+  for_codes<kWords>(args, place.first, place.last, [&](const Code<kWords>* codes, int64_t first) {
+    if (below + (ties < most_ties ? ties : most_ties) == found) return;
+    int distances[kTogether];
+    int near = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) {
-        my_below += below_of[w];
-        my_ties += ties_of[w];
+    for (int j = 0; j < kTogether; ++j) {
+      const bool here = first + j * kThreads + threadIdx.x < place.last;
+      distances[j] = here ? codes[j].distance(place.words) : limit + 1;
+      near += distances[j] <= limit;
+    }
+    if (__syncthreads_count(near) == 0) return;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int d = distances[j];
+      const bool is_below = d < limit, is_tie = d == limit;
+      const unsigned below_lanes = __ballot_sync(~0u, is_below), tie_lanes = __ballot_sync(~0u, is_tie);
+      if (lane == 0) {
+        below_of[warp] = __popc(below_lanes);
+        ties_of[warp] = __popc(tie_lanes);
       }
-      below += below_of[w];
-      ties += ties_of[w];
+      __syncthreads();
+      int64_t my_below = below + __popc(below_lanes & before), my_ties = ties + __popc(tie_lanes & before);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) {
+          my_below += below_of[w];
+          my_ties += ties_of[w];
+        }
+        below += below_of[w];
+        ties += ties_of[w];
+      }
+      if (is_below || (is_tie && my_ties < most_ties)) {
+        const int64_t to = start + my_below + (my_ties < most_ties ? my_ties : most_ties);
+        args.distances[to] = d;
+        args.indices[to] = first + j * kThreads + threadIdx.x;
+      }
+      __syncthreads();  // the sums have been read
     }
-    if (is_below || (is_tie && my_ties < most_ties)) {
-      const int64_t to = start + my_below + (my_ties < most_ties ? my_ties : most_ties);
-      args.distances[to] = d;
-      args.indices[to] = c;
-    }
-    __syncthreads();  // the sums have been read
-  }
+  });
 }
 
 unsigned pairs(const HammingCudaSearch& args) { return static_cast<unsigned>(args.query.count * args.segments); }
@@ -251,7 +334,7 @@ void hamming_distance(const HammingDistance& args, void* stream) {
   constexpr int64_t kMostBlocks = 65535;
   const int64_t tiles = (args.query.count + kTileQueries - 1) / kTileQueries;
   const int64_t columns = std::min((args.codes.count + kThreads - 1) / kThreads, kMostBlocks);
-  bool aligned = is_aligned(args.codes, args.bytes);
+  bool aligned = are_aligned(args.codes, args.bytes, kWord);
   for (int d = 0; d < args.batches.ndim; ++d) aligned = aligned && args.codes_steps[d] % kWord == 0;
   if (args.batches.numel * tiles * columns == 0) return;
   launch(aligned ? distance_kernel<true> : distance_kernel<false>,
@@ -260,11 +343,15 @@ void hamming_distance(const HammingDistance& args, void* stream) {
 }
 
 void hamming_histogram(const HammingHistogram& args, void* stream) {
-  constexpr size_t kMostShared = 48 * 1024;  // that need not be asked for
-  const size_t all = query_bytes(args) + static_cast<size_t>(args.bins()) * sizeof(int32_t);
+  constexpr size_t kMostShared = 47 * 1024;  // that need not be asked for, less what the kernel has itself
+  const size_t of_query = query_bytes(args), all = of_query + static_cast<size_t>(args.bins()) * sizeof(int32_t);
   const bool in_shared = all <= kMostShared;
-  launch(is_aligned(args.codes, args.bytes) ? histogram_kernel<true> : histogram_kernel<false>, pairs(args), kThreads,
-         in_shared ? all : query_bytes(args), stream, args, in_shared);
+  const int64_t most = std::min<int64_t>(kGroup, in_shared ? kMostShared / all : 1);
+  const int64_t group = std::min(most, args.query.count), groups = (args.query.count + group - 1) / group;
+  with_words(args, [&](auto words) {
+    launch(histogram_kernel<decltype(words)::value>, static_cast<unsigned>(groups * args.segments), kThreads,
+           static_cast<size_t>(group) * (in_shared ? all : of_query), stream, args, static_cast<int>(group), in_shared);
+  });
 }
 
 void hamming_plan(const HammingPlan& args, void* stream) {
@@ -272,13 +359,15 @@ void hamming_plan(const HammingPlan& args, void* stream) {
 }
 
 void hamming_count(const HammingCount& args, void* stream) {
-  launch(is_aligned(args.codes, args.bytes) ? count_kernel<true> : count_kernel<false>, pairs(args), kThreads,
-         query_bytes(args), stream, args);
+  with_words(args, [&](auto words) {
+    launch(count_kernel<decltype(words)::value>, pairs(args), kThreads, query_bytes(args), stream, args);
+  });
 }
 
 void hamming_fill(const HammingFill& args, void* stream) {
-  launch(is_aligned(args.codes, args.bytes) ? fill_kernel<true> : fill_kernel<false>, pairs(args), kThreads,
-         query_bytes(args), stream, args);
+  with_words(args, [&](auto words) {
+    launch(fill_kernel<decltype(words)::value>, pairs(args), kThreads, query_bytes(args), stream, args);
+  });
 }
 
 }  // namespace lect11ext::cuda

@@ -8,6 +8,9 @@
 namespace lect11ext::cuda {
 namespace {
 
+template <Likelihood kLikelihood>
+using Constant = std::integral_constant<Likelihood, kLikelihood>;
+
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
 // log(sinh(u) / u) and its derivative, of u ≥ 0, as autoencoder/cpu/reconstruction.cpp has them.
@@ -48,96 +51,144 @@ struct Element {
   T loss, d_input, d_target, d_logvar;
 };
 
-// The choice is the same for all threads, as in activation.cuh.
-template <class T>
-__device__ inline Element<T> element(const Reconstruction& args, T x, T t, T logvar) {
+template <Likelihood kLikelihood, bool kVariance, class T>
+__device__ inline Element<T> element(T x, T t, T logvar) {
   const T half = T(0.5), d = x - t;
-  switch (args.likelihood) {
-    case Likelihood::Bernoulli: {
-      const Logistic<T> s(x);
-      return {std::fma(-x, t, s.softplus()), s.sigmoid() - t, -x, T(0)};
-    }
-    case Likelihood::ContinuousBernoulli: {
-      const LogSinhc<T> f = log_sinhc(half * std::abs(x));
-      const T slope = half * f.slope;
-      return {std::fma(x, half - t, f.value), half - t + (x < T(0) ? -slope : slope), -x, T(0)};
-    }
-    case Likelihood::Gaussian: {
-      if (args.logvar.data == nullptr) return {std::fma(half * d, d, T(kHalfLog2Pi)), d, -d, T(0)};
-      const T root = std::exp(-half * logvar), scaled = d * root, square = scaled * scaled;
-      return {half * (square + logvar) + T(kHalfLog2Pi), scaled * root, -(scaled * root), half * (T(1) - square)};
-    }
-    default: return {d * d, T(2) * d, T(-2) * d, T(0)};
+  if constexpr (kLikelihood == Likelihood::Bernoulli) {
+    const Logistic<T> s(x);
+    return {std::fma(-x, t, s.softplus()), s.sigmoid() - t, -x, T(0)};
+  } else if constexpr (kLikelihood == Likelihood::ContinuousBernoulli) {
+    const LogSinhc<T> f = log_sinhc(half * std::abs(x));
+    const T slope = half * f.slope;
+    return {std::fma(x, half - t, f.value), half - t + (x < T(0) ? -slope : slope), -x, T(0)};
+  } else if constexpr (kLikelihood == Likelihood::SquaredError) {
+    return {d * d, T(2) * d, T(-2) * d, T(0)};
+  } else if constexpr (!kVariance) {
+    return {std::fma(half * d, d, T(kHalfLog2Pi)), d, -d, T(0)};
+  } else {
+    const T root = std::exp(-half * logvar), scaled = d * root, square = scaled * scaled;
+    return {half * (square + logvar) + T(kHalfLog2Pi), scaled * root, -(scaled * root), half * (T(1) - square)};
   }
 }
 
-// The four elements of a thread.
-template <class T>
-struct Operands {
-  T input[kQuad], target[kQuad], logvar[kQuad] = {}, weight[kQuad];
+// Calls f with the likelihood, and whether it has a variance, as constants: one branch for all elements of a thread,
+// where all threads go the same way.
+template <class F>
+__device__ inline void with_likelihood(const Reconstruction& args, F f) {
+  switch (args.likelihood) {
+    case Likelihood::Bernoulli: return f(Constant<Likelihood::Bernoulli>(), std::false_type());
+    case Likelihood::ContinuousBernoulli: return f(Constant<Likelihood::ContinuousBernoulli>(), std::false_type());
+    case Likelihood::SquaredError: return f(Constant<Likelihood::SquaredError>(), std::false_type());
+    case Likelihood::Gaussian:
+      if (args.logvar.data != nullptr) return f(Constant<Likelihood::Gaussian>(), std::true_type());
+      return f(Constant<Likelihood::Gaussian>(), std::false_type());
+  }
+}
 
-  template <class Access>
-  __device__ void load(const Reconstruction& args, const Quad& quad) {
-    Access::load(args.shape, args.input, quad.first, quad, input);
-    Access::load(args.shape, args.target, quad.first, quad, target);
-    if (args.logvar.data != nullptr) Access::load(args.shape, args.logvar, quad.first, quad, logvar);
-    if (args.weight.data != nullptr) {
-      Access::load(args.shape, args.weight, quad.first, quad, weight);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) weight[i] = T(1);
-    }
+// Of a quad.
+template <class T, class Access>
+struct Operands {
+  typename Access::template Loaded<T> input, target, logvar, weight;
+
+  __device__ void load(const Reconstruction& args, const Spot& spot, const Quad& quad) {
+    input = Access::template load<T>(spot, args.input, quad);
+    target = Access::template load<T>(spot, args.target, quad);
+    if (args.logvar.data != nullptr) logvar = Access::template load<T>(spot, args.logvar, quad);
+    if (args.weight.data != nullptr) weight = Access::template load<T>(spot, args.weight, quad);
   }
 
   // Where the weight is zero nothing counts, whatever it is.
-  __device__ T weighted(int i, T value) const { return weight[i] == T(0) ? T(0) : weight[i] * value; }
+  __device__ void apply_weight(const Reconstruction& args, T* values) const {
+    if (args.weight.data == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) values[i] = T(weight[i]) == T(0) ? T(0) : T(weight[i]) * values[i];
+  }
 };
+
+template <class Access>
+using Work = Share<Access, 2, 1024>;
 
 // A block takes a tile: two loads an element, 8 bytes in float, 4 in 16 bits.
 template <class T, class Access>
-__global__ void __launch_bounds__(kThreads, Access::kBlocks)
+__global__ void __launch_bounds__(kTileThreads, Work<Access>::kThreads / kTileThreads)
     forward_kernel(const __grid_constant__ ReconstructionForward args) {
+  constexpr int kQuads = Work<Access>::kQuads;
   __shared__ T shared[kTile];
   const TileRange range(args.tiles, blockIdx.x);
-  for (int64_t first = range.first_quad(); first < range.end; first += kTile) {
-    const Quad quad(first, range.begin, range.end);
-    Operands<T> in;
-    in.template load<Access>(args, quad);
-    T losses[kQuad];
+  const int passes = range.passes<kQuads>();
+  for (int pass = 0; pass < passes; ++pass) {
+    Operands<T, Access> in[kQuads] = {};
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      losses[i] = in.weighted(i, element(args, in.input[i], in.target[i], in.logvar[i]).loss);
+    for (int j = 0; j < kQuads; ++j) {
+      const Quad quad = range.quad(pass * kQuads + j);
+      if (!quad.empty()) in[j].load(args, Spot(args.shape, quad.first), quad);
     }
-    if (args.loss_elements) Arithmetic<Access, T>::store(args.loss, kDType<T>, first, quad, losses);
-    else range.put(quad, losses, shared);
+    T losses[kQuads][kQuad];
+    with_likelihood(args, [&](auto likelihood, auto variance) {
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+          losses[j][i] = element<likelihood, variance, T>(in[j].input[i], in[j].target[i], in[j].logvar[i]).loss;
+        }
+      }
+    });
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      const Quad quad = range.quad(pass * kQuads + j);
+      in[j].apply_weight(args, losses[j]);
+      if (args.loss_elements) Arithmetic<Access, T>::store(args.loss, kDType<T>, quad.first, quad, losses[j]);
+      else range.put(quad, losses[j], shared);
+    }
   }
   if (!args.loss_elements) range.sum(shared, static_cast<T*>(args.loss));
 }
 
 template <class T, class Access>
-__global__ void __launch_bounds__(kThreads, Access::kBlocks)
+__global__ void __launch_bounds__(kFlatThreads, Work<Access>::kThreads / kFlatThreads)
     backward_kernel(const __grid_constant__ ReconstructionBackward args) {
-  const int64_t first = kQuad * (int64_t{kThreads} * blockIdx.x + threadIdx.x);
-  if (first >= args.shape.numel) return;
-  const Quad quad(first, 0, args.shape.numel);
-  Operands<T> in;
-  in.template load<Access>(args, quad);
-  T grad[kQuad], d_input[kQuad], d_target[kQuad], d_logvar[kQuad], d_weight[kQuad];
-  Arithmetic<Access, T>::load(args.shape, args.grad, first, quad, grad);
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const Element<T> e = element(args, in.input[i], in.target[i], in.logvar[i]);
-    const T g = T(args.grad_scale) * grad[i];
-    d_input[i] = in.weighted(i, g * e.d_input);
-    d_target[i] = in.weighted(i, g * e.d_target);
-    d_logvar[i] = in.weighted(i, g * e.d_logvar);
-    d_weight[i] = g * e.loss;
-  }
   using Sums = Arithmetic<Access, T>;
-  if (args.grad_input != nullptr) Access::store(args.grad_input, args.grad_input_dtype, first, quad, d_input);
-  if (args.grad_target != nullptr) Access::store(args.grad_target, args.grad_target_dtype, first, quad, d_target);
-  if (args.grad_logvar != nullptr) Sums::store(args.grad_logvar, kDType<T>, first, quad, d_logvar);
-  if (args.grad_weight != nullptr) Sums::store(args.grad_weight, kDType<T>, first, quad, d_weight);
+  constexpr int kQuads = Work<Access>::kQuads;
+  const FlatRange<kQuads> range(args.shape.numel);
+  Operands<T, Access> in[kQuads] = {};
+  typename Sums::template Loaded<T> grad[kQuads] = {};
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    const Quad quad = range.quad(j);
+    if (quad.empty()) continue;
+    const Spot spot(args.shape, quad.first);
+    in[j].load(args, spot, quad);
+    grad[j] = Sums::template load<T>(spot, args.grad, quad);
+  }
+  with_likelihood(args, [&](auto likelihood, auto variance) {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      const Quad quad = range.quad(j);
+      T d_input[kQuad], d_target[kQuad], d_logvar[kQuad], d_weight[kQuad];
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        const Element<T> e = element<likelihood, variance, T>(in[j].input[i], in[j].target[i], in[j].logvar[i]);
+        const T g = T(args.grad_scale) * grad[j][i];
+        d_input[i] = g * e.d_input;
+        d_target[i] = g * e.d_target;
+        d_logvar[i] = g * e.d_logvar;
+        d_weight[i] = g * e.loss;
+      }
+      if (args.grad_input != nullptr) {
+        in[j].apply_weight(args, d_input);
+        Access::store(args.grad_input, args.grad_input_dtype, quad.first, quad, d_input);
+      }
+      if (args.grad_target != nullptr) {
+        in[j].apply_weight(args, d_target);
+        Access::store(args.grad_target, args.grad_target_dtype, quad.first, quad, d_target);
+      }
+      if (args.grad_logvar != nullptr) {
+        in[j].apply_weight(args, d_logvar);
+        Sums::store(args.grad_logvar, kDType<T>, quad.first, quad, d_logvar);
+      }
+      if (args.grad_weight != nullptr) Sums::store(args.grad_weight, kDType<T>, quad.first, quad, d_weight);
+    }
+  });
 }
 
 // --- which kernel -------------------------------------------------------------------------------------------------
@@ -162,31 +213,29 @@ bool fits(const ReconstructionBackward& args) {
 }
 
 template <class T, class Access>
-auto kernel_for(const ReconstructionForward&) {
-  return forward_kernel<T, Access>;
+void start(const ReconstructionForward& args, void* stream) {
+  launch(forward_kernel<T, Access>, dim3(static_cast<unsigned>(args.tiles.count)), kTileThreads, 0, stream, args);
 }
 
 template <class T, class Access>
-auto kernel_for(const ReconstructionBackward&) {
-  return backward_kernel<T, Access>;
+void start(const ReconstructionBackward& args, void* stream) {
+  const dim3 grid = FlatRange<Work<Access>::kQuads>::grid(args.shape.numel);
+  launch(backward_kernel<T, Access>, grid, kFlatThreads, 0, stream, args);
 }
 
 template <class Args>
-void run(const Args& args, int64_t blocks, void* stream) {
-  auto kernel = kernel_for<float, Elements>(args);
-  if (args.compute_double) kernel = kernel_for<double, Elements>(args);
-  else if (fits<float>(args)) kernel = kernel_for<float, Vectors<float>>(args);
-  else if (fits<__nv_bfloat16>(args)) kernel = kernel_for<float, Vectors<__nv_bfloat16>>(args);
-  else if (fits<__half>(args)) kernel = kernel_for<float, Vectors<__half>>(args);
-  launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, args);
+void run(const Args& args, void* stream) {
+  if (args.compute_double) start<double, Elements>(args, stream);
+  else if (fits<float>(args)) start<float, Vectors<float>>(args, stream);
+  else if (fits<__nv_bfloat16>(args)) start<float, Vectors<__nv_bfloat16>>(args, stream);
+  else if (fits<__half>(args)) start<float, Vectors<__half>>(args, stream);
+  else start<float, Elements>(args, stream);
 }
 
 }  // namespace
 
-void reconstruction_forward(const ReconstructionForward& args, void* stream) { run(args, args.tiles.count, stream); }
+void reconstruction_forward(const ReconstructionForward& args, void* stream) { run(args, stream); }
 
-void reconstruction_backward(const ReconstructionBackward& args, void* stream) {
-  run(args, (args.shape.numel + kTile - 1) / kTile, stream);
-}
+void reconstruction_backward(const ReconstructionBackward& args, void* stream) { run(args, stream); }
 
 }  // namespace lect11ext::cuda

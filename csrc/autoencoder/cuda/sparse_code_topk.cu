@@ -1,6 +1,10 @@
-// topk_code: a block takes a row. It finds the k-th largest key digit by digit, the highest first, by counting how many
-// keys have each digit; collects what is larger, and of what is equal the first by index; and sorts those k. A row is
-// read once for each digit and once more to collect, from memory the first time and from the caches afterwards.
+// topk_code: a block takes a row and reads it once. Every thread finds the largest of its share; a bound that k of
+// these reach is reached by k elements, and in most rows by few more, which the threads that have one collect. The k
+// largest of what was collected are found by counting, for each, those before it.
+//
+// Where k is large, or too many elements reach the bound (a row of which most are equal), the k-th largest key is found
+// digit by digit, the highest first, by counting how many keys have each digit; then what is larger is collected, and
+// of what is equal the first by index, and sorted. A row is read once more for each digit then, and once to collect.
 #include <cstdint>
 
 #include "common/cuda/memory.cuh"
@@ -14,7 +18,7 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kThreads = 512, kWarp = 32, kWarps = kThreads / kWarp;
 // Digits of eleven bits: three of a float, of which the first holds its exponent, so that few keys share one.
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
 constexpr int kDigitsEach = kDigits / kThreads;
@@ -23,10 +27,11 @@ constexpr int kDigitsEach = kDigits / kThreads;
 template <class Key>
 __device__ inline Key ordered(Key bits, Key infinity) {
   constexpr Key kSign = static_cast<Key>(Key(1) << (8 * sizeof(Key) - 1));
-  const Key magnitude = bits & static_cast<Key>(~kSign);
-  if (magnitude > infinity) return static_cast<Key>(~Key(0));
-  if (magnitude == 0) return kSign;
-  return (bits & kSign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | kSign);
+  const bool negative = (bits & kSign) != 0, is_nan = static_cast<Key>(bits & static_cast<Key>(~kSign)) > infinity;
+  // Selected, not branched on: neighbours go different ways.
+  Key key = static_cast<Key>(bits ^ (negative ? static_cast<Key>(~Key(0)) : kSign));
+  key = bits == kSign ? kSign : key;  // −0
+  return is_nan ? static_cast<Key>(~Key(0)) : key;
 }
 
 template <class S>
@@ -89,12 +94,12 @@ __device__ inline void find_digit(Shared& shared, int wanted) {
 
 // The first `wanted` elements with the key, by index: the block walks over the row together.
 template <class S, class Key>
-__device__ inline void take_first(Shared& shared, const S* row, int64_t length, Key key, int wanted, int first,
+__device__ inline void take_first(Shared& shared, const S* row, int length, Key key, int wanted, int first,
                                   Entry<Key>* entries) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int taken = 0;
-  for (int64_t base = 0; base < length && taken < wanted; base += kThreads) {
-    const int64_t i = base + threadIdx.x;
+  for (int base = 0; base < length && taken < wanted; base += kThreads) {
+    const int i = base + static_cast<int>(threadIdx.x);
     const bool equal = i < length && Keys<S>::of(row + i) == key;
     const unsigned ballot = __ballot_sync(~0u, equal);
     if (lane == 0) shared.warp_sums[warp] = __popc(ballot);
@@ -128,22 +133,93 @@ __device__ inline void sort_entries(E* entries, int count) {
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(kThreads) topk_kernel(const __grid_constant__ TopkCode args, int padded) {
-  using Key = typename Keys<S>::Key;
-  __shared__ Shared shared;
-  Entry<Key>* const entries = reinterpret_cast<Entry<Key>*>(dynamic_shared);
-  const int64_t r = blockIdx.x;
-  const S* const row = static_cast<const S*>(args.input) + r * args.stride;
-  const int k = static_cast<int>(args.k);
+// Calls f(key, index) for this thread's share of a row, N elements at a time, of which some loads are under way
+// together.
+template <int N, class S, class F>
+__device__ inline void walk(const S* row, int length, F f) {
+  constexpr int kTogether = 4;
+  const int pieces = length / N;
+  for (int piece = threadIdx.x; piece < pieces; piece += kTogether * kThreads) {
+    Pack<S, N> packs[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (piece + j * kThreads < pieces) packs[j] = Pack<S, N>::load(row + int64_t{N} * (piece + j * kThreads));
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (piece + j * kThreads >= pieces) break;
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(Keys<S>::of(&packs[j].data[i]), N * (piece + j * kThreads) + i);
+    }
+  }
+  for (int i = N * pieces + static_cast<int>(threadIdx.x); i < length; i += kThreads) f(Keys<S>::of(row + i), i);
+}
 
+template <class S, class F>
+__device__ inline void walk(const S* row, int length, F f) {
+  if (reinterpret_cast<uintptr_t>(row) % kVectorBytes == 0) walk<kVector<S>>(row, length, f);
+  else walk<1>(row, length, f);
+}
+
+// Writes entry number j of a row's code.
+template <class S, class Key>
+__device__ inline void write_entry(const TopkCode& args, int64_t r, const S* row, const Entry<Key>& entry, int j) {
+  constexpr Key kZero = static_cast<Key>(Key(1) << (Keys<S>::kBits - 1));
+  const int64_t to = r * args.k + j;
+  static_cast<S*>(args.values)[to] = args.rectify && entry.key <= kZero ? to_storage<S>(0.0f) : row[entry.index];
+  args.indices[to] = entry.index;
+}
+
+// Up to this many a row, a bound is sought: the shares' largest are then so many that few shares have two of the k.
+constexpr int64_t kMostByBound = kThreads / 2;
+
+// Whether the row is done: not if more than `room` elements reach the bound.
+template <class S, class Key>
+__device__ inline bool take_by_bound(Shared& shared, const TopkCode& args, int64_t r, const S* row, Entry<Key>* entries,
+                                     int room) {
+  // Of the bound, which may be any number that k shares reach: sign, exponent and some digits.
+  constexpr int kBits = sizeof(S) == 8 ? 20 : 16;
+  const int length = static_cast<int>(args.length), k = static_cast<int>(args.k);
+  if (threadIdx.x == 0) shared.taken = 0;
+  Key largest = 0;
+  walk(row, length, [&](Key key, int) { largest = key > largest ? key : largest; });
+  Key bound = 0;
+  for (int bit = Keys<S>::kBits - 1; bit >= Keys<S>::kBits - kBits; --bit) {
+    const Key higher = static_cast<Key>(bound | static_cast<Key>(Key(1) << bit));
+    if (__syncthreads_count(largest >= higher) >= k) bound = higher;
+  }
+  if (largest >= bound) {
+    walk(row, length, [&](Key key, int index) {
+      if (key < bound) return;
+      const int place = atomicAdd(&shared.taken, 1);
+      if (place < room) entries[place] = {key, static_cast<uint32_t>(index)};
+    });
+  }
+  __syncthreads();
+  const int taken = shared.taken;
+  __syncthreads();  // before `taken` is used again
+  if (taken > room) return false;
+  for (int e = threadIdx.x; e < taken; e += kThreads) {
+    const Entry<Key> entry = entries[e];
+    int before = 0;
+    for (int other = 0; other < taken; ++other) before += entries[other].before(entry);
+    if (before < k) write_entry<S>(args, r, row, entry, before);
+  }
+  return true;
+}
+
+template <class S>
+__device__ inline void take_by_digits(Shared& shared, const TopkCode& args, int64_t r, const S* row,
+                                      Entry<typename Keys<S>::Key>* entries, int padded) {
+  using Key = typename Keys<S>::Key;
+  const int k = static_cast<int>(args.k), length = static_cast<int>(args.length);
   Key prefix = 0;  // the digits of the k-th key that are known, others zero
   int wanted = k, equal = 0;
   for (int high = Keys<S>::kBits; high > 0;) {
     const int bits = high < kDigitBits ? high : kDigitBits, low = high - bits;
     for (int d = threadIdx.x; d < kDigits; d += kThreads) shared.counts[d] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < args.length; i += kThreads) {
+    for (int i = threadIdx.x; i < length; i += kThreads) {
       const Key key = Keys<S>::of(row + i);
       const bool known = high == Keys<S>::kBits || (key >> high) == (prefix >> high);
       if (known) atomicAdd(&shared.counts[static_cast<int>(key >> low) & ((1 << bits) - 1)], 1);
@@ -162,23 +238,31 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(const __grid_constant__ 
   if (threadIdx.x == 0) shared.taken = 0;
   __syncthreads();
   const bool all_equal = equal == wanted;
-  for (int64_t i = threadIdx.x; i < args.length; i += kThreads) {
+  for (int i = threadIdx.x; i < length; i += kThreads) {
     const Key key = Keys<S>::of(row + i);
     if (key > prefix || (all_equal && key == prefix)) {
       entries[atomicAdd(&shared.taken, 1)] = {key, static_cast<uint32_t>(i)};  // in any order: they are sorted below
     }
   }
-  if (!all_equal) take_first<S, Key>(shared, row, args.length, prefix, wanted, k - wanted, entries);
+  if (!all_equal) take_first<S, Key>(shared, row, length, prefix, wanted, k - wanted, entries);
   __syncthreads();
   sort_entries(entries, padded);
+  for (int j = threadIdx.x; j < k; j += kThreads) write_entry<S>(args, r, row, entries[j], j);
+}
 
-  constexpr Key kZero = static_cast<Key>(Key(1) << (Keys<S>::kBits - 1));
-  S* const values = static_cast<S*>(args.values) + r * k;
-  for (int j = threadIdx.x; j < k; j += kThreads) {
-    const Entry<Key> entry = entries[j];
-    values[j] = args.rectify && entry.key <= kZero ? to_storage<S>(0.0f) : row[entry.index];
-    args.indices[r * k + j] = entry.index;
-  }
+// Three blocks on a multiprocessor: while one collects, the others have 64 KiB of loads under way. Two of 16 bits,
+// whose eight elements a load take more registers.
+template <class S>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 2 ? 2 : 3)
+    topk_kernel(const __grid_constant__ TopkCode args, int room) {
+  __shared__ Shared shared;
+  auto* const entries = reinterpret_cast<Entry<typename Keys<S>::Key>*>(dynamic_shared);
+  const int64_t r = blockIdx.x;
+  const S* const row = static_cast<const S*>(args.input) + r * args.stride;
+  if (args.k <= kMostByBound && take_by_bound<S>(shared, args, r, row, entries, room)) return;
+  int padded = 2;
+  while (padded < args.k) padded *= 2;
+  take_by_digits<S>(shared, args, r, row, entries, padded);
 }
 
 // A thread takes an entry.
@@ -197,12 +281,13 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant
 
 void topk_code(const TopkCode& args, void* stream) {
   if (args.rows == 0 || args.k == 0) return;
-  int padded = 2;
-  while (padded < args.k) padded *= 2;
+  // A power of two, twice as many as are wanted where there is a bound.
+  int room = 2;
+  while (room < (args.k <= kMostByBound ? std::max<int64_t>(2 * args.k, 64) : args.k)) room *= 2;
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    const size_t bytes = static_cast<size_t>(padded) * sizeof(Entry<typename Keys<S>::Key>);
-    launch(topk_kernel<S>, dim3(static_cast<unsigned>(args.rows)), kThreads, bytes, stream, args, padded);
+    const size_t bytes = static_cast<size_t>(room) * sizeof(Entry<typename Keys<S>::Key>);
+    launch(topk_kernel<S>, dim3(static_cast<unsigned>(args.rows)), kThreads, bytes, stream, args, room);
   });
 }
 

@@ -98,10 +98,10 @@ __device__ inline void store_floats(float* to, uint32_t from, int count) {
                : "memory");
 }
 __device__ inline void add_floats(float* to, uint32_t from, int count) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                   __cvta_generic_to_global(to)),
-               "r"(from), "r"(4 * count)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(from), "r"(4 * count)
+      : "memory");
 }
 
 // Waits until what this thread has stored and added is read from shared memory, or is in memory.
@@ -193,8 +193,8 @@ __device__ inline void pin(uint32_t (&words)[kParts][4]) {
   }
 }
 
-// A number that the compiler does not know to be `x`: what follows from it is computed where it is used, and not once and
-// kept, in registers or spilled.
+// A number that the compiler does not know to be `x`: what follows from it is computed where it is used, and not once
+// and kept, in registers or spilled.
 __device__ inline int unknown(int x) {
   asm volatile("" : "+r"(x));
   return x;

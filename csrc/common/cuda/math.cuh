@@ -55,7 +55,7 @@ __device__ inline float polynomial(const float (&coefficients)[N], float x) {
 
 // log(1 + x) of 0 ≤ x ≤ 1.
 __device__ inline float log1p_of_unit(float x) {
-  constexpr float kCoefficients[] = {0.99999994f,    -0.499994934f, 0.333190918f,   -0.248429343f, 0.191058174f,
+  constexpr float kCoefficients[] = {0.99999994f,   -0.499994934f, 0.333190918f,   -0.248429343f, 0.191058174f,
                                      -0.136628419f, 0.078221187f,  -0.0295023154f, 0.00523196533f};
   return x * polynomial(kCoefficients, x);
 }
@@ -94,7 +94,7 @@ struct HalfExp {
 };
 
 __device__ inline HalfExp<float> half_exp(float x) {
-  constexpr float kCoefficients[] = {0.5f,           0.166666672f,   0.041666735f,   0.00833331048f,
+  constexpr float kCoefficients[] = {0.5f,           0.166666672f,    0.041666735f,    0.00833331048f,
                                      0.00138854515f, 0.000198440292f, 2.53548242e-05f, 2.77224763e-06f};
   const float root = std::exp(0.5f * x), tail = polynomial(kCoefficients, x) * x * x;
   const float square_less_1 = fmaf(root, root, -1.0f);

@@ -15,7 +15,7 @@ inline constexpr int kNormalsPerBlock = 16 / sizeof(T);
 
 // −2 ln u of a normal number: u = m·2^e with m between 2/3 and 4/3, and a polynomial of m − 1.
 __device__ inline float minus_twice_log(float u) {
-  constexpr float kCoefficients[] = {-2.0f,         0.999998689f,  -0.666664004f, 0.500156879f, -0.400220603f,
+  constexpr float kCoefficients[] = {-2.0f,        0.999998689f,  -0.666664004f, 0.500156879f, -0.400220603f,
                                      0.328311533f, -0.279955387f, 0.307806104f,  -0.280354261f};
   constexpr int kTwoThirds = 0x3F2AAAAB, kExponent = static_cast<int>(0xFF800000);
   constexpr float kMinusTwiceLog2 = -1.38629436112f;
@@ -24,9 +24,10 @@ __device__ inline float minus_twice_log(float u) {
   return fmaf(static_cast<float>(exponent), 0x1p-23f * kMinusTwiceLog2, polynomial(kCoefficients, f) * f);
 }
 
-// U = x·2⁻³² + 2⁻³³ for the radius, rounded as on the CPU. The angle 2πU is half turns, whose sign the radius takes, and
-// what of a half turn is left, between −½ and ½: sine and cosine are polynomials that need no case. All of it is written
-// out, since logf, sqrtf and sincospif look after numbers that cannot come here and take twice the instructions.
+// U = x·2⁻³² + 2⁻³³ for the radius, rounded as on the CPU. The angle 2πU is half turns, whose sign the radius takes,
+// and what of a half turn is left, between −½ and ½: sine and cosine are polynomials that need no case. All of it is
+// written out, since logf, sqrtf and sincospif look after numbers that cannot come here and take twice the
+// instructions.
 __device__ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float* out) {
   constexpr float kSine[] = {3.14159274f, -5.1677103f, 2.55007768f, -0.598292172f, 0.0776593983f};
   constexpr float kCosine[] = {1.0f, -4.93480206f, 4.05870962f, -1.33521605f, 0.23495391f, -0.024420673f};

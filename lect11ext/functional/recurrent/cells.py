@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
+from .._dispatch import is_overridden
 
 
 def _check_input(function: str, input: Tensor) -> None:
@@ -89,7 +89,7 @@ def lstm_cell(
             input.unsqueeze(0), state, weight_ih, weight_hh, bias_ih, bias_hh, candidate=candidate, grad_clip=grad_clip
         )
         return h.squeeze(0), c.squeeze(0)
-    if torch.compiler.is_compiling() or has_torch_function_variadic(input, h, c, weight_ih, weight_hh):
+    if torch.compiler.is_compiling() or is_overridden(input, h, c, weight_ih, weight_hh):
         return torch.ops.lect11ext.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)[
             :2
         ]
@@ -157,7 +157,7 @@ def gru_cell(
             input.unsqueeze(0), h.unsqueeze(0), weight_ih, weight_hh, bias_ih, bias_hh,
             reset_after=reset_after, grad_clip=grad_clip,
         ).squeeze(0)  # fmt: skip
-    if torch.compiler.is_compiling() or has_torch_function_variadic(input, h, weight_ih, weight_hh):
+    if torch.compiler.is_compiling() or is_overridden(input, h, weight_ih, weight_hh):
         return torch.ops.lect11ext.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)[0]
     try:
         return _C.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)

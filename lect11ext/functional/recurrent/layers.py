@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
-from torch.overrides import has_torch_function
 
 from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
+from .._dispatch import is_overridden
 from .checks import (
     check_options,
     check_rate,
@@ -159,7 +159,7 @@ def lstm(
         args = (x, h, c, weight, hh, b_ih, b_hh, hr, peephole, norm, mask, lengths, reset, keep_h, keep_c, candidate,
                 *rates, grad_clip, truncate, 0 if keeps_cells else recompute, reverse, batch_first,
                 keeps_cells)  # fmt: skip
-        if torch.compiler.is_compiling() or has_torch_function((x, *states, *items[item])):
+        if torch.compiler.is_compiling() or is_overridden(x, *states, *items[item]):
             output, h, c, _, cells = torch.ops.lect11ext.lstm_layer(*args)[:5]
         else:
             try:
@@ -248,7 +248,7 @@ def gru(
         args = (x, h, weight, hh, b_ih, b_hh, norm, mask, lengths, reset, keep, reset_after,
                 0.0 if keep is not None else zoneout, grad_clip, truncate, recompute, reverse,
                 batch_first)  # fmt: skip
-        if torch.compiler.is_compiling() or has_torch_function((x, *states, *items[item])):
+        if torch.compiler.is_compiling() or is_overridden(x, *states, *items[item]):
             return torch.ops.lect11ext.gru_layer(*args)[:2]
         try:
             return _C.gru_layer(*args)

@@ -78,19 +78,6 @@ inline void sum_products(T (&d)[4], const Given& given, Multiply multiply) {
   }
 }
 
-inline void mma_split(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&a_rest)[4], const uint32_t (&b)[2],
-                      const uint32_t (&b_rest)[2]) {
-  struct Given {
-    float a[4], a_rest[4], b[2], b_rest[2];
-  } mine;
-  const auto cut = [](uint32_t word) { return __uint_as_float(word & ~0x1FFFu); };
-  for (int i = 0; i < 4; ++i) mine.a[i] = cut(a[i]), mine.a_rest[i] = cut(a_rest[i]);
-  for (int i = 0; i < 2; ++i) mine.b[i] = cut(b[i]), mine.b_rest[i] = cut(b_rest[i]);
-  sum_products(d, cuda_on_host::exchange_all(mine), [](const Given& x, int i, const Given& y, int k) {
-    return x.a_rest[i] * y.b[k] + x.a[i] * y.b_rest[k] + x.a[i] * y.b[k];
-  });
-}
-
 inline void mma(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
   struct Given {
     double a[4], b[2];

@@ -20,10 +20,16 @@ void barrier_wait(uint32_t barrier, int parity);
 void named_barrier(int id, int threads, bool waits);
 void load_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, const int (&corner)[4]);
 
+void load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes);
+void put_floats(float* to, uint32_t from, int count, bool adds);
+void floats_written(bool only_read);
+void count_wait(const int* counter, int least);
+
 struct Product {
   bool brain;      // bfloat16
   bool adds;       // to what the sums are
   bool registers;  // a comes from there
+  bool down;       // a and b, of shared memory, are summed down their rows
   int columns;     // of the sums
   uint64_t a, b;   // descriptors
 };
@@ -54,7 +60,18 @@ inline void load_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, int 
                      int batch) {
   cuda_on_host::load_box(to, map, barrier, {column, position, head, batch});
 }
+inline void load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
+  cuda_on_host::load_bytes(to, from, barrier, bytes);
+}
+inline void store_floats(float* to, uint32_t from, int count) { cuda_on_host::put_floats(to, from, count, false); }
+inline void add_floats(float* to, uint32_t from, int count) { cuda_on_host::put_floats(to, from, count, true); }
+inline void floats_read() { cuda_on_host::floats_written(true); }
+inline void floats_written() { cuda_on_host::floats_written(false); }
+inline void shared_is_written() {}
 inline void prefetch_map(const CUtensorMap&) {}
+
+inline void count_wait(const int* counter, int least) { cuda_on_host::count_wait(counter, least); }
+inline void count_up(int* counter) { ++*counter; }
 
 template <int kCount>
 inline void give_registers() {
@@ -80,14 +97,15 @@ inline void wgmma_wait() {
 
 template <class T, int kParts>
 inline void pin(T (&)[kParts][4]) {}
+inline int unknown(int x) { return x; }
 
-template <class S, int kColumns, bool kAdd>
+template <class S, int kColumns, bool kAdd, bool kDown = false>
 inline void wgmma_of_shared(float (&sums)[kColumns / 8][4], uint64_t a, uint64_t b) {
-  cuda_on_host::wgmma({std::is_same_v<S, __nv_bfloat16>, kAdd, false, kColumns, a, b}, &sums[0][0], nullptr);
+  cuda_on_host::wgmma({std::is_same_v<S, __nv_bfloat16>, kAdd, false, kDown, kColumns, a, b}, &sums[0][0], nullptr);
 }
 template <class S, int kColumns>
 inline void wgmma_of_registers(float (&sums)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
-  cuda_on_host::wgmma({std::is_same_v<S, __nv_bfloat16>, true, true, kColumns, 0, b}, &sums[0][0], a);
+  cuda_on_host::wgmma({std::is_same_v<S, __nv_bfloat16>, true, true, false, kColumns, 0, b}, &sums[0][0], a);
 }
 
 template <class S>
