@@ -22,6 +22,8 @@ from lect11ext import functional
 from lect11ext._load import _C
 from tests.helpers import Tagged, Watch
 
+pytestmark = pytest.mark.cpu
+
 PACKAGE = Path(lect11ext.__file__).parent
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
 CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
@@ -30,8 +32,6 @@ OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.star
 # Runs setup.py (argument 1) with a folder for what it builds (argument 2) where torch cannot be found.
 SETUP_WITHOUT_TORCH = """
 import runpy, sys
-
-pytestmark = pytest.mark.cpu
 
 class Absent:
     def find_spec(self, name, path=None, target=None):

@@ -43,8 +43,11 @@ template <class S, int kColumns>
 __global__ void __launch_bounds__(HopperBackward<S, kColumns>::kThreads, 1) hopper_backward_kernel(
     const __grid_constant__ AttentionBackward args, const __grid_constant__ HopperBackwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
+  __shared__ int number;
+  if (threadIdx.x == 0) number = atomicAdd(plan.scratch.taken, 1);
+  __syncthreads();
   const Sequence sequence(args, 0);  // all are alike
-  HopperBackward<S, kColumns>(args, plan, sequence).run();
+  HopperBackward<S, kColumns>(args, plan, sequence, number).run();
 #endif
 }
 
@@ -98,17 +101,15 @@ bool run(const AttentionBackward& args, void* scratch, void* stream) {
   }
   plan.first_query = static_cast<int>(queries.first);
   plan.first_key = static_cast<int>(keys.first);
-  plan.group = static_cast<int>(args.heads / args.kv_heads);
   plan.scratch = HopperBackwardScratch::of(args, scratch);
   plan.order = BlockOrder::of(args, ceil_divide(args.keys, Kernel::kKeys), args.batch * args.kv_heads,
-                              4 * args.queries * kColumns * plan.group, 1);
+                              4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
   const int64_t rows = plan.scratch.rows(kColumns);
   launch(hopper_prepare_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 8, kSideThreads), kSideThreads, 0,
          stream, args, plan.scratch);
   reserve_shared(hopper_backward_kernel<S, kColumns>);
-  const auto blocks = std::min<int64_t>(plan.order.blocks(), device_attribute(cudaDevAttrMultiProcessorCount));
-  launch(hopper_backward_kernel<S, kColumns>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes, stream,
-         args, plan);
+  launch(hopper_backward_kernel<S, kColumns>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream, args,
+         plan);
   if (args.grad_query != nullptr) {
     launch(hopper_round_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 16, kSideThreads), kSideThreads, 0,
            stream, args, plan.scratch);

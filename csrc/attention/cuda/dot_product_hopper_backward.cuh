@@ -8,10 +8,9 @@
 // the order of the keys: a block waits until the one before it has added its part to a tile of queries, so that runs
 // agree bit for bit (after J. Shah et al., FlashAttention-3, 2024).
 //
-// Blocks stay, and take tile of keys after tile of keys, by numbers in the order in which they come for them. None
-// waits for ever: only tiles of lower numbers are waited for, and those that these wait for are lower still. None waits
-// for long, since all go through the queries in the same order, from the last ones on: these see the first keys too,
-// where attention is causal.
+// No block waits for ever: each takes a number when it begins, waits only for lower ones, and blocks that lower ones
+// wait for are lower still. None waits for long, since all go through the queries in the same order, from the last ones
+// on: these see the first keys too, where attention is causal.
 #pragma once
 
 #include "attention/cuda/dot_product_hopper_tile.cuh"
@@ -51,7 +50,6 @@ struct HopperBackwardPlan {
   CUtensorMap key, value, query, grad_out;
   BlockOrder order;
   int first_query, first_key;  // of those that are mapped
-  int group;                   // heads of queries to one of keys
   HopperBackwardScratch scratch;
 };
 
@@ -75,72 +73,45 @@ struct HopperBackward {
   static constexpr int kStageBytes = 2 * (QueryTile::kBytes + kNumbersBytes);
   static constexpr int kQueriesAt = 2 * KeyTile::kBytes, kGradsAt = kQueriesAt + 2 * kStages * QueryTile::kBytes;
   static constexpr int kSumsAt = kGradsAt + kHalves * GradTile::kBytes, kSumsBytes = 4 * kSums;
-  static constexpr int kNumbersAt = kSumsAt + 2 * kSumsBytes, kWorkAt = kNumbersAt + 2 * kStages * kNumbersBytes;
-  static constexpr int kWorkBytes = 32, kBarriersAt = kWorkAt + 2 * kWorkBytes;
-  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 + 2 * kStages + 4 + 4);
-
-  // A tile of keys, and what goes by: tiles of queries of all heads of the group. The loading thread finds it, the
-  // others read it from shared memory when they need it, since registers are few.
-  struct Work {
-    int kv_head, batch, first_key, first_tile, tiles, steps;  // steps −1: there is nothing more
-  };
-  static_assert(sizeof(Work) <= kWorkBytes);
+  static constexpr int kNumbersAt = kSumsAt + 2 * kSumsBytes;
+  static constexpr int kBarriersAt = kNumbersAt + 2 * kStages * kNumbersBytes;
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 * kStages + 1 + 4);
 
   const AttentionBackward& args;
   const HopperBackwardPlan& plan;
   const Sequence& sequence;
   AlignedShared shared;
-  uint32_t grads_read;
-  Ring<1> keys;        // and values
+  uint32_t keys_full, grads_read;
   Ring<kStages> ring;  // of queries
-  Ring<2> sums, work;  // of queries' gradients on their way to memory
+  Ring<2> sums;        // of queries' gradients on their way to memory
+  int kv_head, batch, first_key, first_tile, tiles, steps;
 
-  __device__ HopperBackward(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence)
+  __device__ HopperBackward(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence,
+                            int number)
       : args(args), plan(plan), sequence(sequence), shared(dynamic_shared) {
-    grads_read = shared.address + kBarriersAt;
-    keys = {grads_read + 8, grads_read + 16};
-    sums = {grads_read + 24, grads_read + 40};
-    work = {grads_read + 56, grads_read + 72};
-    ring = {grads_read + 88, grads_read + 88 + 8 * kStages};
-  }
-
-  // The block's b-th.
-  __device__ Work& work_at(int b) const {
-    return *reinterpret_cast<Work*>(shared.data + kWorkAt + work.stage(b) * kWorkBytes);
-  }
-  __device__ void find(Work& w, int number) const {
+    keys_full = shared.address + kBarriersAt;
+    grads_read = keys_full + 8;
+    ring = {grads_read + 8, grads_read + 8 * (1 + kStages)};
+    sums = {grads_read + 8 * (1 + 2 * kStages), grads_read + 8 * (3 + 2 * kStages)};
     // The first keys of a causal attention have the most to do and come first.
     const BlockOrder::Block block = plan.order.find(number);
-    w.batch = block.unit / static_cast<int>(args.kv_heads);
-    w.kv_head = block.unit - w.batch * static_cast<int>(args.kv_heads);
-    w.first_key = block.tile * kKeys;
-    const Range range = queries_seen(sequence, w.first_key, std::min(w.first_key + kKeys, sequence.keys) - 1);
-    w.first_tile = range.first / kQueries;
-    w.tiles = range.empty() ? 0 : (range.last - 1) / kQueries + 1 - w.first_tile;
-    w.steps = w.tiles * plan.group;
-  }
-  __device__ bool take(int b) const {
-    work.wait_empty(b);
-    const int number = atomicAdd(plan.scratch.taken, 1);
-    const bool any = number < static_cast<int>(plan.order.blocks());
-    if (any) find(work_at(b), number);
-    else work_at(b).steps = -1;
-    barrier_arrive(work.full_barrier(b));
-    return any;
-  }
-  __device__ bool taken(int b) const {
-    work.wait_full(b);
-    return work_at(b).steps >= 0;
+    batch = block.unit / static_cast<int>(args.kv_heads);
+    kv_head = block.unit - batch * static_cast<int>(args.kv_heads);
+    first_key = block.tile * kKeys;
+    const Range range = queries_seen(sequence, first_key, std::min(first_key + kKeys, sequence.keys) - 1);
+    first_tile = range.first / kQueries;
+    tiles = range.empty() ? 0 : (range.last - 1) / kQueries + 1 - first_tile;
+    steps = tiles * static_cast<int>(args.heads / args.kv_heads);
   }
 
-  // Of a step of a tile of keys.
-  __device__ int head_of(const Work& w, int step) const { return w.kv_head * plan.group + step / w.tiles; }
-  __device__ int tile_of(const Work& w, int step) const { return w.first_tile + w.tiles - 1 - step % w.tiles; }
-  __device__ int64_t tile_of_all(const Work& w, int step) const {
-    return (w.batch * args.heads + head_of(w, step)) * plan.scratch.tiles + tile_of(w, step);
+  // Of step n.
+  __device__ int head_of(int n) const { return kv_head * static_cast<int>(args.heads / args.kv_heads) + n / tiles; }
+  __device__ int tile_of(int n) const { return first_tile + tiles - 1 - n % tiles; }
+  __device__ int query_of(int n, int half) const { return tile_of(n) * kQueries + half * kHalf; }
+  __device__ int64_t tile_of_all(int n) const {
+    return (batch * args.heads + head_of(n)) * plan.scratch.tiles + tile_of(n);
   }
 
-  // Where step n of all that the block does has what.
   __device__ uint32_t keys_at() const { return shared.address; }
   __device__ uint32_t values_at() const { return shared.address + KeyTile::kBytes; }
   // Queries, 0, and gradients of the output, 1.
@@ -159,57 +130,39 @@ struct HopperBackward {
   __device__ int sums_at(int n) const { return kSumsAt + sums.stage(n) * kSumsBytes; }
 
   __device__ void load() const {
-    for (int b = 0, n = 0; take(b); ++b) {
-      const Work& w = work_at(b);
-      if (w.steps == 0) load_keys(w, b);  // for nothing
-      for (int step = 0; step < w.steps; ++step, ++n) {
-        const int position = tile_of(w, step) * kQueries - plan.first_query, head = head_of(w, step);
-        const int64_t first = tile_of_all(w, step) * kQueries;
-        const uint32_t full = ring.full_barrier(n);
-        ring.wait_empty(n);
-        barrier_arrive_expecting(full, kStageBytes);
-        QueryTile::load(queries_at(n, 0), plan.query, full, position, head, w.batch);
-        load_bytes(shared.address + numbers_at(n, 0), plan.scratch.shifts + first, full, kNumbersBytes);
-        QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, head, w.batch);
-        load_bytes(shared.address + numbers_at(n, 1), plan.scratch.corrections + first, full, kNumbersBytes);
-        if (step == 0) load_keys(w, b);  // there is room for queries before there is for keys
-      }
+    barrier_arrive_expecting(keys_full, 2 * KeyTile::kBytes);
+    KeyTile::load(keys_at(), plan.key, keys_full, first_key - plan.first_key, kv_head, batch);
+    KeyTile::load(values_at(), plan.value, keys_full, first_key - plan.first_key, kv_head, batch);
+    for (int n = 0; n < steps; ++n) {
+      const int position = query_of(n, 0) - plan.first_query, head = head_of(n);
+      const int64_t first = tile_of_all(n) * kQueries;
+      const uint32_t full = ring.full_barrier(n);
+      ring.wait_empty(n);
+      barrier_arrive_expecting(full, kStageBytes);
+      QueryTile::load(queries_at(n, 0), plan.query, full, position, head, batch);
+      load_bytes(shared.address + numbers_at(n, 0), plan.scratch.shifts + first, full, kNumbersBytes);
+      QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, head, batch);
+      load_bytes(shared.address + numbers_at(n, 1), plan.scratch.corrections + first, full, kNumbersBytes);
     }
-  }
-
-  __device__ void load_keys(const Work& w, int b) const {
-    keys.wait_empty(b);
-    barrier_arrive_expecting(keys.full, 2 * KeyTile::kBytes);
-    KeyTile::load(keys_at(), plan.key, keys.full, w.first_key - plan.first_key, w.kv_head, w.batch);
-    KeyTile::load(values_at(), plan.value, keys.full, w.first_key - plan.first_key, w.kv_head, w.batch);
   }
 
   // Adds to memory what has come of queries' gradients, of every other step: two threads take turns, since one waits
   // longer for memory than a step takes.
   __device__ void add(int which) const {
-    int b = 0;
-    for (int before = 0; taken(b); ++b) {  // steps
-      const Work& w = work_at(b);
-#pragma unroll 1
-      for (int step = (before ^ which) & 1; step < w.steps; step += 2) {
-        const int64_t tile = tile_of_all(w, step);
-        const int first = std::max(0, tile_of(w, step) * kQueries + sequence.diagonal - sequence.left) / kKeys;
-        const int turn = w.first_key / kKeys - first;  // of the tiles of keys that these queries see
-        const uint32_t stage = (before + step) & 1, from = shared.address + kSumsAt + stage * kSumsBytes;
-        float* const to = plan.scratch.sums + tile * kSums;
-        if (turn > 0) count_wait(plan.scratch.counts + tile, turn);
-        sums.wait_full(before + step);
-        if (turn > 0) add_floats(to, from, kSums);
-        else store_floats(to, from, kSums);
-        floats_read();
-        barrier_arrive(sums.empty + 8 * stage);
-        floats_written();
-        count_up(plan.scratch.counts + tile);
-      }
-      before += w.steps;
-      barrier_arrive(work.empty + 8 * work.stage(b));
+    for (int n = which; n < steps; n += 2) {
+      const int64_t tile = tile_of_all(n);
+      const int first = std::max(0, tile_of(n) * kQueries + sequence.diagonal - sequence.left) / kKeys;
+      const int before = first_key / kKeys - first;  // tiles of keys that these queries see
+      float* const to = plan.scratch.sums + tile * kSums;
+      if (before > 0) count_wait(plan.scratch.counts + tile, before);
+      sums.wait_full(n);
+      if (before > 0) add_floats(to, shared.address + sums_at(n), kSums);
+      else store_floats(to, shared.address + sums_at(n), kSums);
+      floats_read();
+      barrier_arrive(sums.empty + 8 * sums.stage(n));
+      floats_written();
+      count_up(plan.scratch.counts + tile);
     }
-    barrier_arrive(work.empty + 8 * work.stage(b));
   }
 
   __device__ float scale() const { return static_cast<float>(args.scale); }
@@ -237,26 +190,25 @@ struct HopperBackward {
   }
 
   // What no query sees of its key becomes zero, and all of keys beyond the last.
-  __device__ void cut(float (&sums)[kTiles][4], int query, int first_key, const GroupLane& lane) const {
+  __device__ void cut(float (&sums)[kTiles][4], int query, int own_row, const GroupLane& lane) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int own = first_key + lane.row + 8 * i, key = own - sequence.diagonal;
+      const int own = first_key + own_row + lane.row + 8 * i, key = own - sequence.diagonal;
       const int column = query + 2 * lane.q;
       keep_between(sums, i, key - sequence.right - column, own < sequence.keys ? key + sequence.left - column : -1,
                    0.0f);
     }
   }
 
-  // Starts the scores of a step, all halves side by side.
-  __device__ void start_scores_of(float (&scores)[kHalves * kTiles][4], int n, int own_row) const {
+  __device__ void start_scores_of(float (&scores)[kTiles][4], int n, int half, int own_row) const {
     wgmma_fence();
-    start_scores<S, KeyTile, QueryTile>(scores, keys_at(), own_row, queries_at(n, 0));
+    start_scores<S, KeyTile, HalfTile>(scores, keys_at(), own_row, half_at(n, 0, half));
     wgmma_commit();
   }
 
   // Derivatives of scores to shared memory, as they are: keys as rows.
-  __device__ void keep(const uint32_t (&derivatives)[kTiles / 2][4], int half, int own_row) const {
-    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+  __device__ void keep(const uint32_t (&derivatives)[kTiles / 2][4], int half, int own_row,
+                       const GroupLane& lane) const {
     unsigned char* const tile = shared.data + kGradsAt + half * GradTile::kBytes;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
@@ -291,36 +243,35 @@ struct HopperBackward {
     if (lane.lane == 0) barrier_arrive(sums.full_barrier(n));
   }
 
-  // Of a warpgroup's 64 keys, over one step at least; n: steps before. Products are started in this order, and end in
-  // it: of each half the weights' derivatives, the values' sums, the keys'; then the queries' part, and the next step's
-  // scores, which come while the part is put away. No product is left to end in the next turn of the loop: ptxas would
-  // make all of them wait.
-  __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], const Work& w, int& n,
-                      int group, const GroupLane& lane) const {
-    const int own_row = group * kGroupRows, own_key = w.first_key + own_row;
-    const int lowest = w.first_tile * kQueries, highest = lowest + (w.tiles - 1) * kQueries;
-    float scores[kHalves * kTiles][4];
-    ring.wait_full(n);
-    start_scores_of(scores, n, own_row);
+  // Of a warpgroup's 64 keys, over one step at least. Products are started in this order, and end in it: of a half, the
+  // weights' derivatives, the values' sums, the keys'; then the queries' part, and the next scores, which come while
+  // the part is put away. No product is left to end in the next turn of the loop: ptxas would make all of them wait.
+  __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], int group,
+                      const GroupLane& lane) const {
+    const int own_row = group * kGroupRows;
+    float all[kHalves][kTiles][4];
+    ring.wait_full(0);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) start_scores_of(all[half], 0, half, own_row);
     wgmma_wait<0>();
-    pin(scores);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) pin(all[half]);
 #pragma unroll 1
-    for (int end = n + w.steps, first_query = highest; n < end; ++n) {
+    for (int n = 0; n < steps; ++n) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        const int query = first_query + half * kHalf;
-        const bool whole = all_see(sequence, query, kHalf, own_key, kGroupRows);
+        const int query = query_of(n, half);
+        const bool whole = all_see(sequence, query, kHalf, first_key + own_row, kGroupRows);
         float grads[kTiles][4];
-        auto& weighed = reinterpret_cast<float (&)[kTiles][4]>(scores[half * kTiles]);
+        auto& scores = all[half];
         uint32_t weights[kTiles / 2][4], derivatives[kTiles / 2][4];
         wgmma_fence();
         start_scores<S, KeyTile, HalfTile>(grads, values_at(), own_row, half_at(n, 1, half));
         wgmma_commit();
-        pin(weighed);
-        weigh(weighed, n, half, lane);
-        if (!whole) cut(weighed, query, own_key, lane);
+        weigh(scores, n, half, lane);
+        if (!whole) cut(scores, query, own_row, lane);
         if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
-        to_weights<S>(weights, weighed);
+        to_weights<S>(weights, scores);
         pin(weights);
         pin(value_sums);
         wgmma_fence();
@@ -328,11 +279,11 @@ struct HopperBackward {
         wgmma_commit();
         wgmma_wait<1>();
         pin(grads);
-        derive(grads, weighed, n, half, lane);
-        if (!whole) cut(grads, query, own_key, lane);
+        derive(grads, scores, n, half, lane);
+        if (!whole) cut(grads, query, own_row, lane);
         to_weights<S>(derivatives, grads);
         if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups
-        keep(derivatives, half, own_row);
+        keep(derivatives, half, own_row, lane);
         shared_is_written();
         pin(derivatives);
         pin(key_sums);
@@ -347,48 +298,39 @@ struct HopperBackward {
       pin(value_sums);
       pin(key_sums);
       ring.release(n, lane);
-      if (n + 1 < end) ring.wait_full(n + 1);  // else for nothing, of whatever is there
-      start_scores_of(scores, n + 1, own_row);
-      wgmma_wait<1>();
+      const int next = std::min(n + 1, steps - 1);  // after the last step its own once more, for nothing
+      ring.wait_full(next);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) start_scores_of(all[half], next, half, own_row);
+      wgmma_wait<kHalves>();
       pin(part);
       if (lane.lane == 0) barrier_arrive(grads_read);
       put(part, n, group, lane);
       wgmma_wait<0>();
-      pin(scores);
-      first_query = first_query == lowest ? highest : first_query - kQueries;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) pin(all[half]);
     }
   }
 
   __device__ void compute(int group) const {
     const GroupLane lane;
-    int b = 0;
-    for (int n = 0; taken(b); ++b) {
-      const Work& w = work_at(b);
-      float key_sums[kOutTiles][4] = {}, value_sums[kOutTiles][4] = {};
-      keys.wait_full(b);
-      if (w.steps > 0) sum(key_sums, value_sums, w, n, group, lane);
-      keys.release(b, lane);
-      // The queries' gradients that were there are on their way.
-      sums.wait_empty(n);
-      sums.wait_empty(n + 1);
-      write(args.grad_key, args.grad_key_strides, key_sums, w, n, group);
-      write(args.grad_value, args.grad_value_strides, value_sums, w, n + 1, group);
-      work.release(b, lane);
-    }
-    work.release(b, lane);
+    const int own_row = group * kGroupRows;
+    float key_sums[kOutTiles][4] = {}, value_sums[kOutTiles][4] = {};
+    barrier_wait(keys_full, 0);
+    if (steps > 0) sum(key_sums, value_sums, group, lane);
+    named_barrier_wait(1, kGroups * kWarpgroup);  // all have read the keys
+    write(args.grad_key, args.grad_key_strides, key_sums, 0, own_row, lane);
+    write(args.grad_value, args.grad_value_strides, value_sums, 1, own_row, lane);
   }
 
-  // Sums become rows of an output, if it is asked for, by way of a warpgroup's part of where queries' gradients go.
-  __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], const Work& w,
-                        int n, int group) const {
-    using Tile = SlabTile<kGroupRows, kColumns>;
+  // Sums become rows of an output, if it is asked for, by way of the tile of keys, 0, or of values, 1.
+  __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], int which,
+                        int own_row, const GroupLane& lane) const {
     if (to == nullptr) return;
-    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
-    S* const first = static_cast<S*>(to) + w.batch * strides.batch + w.kv_head * strides.head;
-    unsigned char* const tile = shared.data + sums_at(n) + group * (kSumsBytes / kGroups);
+    S* const first = static_cast<S*>(to) + batch * strides.batch + kv_head * strides.head;
     const float factors[2] = {1, 1};
-    write_rows<S, Tile>(sums, factors, tile, 0, lane, [&](int i) {
-      const int row = w.first_key + group * kGroupRows + i;
+    write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, lane, [&](int i) {
+      const int row = first_key + own_row + i;
       return row < sequence.keys ? first + row * strides.position : nullptr;
     });
   }
@@ -398,9 +340,8 @@ struct HopperBackward {
     const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (threadIdx.x == 0) {
       for (const CUtensorMap* map : {&plan.key, &plan.value, &plan.query, &plan.grad_out}) prefetch_map(*map);
+      barrier_init(keys_full, 1);
       barrier_init(grads_read, 4 * kGroups);
-      keys.init(1, 4 * kGroups);
-      work.init(1, 4 * kGroups + 2);
       ring.init(1, 4 * kGroups);
       sums.init(4 * kGroups, 1);
       barrier_init_done();

@@ -84,6 +84,7 @@ struct DataflowPlan {
   int tiles;       // of a block: 1 or 2
   int per_warp;    // chunks of the depth, of each part, that a warp multiplies: a power of two
   int row_groups;  // of 16 rows
+  int turns;       // of the warps' sums: 2 where there is room for those of the step before beside a step's
   size_t shared_bytes;
 };
 
@@ -92,9 +93,9 @@ inline constexpr int kGroupRows = 16, kDataflowItems = 2;  // units of rows of a
 // Registers of a thread for weights; what is beyond is in shared memory. The addresses of eight chunks take their room.
 constexpr int held_weights(int per_warp) { return per_warp == 8 ? 96 : 128; }
 
-// Sums of the warps: those of a step and of the one before, which slower threads may still be reading.
-__host__ __device__ constexpr int dataflow_sums(int row_groups, int columns) {
-  return 2 * row_groups * kLayerWarps * kGroupRows * sum_stride(columns);
+// Sums of the warps.
+__host__ __device__ inline int dataflow_sums(const DataflowPlan& plan, int columns) {
+  return plan.turns * plan.row_groups * kLayerWarps * kGroupRows * sum_stride(columns * plan.tiles);
 }
 
 // Environment variables for measuring and for trouble, read at every call: LECT11EXT_LAYER_DATAFLOW=0 leaves all layers
@@ -107,37 +108,37 @@ inline int64_t layer_wish(const char* variable, int64_t otherwise) {
 // For `batch` rows; `parts` of the depth of what is multiplied, `columns` of a tile's product. No tiles: not for this
 // way.
 inline DataflowPlan plan_dataflow(int64_t hidden, int64_t batch, int element, int parts, int columns) {
-  constexpr int kMostChunks = 8;          // of a part, for which there are builds
-  constexpr int64_t kLittle = 3ll << 19;  // bytes of all blocks' rows that the L2 cache gives in a fraction of a step
+  constexpr int kMostChunks = 8;  // of a part, for which there are builds
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int64_t tiles = cuda_tiles(hidden), row_bytes = cuda_depth(hidden, element) * element;
-  const int64_t share = (row_bytes / kCudaChunkBytes + kLayerWarps - 1) / kLayerWarps;
-  const int64_t wish = layer_wish("LECT11EXT_LAYER_TILES", 0);
-  DataflowPlan best{};
-  int64_t least = 0;
-  for (const int own : {1, 2}) {
+  const auto room = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const int64_t tiles = cuda_tiles(hidden), chunks = cuda_depth(hidden, element) * element / kCudaChunkBytes;
+  const int64_t share = (chunks + kLayerWarps - 1) / kLayerWarps;
+  if (share > kMostChunks) return {};
+  const auto plan_of = [&](int own) {
     DataflowPlan plan{};
     plan.tiles = own;
     plan.members = (tiles + own - 1) / own;
-    if ((wish != 0 && wish != own) || plan.members > multiprocessors || share > kMostChunks) continue;
+    if (plan.members > multiprocessors) return DataflowPlan{};
     plan.teams = std::clamp<int64_t>((batch + kGroupRows - 1) / kGroupRows, 1, multiprocessors / plan.members);
     const int64_t rows = (batch + plan.teams - 1) / plan.teams;
     plan.row_groups = static_cast<int>((rows + kGroupRows - 1) / kGroupRows);
+    if (plan.row_groups * kGroupRows * own * kTile > kDataflowItems * kLayerThreads) return DataflowPlan{};
     plan.per_warp = std::bit_ceil(static_cast<unsigned>(share));
     const int weights = plan.per_warp * parts * columns * own * 4;
     const int kept = std::max(0, weights - held_weights(plan.per_warp)) * kLayerThreads;
-    plan.shared_bytes = (dataflow_sums(plan.row_groups, columns * own) + size_t(kept)) * sizeof(float);
-    if (plan.row_groups * kGroupRows * own * kTile > kDataflowItems * kLayerThreads ||
-        plan.shared_bytes > static_cast<size_t>(room)) {
-      continue;
+    for (plan.turns = 2; plan.turns > 0; --plan.turns) {
+      plan.shared_bytes = (dataflow_sums(plan, columns) + size_t(kept)) * sizeof(float);
+      if (plan.shared_bytes <= room) return plan;
     }
-    const int64_t bytes = plan.teams * plan.members * rows * parts * row_bytes;
-    if (best.tiles != 0 && (least <= kLittle || least <= bytes)) continue;
-    best = plan;
-    least = bytes;
-  }
-  return best;
+    return DataflowPlan{};
+  };
+  // Two tiles halve the blocks that read a row, and double what each does with it: worth it, by the H100 and the H200,
+  // where many read it, and where weights and few rows leave the registers to ask for all of a row at a time.
+  constexpr int64_t kManyReaders = 32, kFewRows = 8;
+  const bool two = tiles >= kManyReaders && (batch >= kFewRows || share < 3);
+  const int wish = static_cast<int>(layer_wish("LECT11EXT_LAYER_TILES", two ? 2 : 1));
+  const DataflowPlan plan = plan_of(wish == 2 ? 2 : 1);
+  return plan.tiles != 0 ? plan : plan_of(wish == 2 ? 1 : 2);
 }
 
 inline bool is_plain(const LayerCommon& args, bool tensor_cores, int element) {
@@ -179,8 +180,9 @@ class DataflowBlock {
   __device__ DataflowBlock(const LayerCommon& args, const DataflowPlan& plan, const void* panels, float* shared)
       : hidden_(static_cast<int>(args.hidden)),
         row_groups_(plan.row_groups),
+        turns_(plan.turns),
         sums_(shared),
-        kept_(reinterpret_cast<uint4*>(shared + dataflow_sums(plan.row_groups, kTiles * kColumns)) + threadIdx.x) {
+        kept_(reinterpret_cast<uint4*>(shared + dataflow_sums(plan, kColumns)) + threadIdx.x) {
     const int64_t team = blockIdx.x / plan.members, member = blockIdx.x % plan.members;
     first_row_ = args.batch * team / plan.teams;
     rows_ = static_cast<int>(args.batch * (team + 1) / plan.teams - first_row_);
@@ -214,7 +216,8 @@ class DataflowBlock {
   template <bool kChecked>
   __device__ void multiply(const S* of, int64_t stride) {
     const Lane lane;
-    turn_ ^= 1;
+    if (turns_ == 1) __syncthreads();  // slower threads may be reading the sums of the step before
+    else turn_ ^= 1;
     for (int group = 0; group < row_groups_; ++group) {
       const int rows = rows_ - group * kGroupRows;
       const S* const first = of + (first_row_ + group * kGroupRows + lane.g) * stride + lane.q * kVector<S>;
@@ -232,7 +235,7 @@ class DataflowBlock {
       }
       product.store(sums_of(group, lane.warp), lane, kGroupRows);
     }
-    __syncthreads();  // once a step: the next one's sums lie elsewhere
+    __syncthreads();
   }
 
   static_assert(kLayerThreads % (kTiles * kTile) == 0);
@@ -257,7 +260,7 @@ class DataflowBlock {
   static constexpr int kStride = sum_stride(kTiles * kColumns);
   // Chunks on their way at a time: as many as the registers hold beside weights and sums.
   static constexpr int kWeights = kHeld * kTiles * kColumns * 4;
-  static constexpr int kAhead = kWeights > 64 ? (kTiles * kColumns < 4 ? 4 : 2) : std::min(kHeld, 8);
+  static constexpr int kAhead = kWeights <= 64 ? std::min(kHeld, 8) : kPer < 8 || kTiles * kColumns < 4 ? 4 : 2;
 
   __device__ uint4 kept(int i, int column) const {
     return kept_[((i - kHeld) * kTiles * kColumns + column) * kLayerThreads];
@@ -292,10 +295,10 @@ class DataflowBlock {
     }
   }
 
-  const int hidden_, row_groups_;
+  const int hidden_, row_groups_, turns_;
   int64_t first_row_, first_unit_;
   int rows_, turn_ = 0;
-  float* const sums_;  // [2, row groups, warps, 16, kStride]
+  float* const sums_;  // [turns, row groups, warps, 16, kStride]
   uint4* const kept_;  // this thread's of [chunks beyond kHeld, columns, threads]
   uint4 held_[kHeld][kTiles * kColumns];
 };
