@@ -75,6 +75,7 @@ def layer(
     def make() -> dict[str, Call]:
         options = dict(num_layers=layers, bidirectional=both)
         torchs = getattr(torch.nn, kind)(hidden, hidden, **options).to(m.device, dtype)
+        torchs.flatten_parameters()  # else cuDNN gathers them at every call
         ours = getattr(nn, kind)(hidden, hidden, **options).to(m.device, dtype)
         ours.load_state_dict(torchs.state_dict())
         x, grad = m.randn(steps, batch, hidden, dtype=dtype), m.randn(steps, batch, directions * hidden, dtype=dtype)

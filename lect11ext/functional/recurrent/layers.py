@@ -105,7 +105,7 @@ def lstm(
     (float64 for float64), of the 16-bit types c too within a call. Under autocast the layer runs in autocast's type.
     With projections a layer runs step by step from the fused cells; a compiled or exported graph of its derivatives
     then holds for one number of steps, and any batch. On CUDA float32 is multiplied as TF32 where
-    ``torch.backends.cudnn.rnn.fp32_precision`` says so, as torch.nn's layers are; CUDA is not yet run on a GPU.
+    ``torch.backends.cudnn.rnn.fp32_precision`` says so, as torch.nn's layers are.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

@@ -2,7 +2,7 @@
 
 Only a large layer fills a GPU. Where two kernels fit side by side, the directions of a layer run on two streams; and a
 stack of layers runs in a wave: time is cut into pieces, and while one layer is at a piece, the one below is at the
-next. Not yet run on a GPU, and so only where the environment variable ``LECT11EXT_LAYER_OVERLAP`` is 1.
+next. Its gain is not yet measured, and so only where the environment variable ``LECT11EXT_LAYER_OVERLAP`` is 1.
 """
 
 from __future__ import annotations
