@@ -60,7 +60,10 @@ Code kernel_topk(const Tensor& input, c10::SymInt symbolic_k, c10::string_view a
                     "input must have less than 2^31 elements in its last dimension, but got ", length);
   TopkCode args{};
   args.rectify = rectifies(activation);
-  if (!input.is_cpu() && k > cuda::kMostSelected) return sorted_topk(input, k, args.rectify);
+  // The kernel's positions run beyond the last element by less than kStep.
+  constexpr int64_t kStep = 4096;
+  const bool fits = k <= cuda::kMostSelected && length <= std::numeric_limits<int32_t>::max() - kStep;
+  if (!input.is_cpu() && !fits) return sorted_topk(input, k, args.rectify);
   args.rows = rows_of(input);
   args.length = length;
   args.k = k;

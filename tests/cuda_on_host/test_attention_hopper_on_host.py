@@ -12,7 +12,7 @@ from attention_case import Attention
 from cell_operands import BF16, F16, F32
 from host_kernels import Kernels
 from test_attention_derivatives_on_host import check
-from test_attention_on_host import CAUSAL, check_forward
+from test_attention_on_host import CAUSAL, check_forward, whole_numbers
 
 ONE = {"heads": 1, "kv_heads": 1}
 # More than the sixteen queries up to which keys are cut instead. Tiles are of 128 or 192 queries and 128 keys.
@@ -80,6 +80,31 @@ def check_backward(kernels: Kernels, case: Attention, **fields: Any) -> None:
 @pytest.mark.parametrize(("name", "dim", "dtype"), CASES)
 def test_backward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> None:
     check_backward(hopper, make(dim, dtype=dtype, **SIZES[name]))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("size", [1.0, 2.0**8, 2.0**14, 2.0**40])
+def test_huge_scores(hopper: Kernels, size: float, dim: int) -> None:
+    """Whole numbers, so that the scores are exact, and far apart."""
+    case = make(dim, dtype=BF16, queries=33, keys=300, scale=1.0)
+    for same_sign in (False, True):
+        query, key = whole_numbers(1, 2, 33, dim), whole_numbers(1, 2, 300, dim)
+        query, key = (query.abs(), key.abs()) if same_sign else (query, key)
+        case.tensors |= {"query": case.spaced((query * size).to(BF16)), "key": case.spaced(key.to(BF16))}
+        check_forward(hopper, case)
+        grads = case.backward(hopper, saved=case.forward(hopper))
+        assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_maximum_that_stays_changes_nothing(hopper: Kernels, dim: int) -> None:
+    """All keys weigh alike, those of the first tile and of the last, though a product of the score is rounded."""
+    case = make(dim, dtype=BF16, queries=20, keys=30 * 128, scale=0.3003, **ONE)
+    case.tensors["query"].fill_(1.0)
+    case.tensors["key"].fill_(17.0)
+    case.tensors["value"].fill_(1.0)
+    case.tensors["value"][:, :, 15 * 128 :] = -1.0
+    assert case.forward(hopper)[0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("missing", ["grad_lse", "grad_query", "grad_key", "grad_value"])

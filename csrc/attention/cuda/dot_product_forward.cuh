@@ -216,11 +216,6 @@ class Forward {
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
   __device__ C unit() const { return C(kPlain ? args_.scale * kLog2E : kLog2E); }
 
-  // Beyond this exponents are differences of scores, not of products of scores with a factor: the product's rounding
-  // would be an error of all weights of a row, and of its lse. Only 16-bit types, whose weights are rounded anyway,
-  // are spared the subtraction below.
-  static constexpr C kLargeExponent = 64;
-
   // Scores of a tile become weights. All lanes of a quad hold a row's maximum, and each its own part of the sum.
   __device__ void update_row(State& state, C (&sums)[kTiles][4], int m) const {
 #pragma unroll

@@ -122,8 +122,9 @@ bool takes(const AttentionBackward& args) {
     return data == nullptr || rows_are_aligned(data, strides);
   };
   return hopper_is_chosen() && hopper_computes(args) && args.grad_out.data != nullptr && args.grad_mask == nullptr &&
-         aligned(args.out.data, args.out.strides) && aligned(args.grad_query, args.grad_query_strides) &&
-         aligned(args.grad_key, args.grad_key_strides) && aligned(args.grad_value, args.grad_value_strides);
+         aligned(args.out.data, args.out.strides) && aligned(args.grad_out.data, args.grad_out.strides) &&
+         aligned(args.grad_query, args.grad_query_strides) && aligned(args.grad_key, args.grad_key_strides) &&
+         aligned(args.grad_value, args.grad_value_strides);
 }
 
 }  // namespace

@@ -168,13 +168,14 @@ struct HopperBackward {
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
-  // Scores become weights. Queries beyond the last have weight zero by their shift.
+  // Scores become weights. Queries beyond the last have weight zero by their shift. A score exceeds its row's lse only
+  // by what that was rounded, which of a huge one would be a factor of any size.
   __device__ void weigh(float (&scores)[kTiles][4], int n, int half, const GroupLane& lane) const {
     const float* const shifts = numbers(n, 0, half) + 2 * lane.q;
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& score = scores[i / 4][i % 4];
-      score = power_of_two(std::fma(score, unit(), -shifts[i / 4 * 8 + i % 2]));
+      score = power_of_two(at_most(std::fma(score, unit(), -shifts[i / 4 * 8 + i % 2]), kMostBinaryExcess));
     }
   }
 

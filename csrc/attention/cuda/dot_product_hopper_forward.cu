@@ -143,13 +143,20 @@ struct HopperForward {
       largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
       // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
-      const float base = largest == -INFINITY ? 0.0f : largest * unit;
-      shrink[half] = power_of_two(std::fma(rows.largest[half], unit, -base));
+      const float base = largest == -INFINITY ? 0.0f : largest;
+      // Of the difference: it is 1 where the maximum stays, whatever the product below is rounded to.
+      shrink[half] = power_of_two((rows.largest[half] - base) * unit);
+      float shift = base * unit;
+      if (!(std::abs(shift) <= kLargeExponent)) {
+        shift = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] -= base;
+      }
       float sums[2] = {};  // two, since each addition waits for the one before
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         float& score = scores[i / 2][2 * half + i % 2];
-        score = power_of_two(std::fma(score, unit, -base));
+        score = power_of_two(std::fma(score, unit, -shift));
         sums[i % 2] += score;
       }
       rows.largest[half] = largest;
@@ -172,7 +179,7 @@ struct HopperForward {
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         static_cast<float*>(args.lse)[first + query] =
-            sum == 0 ? -INFINITY : rows.largest[half] * static_cast<float>(args.scale) + std::log(sum);
+            sum == 0 ? -INFINITY : rounded_product(rows.largest[half], static_cast<float>(args.scale)) + std::log(sum);
       }
     }
     const AttentionStrides& strides = args.out_strides;

@@ -20,6 +20,25 @@ __device__ inline C infinity() {
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
+// Beyond this exponents are differences of scores, not of products of scores with a factor: the product's rounding
+// would be an error of all weights of a row, and of its lse. Only 16-bit types, whose weights are rounded anyway,
+// are spared the subtraction below.
+inline constexpr float kLargeExponent = 64;
+
+// That a score exceeds its row's lse by, at most, in binary logarithms: by what the lse was rounded.
+inline constexpr float kMostBinaryExcess = 0.5f * static_cast<float>(kLog2E);
+
+// NaN stays.
+__device__ inline float at_most(float x, float bound) {
+#if defined(__CUDA_ARCH__)
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(bound));
+  return least;
+#else
+  return x > bound ? bound : x;
+#endif
+}
+
 // The kernels' arguments and a sequence; queries and keys are counted within it.
 template <class S>
 struct Scores {

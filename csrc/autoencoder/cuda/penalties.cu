@@ -134,7 +134,7 @@ template <class T, class Access>
 __global__ void __launch_bounds__(kTileThreads, Work<Access>::kThreads / kTileThreads)
     rows_kernel(const __grid_constant__ PenaltyForward args) {
   constexpr int kQuads = Work<Access>::kQuads;
-  __shared__ T shared[kTile];
+  __shared__ T shared[kRowTile];
   const TileRange range(args.tiles, blockIdx.x);
   const int passes = range.passes<kQuads>();
   for (int pass = 0; pass < passes; ++pass) {

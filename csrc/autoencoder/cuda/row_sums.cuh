@@ -7,7 +7,7 @@
 namespace lect11ext::cuda {
 
 inline constexpr int kWarp = 32;
-inline constexpr int kTile = static_cast<int>(RowTiles::kElements);
+inline constexpr int kRowTile = static_cast<int>(RowTiles::kElements);
 // Of a block: a thread takes four quads, so that what a block does once is little beside what it does for elements.
 inline constexpr int kTileThreads = 64;
 
@@ -47,7 +47,7 @@ __device__ inline void sum_rows(const T* values, int rows, int rows_per_tile, in
   if (lane == 0 && row < rows) out[row] = sum;
 }
 
-// The elements of a tile, and the way from their values to its sums: through shared memory of kTile numbers.
+// The elements of a tile, and the way from their values to its sums: through shared memory of kRowTile numbers.
 struct TileRange {
   int64_t row, begin;  // number of its first sum; its first element
   int rows = 1, rows_per_tile, width, count;
@@ -56,9 +56,9 @@ struct TileRange {
   __device__ TileRange(const RowTiles& tiles, int64_t t)
       : rows_per_tile(static_cast<int>(tiles.rows_per_tile)), quads_in_rows(tiles.cols % kQuad == 0) {
     if (tiles.tiles_per_row > 1) {
-      const int64_t whole = divide(t, tiles.tiles_per_row), within = (t - whole * tiles.tiles_per_row) * kTile;
+      const int64_t whole = divide(t, tiles.tiles_per_row), within = (t - whole * tiles.tiles_per_row) * kRowTile;
       begin = whole * tiles.cols + within;
-      width = static_cast<int>(tiles.cols - within < kTile ? tiles.cols - within : kTile);
+      width = static_cast<int>(tiles.cols - within < kRowTile ? tiles.cols - within : kRowTile);
       row = t;  // one sum a tile
     } else {
       row = t * tiles.rows_per_tile;

@@ -70,7 +70,7 @@ template <class T, class Access, bool PriorGiven>
 __global__ void __launch_bounds__(kTileThreads, Work<Access, PriorGiven>::kThreads / kTileThreads)
     forward_kernel(const __grid_constant__ GaussianForward args) {
   constexpr int kQuads = Work<Access, PriorGiven>::kQuads;
-  __shared__ T shared[kTile];
+  __shared__ T shared[kRowTile];
   const TileRange range(args.tiles, blockIdx.x);
   const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
   const int passes = range.passes<kQuads>();

@@ -4,6 +4,9 @@
 // until none of these is left. From one step to the next there is one write and one read of the L2 cache, where a
 // counter takes a write, a count, a look at it and a read.
 //
+// Numbers of 16 bits are written one by one and read by eights: a word of which one half has come is absent by the
+// other.
+//
 // For the plain case (is_plain below), in which a thread's units are always the same: their states stay in registers,
 // as do the weights, and what a step reads besides is asked for a step ahead. All else: layer_team.cuh.
 #pragma once
@@ -216,6 +219,7 @@ class DataflowBlock {
   template <bool kChecked>
   __device__ void multiply(const S* of, int64_t stride) {
     const Lane lane;
+    __syncwarp();                      // lanes may have come apart over their units
     if (turns_ == 1) __syncthreads();  // slower threads may be reading the sums of the step before
     else turn_ ^= 1;
     for (int group = 0; group < row_groups_; ++group) {
@@ -356,13 +360,13 @@ __device__ inline float power_of_two(float x) {
   return std::exp2(x);
 #endif
 }
-inline constexpr float kLog2E = 1.44269504088896341f;
-__device__ inline float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + power_of_two(-kLog2E * x)); }
+inline constexpr float kLogarithm = 1.44269504088896341f;  // binary, of e
+__device__ inline float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + power_of_two(-kLogarithm * x)); }
 __device__ inline float quick_tanh(float x) {
   constexpr float kSeries = 0.25f;  // below, 1 − 2σ(−2x) would cancel; the first term left out is x⁸/46 of the value
   const float z = x * x;
   const float small = x * fmaf(z, fmaf(z, fmaf(z, -17.0f / 315, 2.0f / 15), -1.0f / 3), 1.0f);
-  const float large = 1.0f - __fdividef(2.0f, 1.0f + power_of_two(2 * kLog2E * x));
+  const float large = 1.0f - __fdividef(2.0f, 1.0f + power_of_two(2 * kLogarithm * x));
   return z < kSeries * kSeries ? small : large;
 }
 
