@@ -76,6 +76,18 @@ def test_without_what_a_backward_needs(kernels: Kernels, device: Any, cell: str)
     assert all(torch.equal(bare[name].checked(), kept[name].checked()) for name in bare if name != "cells")
 
 
+@pytest.mark.parametrize("batch", [20, 150])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_kept_every_few_steps(kernels: Kernels, device: Any, batch: int, reverse: bool) -> None:
+    """Of all parts of a batch, in the order of the steps."""
+    device(4)
+    layer = plain("lstm", steps=8, batch=batch, hidden=24, reverse=reverse, batch_first=reverse)
+    some = layer.run_forward(kernels, every=3)["cells"].checked()
+    cells = layer.run_forward(kernels)["cells"].checked()
+    cells = cells.transpose(0, 1).flip(0) if reverse else cells
+    assert torch.equal(some, cells[[2, 5]])
+
+
 @pytest.mark.parametrize("cell", KINDS)
 def test_nan_is_no_absence(kernels: Kernels, device: Any, cell: str) -> None:
     """Not even the NaN with which absence is written: it passes through arithmetic, which gives another."""

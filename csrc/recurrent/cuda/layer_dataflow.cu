@@ -9,22 +9,14 @@ namespace {
 
 constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
 
-// What a thread knows of one of its units in one row.
-template <class S, LayerCell kCell>
-struct Unit {
-  static constexpr bool kLstm = kCell == LayerCell::Lstm;
-  static constexpr int kGates = gates_of(kCell), kKept = 4;
-
-  bool exists;
-  const S* pre;  // of the next step
+// Where a thread's first row of its unit has what belongs to a step; its other rows lie some rows further on.
+template <class S, bool kLstm>
+struct Place {
+  const S* pre;
   S *out, *gates, *cells;
-  S next[kGates];  // what pre pointed to, on its way while a step is multiplied
-  float state;     // c, or h of a GRU
-  float kept[kKept];
 
-  __device__ Unit(const LayerCuda& args, int64_t b, int64_t unit, bool exists) : exists(exists) {
-    if (!exists) return;
-    const int64_t t = args.reverse ? args.steps - 1 : 0, H = args.hidden;
+  __device__ Place(const LayerCuda& args, int64_t b, int64_t unit) {
+    const int64_t t = args.reverse ? args.steps - 1 : 0;
     const auto at = [&](const void* tensor, TimeStrides strides) {
       return tensor == nullptr ? nullptr
                                : static_cast<S*>(const_cast<void*>(tensor)) + t * strides.step + b * strides.row + unit;
@@ -32,14 +24,39 @@ struct Unit {
     pre = at(args.pre, args.pre_strides);
     out = at(args.out, args.out_strides);
     gates = at(args.gates, args.gates_strides);
-    cells = kLstm ? at(args.cells, args.out_strides) : nullptr;
-    state = from_storage<float>(static_cast<const S*>(kLstm ? args.c : args.h)[b * H + unit]);
+    // Those of every so many steps are [·, B, H].
+    cells = !kLstm                  ? nullptr
+            : args.cells_every == 0 ? at(args.cells, args.out_strides)
+                                    : at(args.cells, {0, args.hidden});
+  }
+
+  __device__ void advance(const LayerCuda& args, int sign, int64_t cells_step) {
+    pre += sign * args.pre_strides.step;
+    out += sign * args.out_strides.step;
+    if (gates != nullptr) gates += sign * args.gates_strides.step;
+    if (kLstm && cells != nullptr) cells += cells_step;
+  }
+};
+
+// What a thread knows of its unit in one row.
+template <class S, LayerCell kCell>
+struct Unit {
+  static constexpr bool kLstm = kCell == LayerCell::Lstm;
+  static constexpr int kGates = gates_of(kCell), kKept = 4;
+
+  bool exists;
+  S next[kGates];  // of pre, on its way while a step is multiplied
+  float state;     // c, or h of a GRU
+  float kept[kKept];
+
+  __device__ Unit(const LayerCuda& args, int64_t b, int64_t unit, bool exists) : exists(exists) {
+    if (exists) state = from_storage<float>(static_cast<const S*>(kLstm ? args.c : args.h)[b * args.hidden + unit]);
   }
 
   // Asks for the next step's.
-  __device__ void ask(int64_t hidden) {
+  __device__ void ask(const LayerCuda& args, const Place<S, kLstm>& place, int row) {
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) next[g] = pre[g * hidden];
+    for (int g = 0; g < kGates; ++g) next[g] = place.pre[row * args.pre_strides.row + g * args.hidden];
   }
 
   // The new h.
@@ -62,26 +79,23 @@ struct Unit {
     }
   }
 
-  __device__ void keep(int64_t hidden) const {
-    if (gates != nullptr) {
+  // keeps_cell: all do, or that of every so many steps.
+  __device__ void keep(const LayerCuda& args, const Place<S, kLstm>& place, int row, bool keeps_cell) const {
+    if (place.gates != nullptr) {
 #pragma unroll
-      for (int g = 0; g < kKept; ++g) gates[g * hidden] = to_storage<S>(kept[g]);
+      for (int g = 0; g < kKept; ++g) {
+        place.gates[row * args.gates_strides.row + g * args.hidden] = to_storage<S>(kept[g]);
+      }
     }
-    if (kLstm && cells != nullptr) *cells = to_storage<S>(state);
-  }
-
-  __device__ void advance(const LayerCuda& args, int64_t sign) {
-    pre += sign * args.pre_strides.step;
-    out += sign * args.out_strides.step;
-    if (gates != nullptr) gates += sign * args.gates_strides.step;
-    if (kLstm && cells != nullptr) cells += sign * args.out_strides.step;
+    if (!kLstm || place.cells == nullptr || !keeps_cell) return;
+    place.cells[row * (args.cells_every == 0 ? args.out_strides.row : args.hidden)] = to_storage<S>(state);
   }
 };
 
 template <class S, LayerCell kCell, int kTiles, int kPer>
 __global__ void __launch_bounds__(kLayerThreads, 1)
     dataflow_kernel(const __grid_constant__ LayerCuda args, const __grid_constant__ DataflowPlan plan) {
-  constexpr int kGates = gates_of(kCell);
+  constexpr int kGates = gates_of(kCell), kRowsOn = kLayerThreads / (kTiles * kTile);  // from item to item
   DataflowBlock<S, 1, kGates, kTiles, kPer> block(args, plan, args.panels, reinterpret_cast<float*>(dynamic_shared));
   const auto unit_of = [&](int i) {
     const auto item = block.item(i);
@@ -92,14 +106,16 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
   for (int g = 0; g < kGates && args.bias_hh != nullptr && units[0].exists; ++g) {
     bias[g] = from_storage<float>(static_cast<const S*>(args.bias_hh)[g * args.hidden + block.item(0).unit]);
   }
+  Place<S, kCell == LayerCell::Lstm> place(args, block.item(0).b, block.item(0).unit);
 #pragma unroll
-  for (auto& unit : units) {
-    if (unit.exists) unit.ask(args.hidden);
+  for (int i = 0; i < kDataflowItems; ++i) {
+    if (units[i].exists) units[i].ask(args, place, i * kRowsOn);
   }
-  const int64_t sign = args.reverse ? -1 : 1;
+  const int sign = args.reverse ? -1 : 1;
   const S* before = static_cast<const S*>(args.out) + (args.reverse ? args.steps - 1 : 0) * args.out_strides.step;
   S last[kDataflowItems];
-  for (int64_t s = 0; s < args.steps; ++s) {
+  int until_kept = static_cast<int>(args.cells_every);
+  for (int s = 0; s < args.steps; ++s) {
     if (s == 0) {
       block.template multiply<false>(static_cast<const S*>(args.h), args.hidden);
     } else {
@@ -112,15 +128,22 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
       float sums[kGates];
       block.sum(i, sums);
       last[i] = units[i].step(sums, bias);
-      write_for_others(units[i].out, last[i]);
+      write_for_others(place.out + i * kRowsOn * args.out_strides.row, last[i]);
     }
     // Beside the others' next step:
+    const bool keeps_cell = args.cells_every == 0 || (--until_kept == 0 && s + 1 < args.steps);
+    const int64_t cells_step = args.cells_every == 0 ? sign * args.out_strides.step
+                               : keeps_cell          ? plan.batch * args.hidden
+                                                     : 0;
+    if (until_kept == 0) until_kept = static_cast<int>(args.cells_every);
 #pragma unroll
-    for (auto& unit : units) {
-      if (!unit.exists) continue;
-      unit.keep(args.hidden);
-      unit.advance(args, sign);
-      if (s + 1 < args.steps) unit.ask(args.hidden);
+    for (int i = 0; i < kDataflowItems; ++i) {
+      if (units[i].exists) units[i].keep(args, place, i * kRowsOn, keeps_cell);
+    }
+    place.advance(args, sign, cells_step);
+#pragma unroll
+    for (int i = 0; i < kDataflowItems; ++i) {
+      if (units[i].exists && s + 1 < args.steps) units[i].ask(args, place, i * kRowsOn);
     }
   }
 #pragma unroll
@@ -140,7 +163,8 @@ bool run(const LayerCuda& args, void* stream) {
     LayerCuda part = args;
     part.batch = rows;
     move_to<S>(first * args.hidden, part.h, part.c, part.h_out, part.c_out);
-    move_to<S>(first * args.out_strides.row, part.out, part.cells);
+    move_to<S>(first * args.out_strides.row, part.out);
+    move_to<S>(first * (args.cells_every == 0 ? args.out_strides.row : args.hidden), part.cells);
     move_to<S>(first * args.gates_strides.row, part.gates);
     move_to<S>(first * args.pre_strides.row, part.pre);
     if (first == 0) {
@@ -160,7 +184,7 @@ bool run(const LayerCuda& args, void* stream) {
 
 bool layer_forward_dataflow(const LayerCuda& args, void* stream) {
   const bool is_float = args.dtype == DType::Float;
-  if (!is_plain(args, args.tensor_cores || !is_float, is_float ? 4 : 2) || args.cells_every != 0) return false;
+  if (!is_plain(args, args.tensor_cores || !is_float, is_float ? 4 : 2)) return false;
   bool done = false;
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;

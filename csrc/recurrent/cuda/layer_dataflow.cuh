@@ -87,6 +87,7 @@ struct DataflowPlan {
   int tiles;       // of a block: 1 or 2
   int per_warp;    // chunks of the depth, of each part, that a warp multiplies: a power of two
   int row_groups;  // of 16 rows
+  int64_t batch;   // of all parts of it
   int turns;       // of the warps' sums: 2 where there is room for those of the step before beside a step's
   size_t shared_bytes;
 };
@@ -176,7 +177,7 @@ class DataflowBlock {
  public:
   // Of what this thread works at, number i: of one unit, in several rows.
   struct Item {
-    int64_t b, unit;
+    int b, unit;
     bool exists;
   };
 
@@ -187,9 +188,9 @@ class DataflowBlock {
         sums_(shared),
         kept_(reinterpret_cast<uint4*>(shared + dataflow_sums(plan, kColumns)) + threadIdx.x) {
     const int64_t team = blockIdx.x / plan.members, member = blockIdx.x % plan.members;
-    first_row_ = args.batch * team / plan.teams;
+    first_row_ = static_cast<int>(args.batch * team / plan.teams);
     rows_ = static_cast<int>(args.batch * (team + 1) / plan.teams - first_row_);
-    first_unit_ = member * kTiles * kTile;
+    first_unit_ = static_cast<int>(member) * kTiles * kTile;
     const Lane lane;
     const int chunks = static_cast<int>(cuda_depth(hidden_, sizeof(S))) / kChunk;
     const uint4* const from = static_cast<const uint4*>(panels);
@@ -210,7 +211,7 @@ class DataflowBlock {
 
   __device__ Item item(int i) const {
     const int n = threadIdx.x + i * kLayerThreads, row = n / (kTiles * kTile);
-    const int64_t unit = first_unit_ + n % (kTiles * kTile);
+    const int unit = first_unit_ + n % (kTiles * kTile);
     return {first_row_ + row, unit, row < rows_ && unit < hidden_};
   }
 
@@ -300,10 +301,9 @@ class DataflowBlock {
   }
 
   const int hidden_, row_groups_, turns_;
-  int64_t first_row_, first_unit_;
-  int rows_, turn_ = 0;
-  float* const sums_;  // [turns, row groups, warps, 16, kStride]
-  uint4* const kept_;  // this thread's of [chunks beyond kHeld, columns, threads]
+  int first_row_, first_unit_, rows_, turn_ = 0;  // a part of a batch has few rows
+  float* const sums_;                             // [turns, row groups, warps, 16, kStride]
+  uint4* const kept_;                             // this thread's of [chunks beyond kHeld, columns, threads]
   uint4 held_[kHeld][kTiles * kColumns];
 };
 
@@ -319,7 +319,9 @@ bool each_part(const LayerCommon& args, int element, int parts, int columns, F f
     }
     for (int64_t first = 0; first < args.batch; first += rows) {
       const int64_t mine = std::min(rows, args.batch - first);
-      f(plan_dataflow(args.hidden, mine, element, parts, columns), first, mine);
+      DataflowPlan plan = plan_dataflow(args.hidden, mine, element, parts, columns);
+      plan.batch = args.batch;
+      f(plan, first, mine);
     }
     return true;
   }
