@@ -34,6 +34,7 @@ PEERS = ROOT / "out" / "peers"  # packages that are measured against, where `mak
 TAIL = 4000  # characters of a command's output that are kept in the JSON; all of it goes to a file
 RESERVE = 15.0  # seconds at the end
 GRACE = 8.0  # seconds to say what has been done
+MOST_WORKERS = 10  # of pytest: more take longer to come up than they save
 GENERAL = {"LECT11EXT_ATTENTION_HOPPER": "0"}  # without attention's kernels of sm_90a
 # Programs that need no torch, each with the kernels that it tries.
 PROGRAMS = {
@@ -141,7 +142,7 @@ def tests(run: Run, name: str = "tests", pattern: str = "**/test_*.py", **enviro
     arguments = ["-q", "-m", "not slow and not cpu", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rfE"]
     arguments += ["--device", "cuda", f"--junitxml={run.out / name}.xml"]
     if importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
+        arguments += ["-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["--timeout", "60", "--timeout-method", "thread"]
     if files:
