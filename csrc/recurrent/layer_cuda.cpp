@@ -96,7 +96,7 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   static_cast<LayerGradients&>(args) = gradients;
   args.tensor_cores = allows_tf32();
   const bool is_lstm = args.cell == LayerCell::Lstm;
-  const int64_t B = args.batch, H = args.hidden, G = is_lstm ? 4 : 3, tiles = cuda_tiles(H);
+  const int64_t B = args.batch, H = args.hidden, G = gates_of(args.cell), tiles = cuda_tiles(H);
   const int64_t element = storage_size(args.dtype), compute = compute_size(args.dtype), carry = B * H * compute;
   const int64_t depth = G * cuda_depth(H, element);
   Scratch zeros, scratch;

@@ -23,6 +23,9 @@ inline constexpr int64_t kCudaChunkBytes = 64;
 
 constexpr int64_t cuda_tiles(int64_t hidden) { return (hidden + kCudaTileUnits - 1) / kCudaTileUnits; }
 
+// Blocks of rows of the weights.
+constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
+
 // `size` elements of `bytes` each, rounded up to whole chunks.
 constexpr int64_t cuda_depth(int64_t size, int64_t bytes) {
   const int64_t chunk = kCudaChunkBytes / bytes;

@@ -2,6 +2,7 @@
 // products on tensor cores. The tests' host build has a stand-in for this header.
 #pragma once
 
+#include "common/cuda/math.cuh"
 #include "common/cuda/mma.cuh"
 
 namespace lect11ext::cuda {
@@ -59,14 +60,5 @@ __device__ inline void mma(double (&d)[4], const double (&a)[4], const double (&
     }
   }
 }
-
-// 2^x, within two units of the last place; below 2^−126 it is zero.
-__device__ inline float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline double power_of_two(double x) { return exp2(x); }
 
 }  // namespace lect11ext::cuda

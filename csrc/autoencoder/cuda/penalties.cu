@@ -126,6 +126,15 @@ struct Quads<T, Access, kQuads, PenaltyBackward> {
   }
 };
 
+// All before the first is used.
+template <int kQuads, class Loaded, class Args, class QuadOf>
+__device__ inline void load_all(Loaded& quads, const Args& args, QuadOf quad_of) {
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    if (!quad_of(j).empty()) quads.load(args, j, quad_of(j));
+  }
+}
+
 template <class Access>
 using Work = Share<Access, 2, 1024>;
 
@@ -141,10 +150,7 @@ __global__ void __launch_bounds__(kTileThreads, Work<Access>::kThreads / kTileTh
     const auto quad_of = [&](int j) { return range.quad(pass * kQuads + j); };
     Quads<T, Access, kQuads, PenaltyForward> quads;
     T sums[kQuads][kQuad];
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      if (!quad_of(j).empty()) quads.load(args, j, quad_of(j));
-    }
+    load_all<kQuads>(quads, args, quad_of);
     quads.template run<false>(args, quad_of, sums);
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) range.put(quad_of(j), sums[j], shared);
@@ -161,10 +167,7 @@ __global__ void __launch_bounds__(kFlatThreads, Work<Access>::kThreads / kFlatTh
   const auto quad_of = [&](int j) { return range.quad(j); };
   Quads<T, Access, kQuads, PenaltyBackward> quads;
   T sums[kQuads][kQuad];
-#pragma unroll
-  for (int j = 0; j < kQuads; ++j) {
-    if (!quad_of(j).empty()) quads.load(args, j, quad_of(j));
-  }
+  load_all<kQuads>(quads, args, quad_of);
   quads.template run<false>(args, quad_of, sums);
 }
 
@@ -197,10 +200,7 @@ __global__ void __launch_bounds__(kColumnThreads, ColumnWork<Access, Args>::kThr
       };
       Quads<T, Access, kQuads, Args> quads;
       T sums[kQuads][kQuad];
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        if (!quad_of(j).empty()) quads.load(args, j, quad_of(j));
-      }
+      load_all<kQuads>(quads, args, quad_of);
       quads.template run<true>(args, quad_of, sums);
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {

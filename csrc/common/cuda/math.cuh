@@ -38,6 +38,20 @@ __device__ inline float root(float x) {
 #endif
 }
 
+// 2^x, within two units of the last place; below 2^−126 it is zero.
+__device__ inline float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = std::exp2(x);
+  return result < 0x1p-126f ? 0.0f : result;
+#endif
+}
+
+__device__ inline double power_of_two(double x) { return std::exp2(x); }
+
 template <class T>
 __device__ inline T sigmoid(T x) {
   return reciprocal(T(1) + std::exp(-x));

@@ -7,8 +7,6 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
-
 // Where a thread's first row of its unit has what belongs to a step; its other rows lie some rows further on.
 template <class S, bool kLstm>
 struct Place {
@@ -159,41 +157,33 @@ __global__ void __launch_bounds__(kLayerThreads, 1)
 template <class S, LayerCell kCell>
 bool run(const LayerCuda& args, void* stream) {
   constexpr int kGates = gates_of(kCell);
-  const auto launch_part = [&](const DataflowPlan& plan, int64_t first, int64_t rows) {
+  const int64_t rows = rows_of_part(args, sizeof(S), 1, kGates);
+  if (rows == 0 || !rows_are_aligned<S>(args.out, args.out_strides)) return false;
+  make_absent<S>(args, args.out, args.out_strides, args.hidden, stream);
+  pack_weights<S, true, false>(args, kGates, args.panels, stream);
+  for (int64_t first = 0; first < args.batch; first += rows) {
     LayerCuda part = args;
-    part.batch = rows;
+    part.batch = std::min(rows, args.batch - first);
     move_to<S>(first * args.hidden, part.h, part.c, part.h_out, part.c_out);
     move_to<S>(first * args.out_strides.row, part.out);
     move_to<S>(first * (args.cells_every == 0 ? args.out_strides.row : args.hidden), part.cells);
     move_to<S>(first * args.gates_strides.row, part.gates);
     move_to<S>(first * args.pre_strides.row, part.pre);
-    if (first == 0) {
-      make_absent<S>(args, args.out, args.out_strides, args.hidden, stream);
-      pack_weights<S, true, false>(args, kGates, args.panels, stream);
-    }
+    DataflowPlan plan = plan_dataflow(args.hidden, part.batch, sizeof(S), 1, kGates);
+    plan.batch = args.batch;
     with_dataflow(plan, [&](auto tiles, auto per) {
-      launch_together(dataflow_kernel<S, kCell, tiles.value, per.value>,
-                      dim3(static_cast<unsigned>(plan.teams * plan.members)), kLayerThreads, plan.shared_bytes, stream,
-                      part, plan);
+      launch_dataflow(dataflow_kernel<S, kCell, tiles.value, per.value>, part, plan, stream);
     });
-  };
-  return rows_are_aligned<S>(args.out, args.out_strides) && each_part(args, sizeof(S), 1, kGates, launch_part);
+  }
+  return true;
 }
 
 }  // namespace
 
 bool layer_forward_dataflow(const LayerCuda& args, void* stream) {
-  const bool is_float = args.dtype == DType::Float;
-  if (!is_plain(args, args.tensor_cores || !is_float, is_float ? 4 : 2)) return false;
-  bool done = false;
-  with_type(args.dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    if constexpr (!std::is_same_v<S, double>) {
-      done =
-          args.cell == LayerCell::Lstm ? run<S, LayerCell::Lstm>(args, stream) : run<S, LayerCell::Gru>(args, stream);
-    }
+  return with_plain(args, [&](auto* type, auto cell) {
+    return run<std::remove_pointer_t<decltype(type)>, cell.value>(args, stream);
   });
-  return done;
 }
 
 }  // namespace lect11ext::cuda

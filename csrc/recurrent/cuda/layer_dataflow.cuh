@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "common/cuda/launch.h"
+#include "common/cuda/math.cuh"
 #include "recurrent/cuda/layer_plan.cuh"
 
 namespace lect11ext::cuda {
@@ -307,25 +308,14 @@ class DataflowBlock {
   uint4 held_[kHeld][kTiles * kColumns];
 };
 
-// A batch is cut into as few parts as leave each of them a plan: calls f with one, its first row and its rows. False
-// where there is none.
-template <class F>
-bool each_part(const LayerCommon& args, int element, int parts, int columns, F f) {
+// A batch is cut into as few parts as leave each of them a plan. Rows of a part; 0 where there is no plan.
+inline int64_t rows_of_part(const LayerCommon& args, int element, int parts, int columns) {
   for (int64_t count = 1; count <= args.batch; ++count) {
     const int64_t rows = (args.batch + count - 1) / count;
-    if (plan_dataflow(args.hidden, rows, element, parts, columns).tiles == 0) {
-      if (rows <= kGroupRows) return false;
-      continue;
-    }
-    for (int64_t first = 0; first < args.batch; first += rows) {
-      const int64_t mine = std::min(rows, args.batch - first);
-      DataflowPlan plan = plan_dataflow(args.hidden, mine, element, parts, columns);
-      plan.batch = args.batch;
-      f(plan, first, mine);
-    }
-    return true;
+    if (plan_dataflow(args.hidden, rows, element, parts, columns).tiles != 0) return rows;
+    if (rows <= kGroupRows) break;
   }
-  return false;
+  return 0;
 }
 
 // Moves pointers to where row `first` of the batch begins.
@@ -351,24 +341,36 @@ void with_dataflow(const DataflowPlan& plan, F f) {
   plan.tiles == 1 ? with_tiles(std::integral_constant<int, 1>{}) : with_tiles(std::integral_constant<int, 2>{});
 }
 
+// Calls f with the storage type and the cell, if the layer is plain; false where it is not, or where f says so.
+template <class Args, class F>
+bool with_plain(const Args& args, F f) {
+  const bool is_float = args.dtype == DType::Float;
+  if (!is_plain(args, args.tensor_cores || !is_float, is_float ? 4 : 2)) return false;
+  bool done = false;
+  with_type(args.dtype, [&](auto* type) {
+    if constexpr (!std::is_same_v<decltype(type), double*>) {
+      done = args.cell == LayerCell::Lstm ? f(type, std::integral_constant<LayerCell, LayerCell::Lstm>{})
+                                          : f(type, std::integral_constant<LayerCell, LayerCell::Gru>{});
+    }
+  });
+  return done;
+}
+
+template <class Args>
+void launch_dataflow(void (*kernel)(Args, DataflowPlan), const Args& args, const DataflowPlan& plan, void* stream) {
+  launch_together(kernel, dim3(static_cast<unsigned>(plan.teams * plan.members)), kLayerThreads, plan.shared_bytes,
+                  stream, args, plan);
+}
+
 // --- gates, to about 1e-6 of one: what is multiplied has at most eleven bits -----------------------------------------
 
-__device__ inline float power_of_two(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
 inline constexpr float kLogarithm = 1.44269504088896341f;  // binary, of e
-__device__ inline float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + power_of_two(-kLogarithm * x)); }
+__device__ inline float quick_sigmoid(float x) { return reciprocal(1.0f + power_of_two(-kLogarithm * x)); }
 __device__ inline float quick_tanh(float x) {
   constexpr float kSeries = 0.25f;  // below, 1 − 2σ(−2x) would cancel; the first term left out is x⁸/46 of the value
   const float z = x * x;
   const float small = x * fmaf(z, fmaf(z, fmaf(z, -17.0f / 315, 2.0f / 15), -1.0f / 3), 1.0f);
-  const float large = 1.0f - __fdividef(2.0f, 1.0f + power_of_two(2 * kLogarithm * x));
+  const float large = 1.0f - 2.0f * reciprocal(1.0f + power_of_two(2 * kLogarithm * x));
   return z < kSeries * kSeries ? small : large;
 }
 

@@ -7,8 +7,6 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
-
 // What a thread knows of one of its units in one row. `state`: c of the LSTM, h of the GRU.
 template <class S, LayerCell kCell>
 struct Unit {
@@ -135,45 +133,35 @@ template <class S, LayerCell kCell>
 bool run(const LayerCudaBackward& args, void* stream) {
   constexpr int kGates = gates_of(kCell);
   void* const multiplied = kCell == LayerCell::Gru ? args.grad_hidden : args.grad_pre;
-  const auto launch_part = [&](const DataflowPlan& plan, int64_t first, int64_t rows) {
+  const int64_t rows = rows_of_part(args, sizeof(S), kGates, 1);
+  if (rows == 0 || multiplied == nullptr || !rows_are_aligned<S>(multiplied, args.grad_pre_strides)) return false;
+  make_absent<S>(args, multiplied, args.grad_pre_strides, kGates * args.hidden, stream);
+  pack_weights<S, true, true>(args, kGates, args.panels, stream);
+  for (int64_t first = 0; first < args.batch; first += rows) {
     LayerCudaBackward part = args;
-    part.batch = rows;
+    part.batch = std::min(rows, args.batch - first);
     move_to<S>(first * args.hidden, part.h, part.c, part.grad_h_out, part.grad_c_out, part.grad_h, part.grad_c);
     move_to<S>(first * args.out_strides.row, part.out, part.cells, part.grad_out);
     move_to<S>(first * args.gates_strides.row, part.gates);
     move_to<S>(first * args.grad_pre_strides.row, part.grad_pre, part.grad_hidden);
-    if (first == 0) {
-      make_absent<S>(args, multiplied, args.grad_pre_strides, kGates * args.hidden, stream);
-      pack_weights<S, true, true>(args, kGates, args.panels, stream);
-    }
+    const DataflowPlan plan = plan_dataflow(args.hidden, part.batch, sizeof(S), kGates, 1);
     with_dataflow(plan, [&](auto tiles, auto per) {
-      launch_together(dataflow_kernel<S, kCell, tiles.value, per.value>,
-                      dim3(static_cast<unsigned>(plan.teams * plan.members)), kLayerThreads, plan.shared_bytes, stream,
-                      part, plan);
+      launch_dataflow(dataflow_kernel<S, kCell, tiles.value, per.value>, part, plan, stream);
     });
-  };
-  return multiplied != nullptr && rows_are_aligned<S>(multiplied, args.grad_pre_strides) &&
-         each_part(args, sizeof(S), kGates, 1, launch_part);
+  }
+  return true;
 }
 
 }  // namespace
 
 bool layer_backward_dataflow(const LayerCudaBackward& args, void* stream) {
-  const bool is_float = args.dtype == DType::Float;
-  if (!is_plain(args, args.tensor_cores || !is_float, is_float ? 4 : 2)) return false;
   if (args.truncate > 0 || std::isfinite(args.clip) || args.grad_gates != nullptr || args.grad_cells != nullptr ||
       args.grad_normed != nullptr || args.grad_mask != nullptr) {
     return false;
   }
-  bool done = false;
-  with_type(args.dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    if constexpr (!std::is_same_v<S, double>) {
-      done =
-          args.cell == LayerCell::Lstm ? run<S, LayerCell::Lstm>(args, stream) : run<S, LayerCell::Gru>(args, stream);
-    }
+  return with_plain(args, [&](auto* type, auto cell) {
+    return run<std::remove_pointer_t<decltype(type)>, cell.value>(args, stream);
   });
-  return done;
 }
 
 }  // namespace lect11ext::cuda

@@ -8,8 +8,6 @@
 
 namespace lect11ext::cuda {
 
-constexpr int gates_of(LayerCell cell) { return cell == LayerCell::Lstm ? 4 : 3; }
-
 // Row (t, b) of a tensor over time; null of null.
 template <class T>
 __device__ inline T* over_time(T* tensor, TimeStrides strides, int64_t t, int64_t b) {

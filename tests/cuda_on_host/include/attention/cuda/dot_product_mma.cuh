@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "common/cuda/math.cuh"
 #include "common/cuda/mma.cuh"
 
 namespace cuda_on_host {
@@ -85,12 +86,5 @@ inline void mma(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
   sum_products(d, cuda_on_host::exchange_all(Given{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}),
                [](const Given& x, int i, const Given& y, int k) { return x.a[i] * y.b[k]; });
 }
-
-inline float power_of_two(float x) {
-  const float y = std::exp2(x);
-  return y < 0x1p-126f ? 0.0f : y;
-}
-
-inline double power_of_two(double x) { return std::exp2(x); }
 
 }  // namespace lect11ext::cuda
