@@ -6,10 +6,10 @@
 
 namespace lect11ext::cuda {
 
-template <class S, Part kPart, int kWidth>
-class Derivative : public DerivativeTiles<S, kPart, kWidth> {
+template <class S, Part kPart, int kBound>
+class Derivative : public DerivativeTiles<S, kPart, kBound> {
  protected:
-  using Base = DerivativeTiles<S, kPart, kWidth>;
+  using Base = DerivativeTiles<S, kPart, kBound>;
   using Base::add_product;
   using Base::args_, Base::plan_, Base::group_, Base::kKeysAreRows, Base::kRowTiles, Base::kTiles;
   using Base::stage_at, Base::load_rows_of, Base::load_columns, Base::know_rows, Base::known_of_column;
@@ -18,7 +18,7 @@ class Derivative : public DerivativeTiles<S, kPart, kWidth> {
 
  public:
   using Base::Base;
-  using Base::kCols, Base::kRows, Base::kNumbersBytes;
+  using Base::kCols, Base::kDim, Base::kNumbersBytes, Base::kRows, Base::kWidth;
 
   __device__ void run() const {
     const int64_t count = plan_.tiles.count();
@@ -80,43 +80,46 @@ class Derivative : public DerivativeTiles<S, kPart, kWidth> {
   }
 
  protected:
-  // The query and the key of element i of a lane.
-  __device__ static void pair_of(int m, int i, const Spot& spot, int first_column, const Lane& lane, int& query,
-                                 int& key) {
-    const int row = spot.row(m, i % 4 / 2, lane), column = first_column + i / 4 * 8 + 2 * lane.q + i % 2;
+  using RowScores = Scores<S, kKeysAreRows>;
+
+  // The query and the key of a row and of a column.
+  __device__ static void pair_of(int row, int column, int& query, int& key) {
     query = kKeysAreRows ? column : row;
     key = kKeysAreRows ? row : column;
+  }
+
+  __device__ static LaneRow lane_row(const RowScores& scores, const Spot& spot, int m, int half, int first_column,
+                                     const Lane& lane) {
+    int query, key;
+    pair_of(spot.row(m, half, lane), first_column + 2 * lane.q, query, key);
+    return scores.row(spot.head, query, key);
   }
 
   // Weights of the pairs of a warp's rows and the columns from `first_column` on; false where no pair counts.
   __device__ bool weigh_tile(Sums& sums, uint32_t& seen, State& state, const Sequence& sequence, const Dropout& dropout,
                              const KnownRows& own, const Spot& spot, int first_column, int stage,
                              const Lane& lane) const {
-    const Scores<S> scores{args_, sequence};
+    const RowScores scores{args_, sequence, plan_.mask_pairs};
     const int first_query = kKeysAreRows ? first_column : spot.first_row, queries = kKeysAreRows ? kCols : kRows;
     const int first_key = kKeysAreRows ? spot.first_row : first_column, keys = kKeysAreRows ? kRows : kCols;
-    uint32_t bits[kRowTiles];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) bits[m] = kAllBits<kTiles>;
+    uint32_t bits[kRowTiles][2];
     seen = ~0u;
-    if (args_.mask.type != MaskType::None || first_key + keys > sequence.keys ||
-        first_query + queries > sequence.queries ||
-        first_key + keys - 1 > first_query + sequence.diagonal + sequence.right ||
-        first_key < first_query + queries - 1 + sequence.diagonal - sequence.left) {
-      uint32_t any = 0;
+    const bool whole = args_.mask.type == MaskType::None && first_key + keys <= sequence.keys &&
+                       first_query + queries <= sequence.queries &&
+                       first_key + keys - 1 <= first_query + sequence.diagonal + sequence.right &&
+                       first_key >= first_query + queries - 1 + sequence.diagonal - sequence.left;
+    if (!whole) seen = 0;
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        bits[m] = 0;
-#pragma unroll
-        for (int i = 0; i < 4 * kTiles; ++i) {
-          int query, key;
-          pair_of(m, i, spot, first_column, lane, query, key);
-          if (scores.sees(spot.head, query, key)) bits[m] |= 1u << i;
-        }
-        any |= bits[m];
-      }
-      if (!__any_sync(~0u, any != 0)) return false;
-      seen = columns_seen<kTiles>(any);
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      uint32_t& of_row = bits[i / 2][i % 2];
+      of_row = ~0u;
+      if (whole) continue;
+      of_row = scores.template seen<kTiles>(lane_row(scores, spot, i / 2, i % 2, first_column, lane));
+      seen |= of_row;
+    }
+    if (!whole) {
+      if (!__any_sync(~0u, seen != 0)) return false;
+      seen = columns_seen(seen);
     }
 
     sums = {};
@@ -137,12 +140,24 @@ class Derivative : public DerivativeTiles<S, kPart, kWidth> {
   }
 
   template <bool kPlain>
-  __device__ void weigh_pairs(Sums& sums, const uint32_t (&bits)[kRowTiles], State& state, const Scores<S>& scores,
+  __device__ void weigh_pairs(Sums& sums, const uint32_t (&bits)[kRowTiles][2], State& state, const RowScores& scores,
                               const Dropout& dropout, const KnownRows& own, const Spot& spot, int first_column,
                               int stage, const Lane& lane) const {
     const C kept = kPlain ? C(1) : C(kept_weight(args_));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
+      C capped[kTiles][4] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto element = [&](int i) -> C& { return sums.of[0][m][i / 2][2 * half + i % 2]; };
+        if constexpr (kPlain) {
+#pragma unroll
+          for (int i = 0; i < 2 * kTiles; ++i) element(i) = rounded_product(element(i), C(args_.scale));
+        } else {
+          scores.template finish<kTiles>(lane_row(scores, spot, m, half, first_column, lane), bits[m][half], element,
+                                         [&](int i, C x) { capped[i / 2][2 * half + i % 2] = x; });
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         uint32_t keep = 15;
@@ -158,15 +173,20 @@ class Derivative : public DerivativeTiles<S, kPart, kWidth> {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const auto sum = [&](int kind) -> C& { return sums.of[kind][m][n][e]; };
-          if ((bits[m] >> (4 * n + e) & 1) != 0) {
+          const bool counts = (bits[m][e / 2] >> (2 * n + e % 2) & 1) != 0;
+          C mask_t = 0, lse_t = 0;
+          if (P::kTangents && !kPlain && counts && args_.mask_t.type != MaskType::None) {
             int query, key;
-            pair_of(m, 4 * n + e, spot, first_column, lane, query, key);
-            const Known known = kKeysAreRows ? known_of_column(8 * n + 2 * lane.q + e % 2, stage) : own.of[m][e / 2];
-            P::template weigh<kPlain>(scores, args_, known, spot.head, query, key, keep >> e & 1 ? kept : C(0), sum(0),
-                                      sum(1), sum(2), sum(3), state.lse_t[m][e / 2]);
-          } else {
-            sum(0) = sum(1) = sum(2) = sum(3) = 0;
+            pair_of(spot.row(m, e / 2, lane), first_column + 8 * n + 2 * lane.q + e % 2, query, key);
+            mask_t = scores.added(args_.mask_t, spot.head, query, key);
           }
+          const Known known = kKeysAreRows ? known_of_column(8 * n + 2 * lane.q + e % 2, stage) : own.of[m][e / 2];
+          P::weigh(args_, known, keep >> e & 1 ? kept : C(0), capped[n][e], mask_t, sum(0), sum(1), sum(2), sum(3),
+                   lse_t);
+          // What does not count is selected away, whatever it may be.
+#pragma unroll
+          for (int kind = 0; kind < kKinds; ++kind) sum(kind) = counts ? sum(kind) : C(0);
+          if constexpr (kPart == Part::Tangent) state.lse_t[m][e / 2] += counts ? lse_t : C(0);
         }
       }
     }
@@ -176,9 +196,8 @@ class Derivative : public DerivativeTiles<S, kPart, kWidth> {
     const int first_column = static_cast<int>(blockIdx.y) * kWidth;
     const auto add = [&](auto& out, int kind) {
       if (plan_.columns.of[kind] < 0) return;
-      const TileShape& shape = plan_.shape[kind % 2];
-      multiply_columns<S>(out, sums.of[kind], stage_at(stage) + plan_.columns.of[kind], shape, first_column,
-                          shape.columns - first_column, seen, lane);
+      multiply_columns<S>(out, sums.of[kind], stage_at(stage) + plan_.columns.of[kind], plan_.shape[kind % 2],
+                          first_column, seen, lane);
     };
     if constexpr (P::kFirst) {
       add(state.first, 0);

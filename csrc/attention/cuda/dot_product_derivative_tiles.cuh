@@ -6,22 +6,23 @@
 
 namespace lect11ext::cuda {
 
-// kWidth: columns of each sum that a block owns.
-template <class S, Part kPart, int kWidth>
+// kBound: of 16-bit types one of head_dim and value_dim, else of the columns of each sum that a block owns.
+template <class S, Part kPart, int kBound>
 struct DerivativeTiles {
   using P = Pairs<S, kPart>;
   using C = Compute<S>;
   using Known = typename P::Known;
+  static constexpr int kDim = kIsHalf<S> ? kBound : 0;
+  // Columns of each sum that a block owns.
+  static constexpr int kWidth = std::min(kBound, sizeof(S) < 8 && kPart != Part::KeyTangent ? 128 : 64);
+  using Plan = DerivativePlan<kDim>;
   static constexpr bool kKeysAreRows = P::kKeysAreRows;
   // Tiles of sixteen rows for a warp: two where registers hold the sums, so that what is read of the columns counts
   // twice.
   static constexpr int kRowTiles = kIsHalf<S> && (kPart == Part::Query || (kPart == Part::Key && kWidth == 64)) ? 2 : 1;
 
   // Columns in a tile.
-  static constexpr int kCols = sizeof(S) == 8 && P::kTangents                         ? 8
-                               : !kIsHalf<S> || P::kTangents                          ? 16
-                               : kRowTiles == 2 && (kWidth == 128 || P::kKeysAreRows) ? 16
-                                                                                      : 32;
+  static constexpr int kCols = sizeof(S) == 8 && P::kTangents ? 8 : !kIsHalf<S> || P::kTangents ? 16 : 32;
 
   static constexpr int kTiles = kCols / 8, kColumns = kWidth / 8;
   static constexpr int kFirstColumns = P::kFirst ? kColumns : 1, kSecondColumns = P::kSecond ? kColumns : 1;
@@ -46,7 +47,7 @@ struct DerivativeTiles {
     __device__ int row(int m, int half, const Lane& lane) const { return first_row + 16 * m + 8 * half + lane.g; }
   };
 
-  __device__ DerivativeTiles(const DerivativeArgs& args, const DerivativePlan& plan, unsigned char* shared)
+  __device__ DerivativeTiles(const DerivativeArgs& args, const Plan& plan, unsigned char* shared)
       : args_(args),
         plan_(plan),
         numbers_(reinterpret_cast<C*>(shared)),
@@ -63,16 +64,15 @@ struct DerivativeTiles {
 
   __device__ void load_rows_of(const Sequence& sequence, int first_row, int head) const {
     if (!plan_.rows_shared) return;
-    const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
-    const int end = kKeysAreRows ? sequence.keys : sequence.queries;
+    const int64_t first = (kKeysAreRows ? sequence.first_key : sequence.first_query) + first_row;
+    const int end = (kKeysAreRows ? sequence.keys : sequence.queries) - first_row;
 #pragma unroll
     for (int kind = 0; kind < kKinds; ++kind) {
       if (!P::uses_row(kind) || plan_.rows.of[kind] < 0) continue;
+      const AttentionOperand& operand = P::row(args_, kind);
       load_rows(rows_ + plan_.rows.of[kind], plan_.shape[kind % 2], plan_.warps * kRows,
-                (kKeysAreRows ? plan_.key_side_aligned : plan_.query_side_aligned)[kind], [&](int i) -> const S* {
-                  const int row = first_row + i;
-                  return row < end ? row_of<S>(P::row(args_, kind), sequence.batch, head, first + row) : nullptr;
-                });
+                (kKeysAreRows ? plan_.key_side_aligned : plan_.query_side_aligned)[kind],
+                row_of<S>(operand, sequence.batch, head, first), operand.strides.position, end);
     }
   }
 
@@ -83,10 +83,10 @@ struct DerivativeTiles {
 #pragma unroll
     for (int kind = 0; kind < kKinds; ++kind) {
       if (!P::uses_column(kind) || plan_.columns.of[kind] < 0) continue;
+      const AttentionOperand& operand = P::column(args_, kind);
       load_rows(stage_at(stage) + plan_.columns.of[kind], plan_.shape[kind % 2], kCols,
-                (kKeysAreRows ? plan_.query_side_aligned : plan_.key_side_aligned)[kind], [&](int i) -> const S* {
-                  return i < end ? row_of<S>(P::column(args_, kind), sequence.batch, head, first + i) : nullptr;
-                });
+                (kKeysAreRows ? plan_.query_side_aligned : plan_.key_side_aligned)[kind],
+                row_of<S>(operand, sequence.batch, head, first), operand.strides.position, end);
     }
     if constexpr (kKeysAreRows) {
       const void* const all[kKinds] = {args_.lse, plan_.correction, P::kTangents ? args_.lse_t : nullptr,
@@ -97,7 +97,7 @@ struct DerivativeTiles {
         const int i = static_cast<int>(threadIdx.x);
         if (all[kind] == nullptr || i >= kCols) continue;
         C* const to = numbers_ + (stage * kKinds + kind) * kCols + i;
-        if (i < end) copy_async<sizeof(C)>(to, static_cast<const C*>(all[kind]) + number + i, sizeof(C));
+        if (i < end) copy_async<sizeof(C)>(to, static_cast<const C*>(all[kind]) + number + i);
         else *to = 0;
       }
     }
@@ -141,19 +141,19 @@ struct DerivativeTiles {
   using Source = std::conditional_t<kIsHalf<S>, SharedRows<S>, AnySource>;
 
   __device__ Source source(const Sequence& sequence, int kind, int m, const Spot& spot, const Lane& lane) const {
-    const TileShape& shape = plan_.shape[kind % 2];
-    const S* const shared = rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride;
+    const TileShape<kDim>& shape = plan_.shape[kind % 2];
+    const S* const shared = rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride();
     if constexpr (kIsHalf<S>) {
-      return {shared, shape.stride};
+      return {shared, shape.stride()};
     } else {
-      if (plan_.rows_shared) return {shared, nullptr, nullptr, shape.stride, shape.columns};
+      if (plan_.rows_shared) return {shared, nullptr, nullptr, shape.stride(), shape.columns};
       const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
       const int end = kKeysAreRows ? sequence.keys : sequence.queries;
       const auto row = [&](int i) -> const S* {
         if (i >= end) return nullptr;
         return row_of<S>(P::row(args_, kind), sequence.batch, kKeysAreRows ? spot.kv_head : spot.head, first + i);
       };
-      return {nullptr, row(spot.row(m, 0, lane)), row(spot.row(m, 1, lane)), shape.stride, shape.columns};
+      return {nullptr, row(spot.row(m, 0, lane)), row(spot.row(m, 1, lane)), shape.stride(), shape.columns};
     }
   }
 
@@ -169,7 +169,7 @@ struct DerivativeTiles {
   }
 
   const DerivativeArgs& args_;
-  const DerivativePlan& plan_;
+  const Plan& plan_;
   C* numbers_;  // [stages, kinds, kCols], where keys are rows
   S* rows_;
   int group_;

@@ -10,14 +10,15 @@ namespace {
 
 template <class S, int kWidth, bool kPlain>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    forward_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ ForwardPlan plan) {
+    forward_kernel(const __grid_constant__ AttentionForward args,
+                   const __grid_constant__ typename ForwardShape<S, kWidth, kPlain>::Plan plan) {
   Forward<S, kWidth, kPlain>(args, plan, dynamic_shared).run();
 }
 
 // A warp a row: out = Σ e^(m_s − m) · out_s / Σ e^(m_s − m) · l_s over the splits, in their order.
-template <class S>
+template <class S, class Plan>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ ForwardPlan plan) {
+    merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ Plan plan) {
   using C = Compute<S>;
   const Lane lane;
   const int64_t rows = args.batch * args.heads * args.queries;
@@ -53,28 +54,26 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 }
 
 template <class S, int kWidth, bool kPlain>
-ForwardPlan make_plan(const AttentionForward& args) {
+typename ForwardShape<S, kWidth, kPlain>::Plan make_plan(const AttentionForward& args) {
   using Shape = ForwardShape<S, kWidth, kPlain>;
   const auto mean = [&](int64_t all) {
     return args.query_starts == nullptr ? all : ceil_divide(all, std::max<int64_t>(args.sequences, 1));
   };
   constexpr int64_t kFew = 16;  // queries, for which neighbouring heads lie in one tile
   const int64_t group = args.heads / args.kv_heads, queries = mean(args.queries);
-  ForwardPlan plan{};
+  typename Shape::Plan plan{};
   plan.packed = static_cast<int>(queries <= kFew && args.queries * group <= kMostPositions ? group : 1);
   plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(queries * plan.packed, Shape::kRows), 1, kMostWarps));
-  plan.stages = 2;
-  plan.row = TileShape::of<S>(args.head_dim);
-  plan.value = TileShape::of<S>(args.value_dim);
+  plan.row = TileShape<Shape::kDim>::template of<S>(args.head_dim);
+  plan.value = TileShape<Shape::kDim>::template of<S>(args.value_dim);
   const auto bytes = [&] {
-    return static_cast<size_t>(plan.warps * Shape::kRows * plan.row.stride +
-                               plan.stages * Shape::kKeys * (plan.row.stride + plan.value.stride)) *
+    return static_cast<size_t>(plan.warps * Shape::kRows * plan.row.stride() +
+                               Shape::kKeys * (plan.row.stride() + plan.value.stride())) *
            sizeof(S);
   };
   const auto most = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   while (bytes() > most) {
-    if (plan.stages > 1) plan.stages = 1;
-    else if (plan.warps > 1) plan.warps /= 2;
+    if (plan.warps > 1) plan.warps /= 2;
     else throw std::runtime_error("attention needs more shared memory than this GPU has.");
   }
   plan.shared_bytes = bytes();
@@ -84,6 +83,7 @@ ForwardPlan make_plan(const AttentionForward& args) {
   plan.key_aligned = is_aligned<S>(args.key);
   plan.value_aligned = is_aligned<S>(args.value);
   plan.pairs_aligned = pairs_are_aligned<S>(args.out, args.out_strides);
+  plan.mask_pairs = mask_pairs(args.mask, 3, args.keys, mask_bytes(args));
 
   // Blocks that the device holds at a time, by registers and by shared memory. A split has a few tiles at least, and
   // the keys are cut only where that gives twice the blocks.
@@ -100,7 +100,7 @@ ForwardPlan make_plan(const AttentionForward& args) {
 }
 
 template <class S, int kWidth, bool kPlain>
-void run(const AttentionForward& args, const ForwardPlan& plan, void* stream) {
+void run(const AttentionForward& args, const typename ForwardShape<S, kWidth, kPlain>::Plan& plan, void* stream) {
   const int64_t blocks = plan.tiles.count() * (args.heads / plan.packed);
   if (blocks == 0) return;
   const dim3 grid(grid_size(blocks), static_cast<unsigned>(plan.chunks), static_cast<unsigned>(plan.splits));
@@ -121,9 +121,11 @@ void with_kernel(const AttentionForward& args, F f) {
       }
       f(type, width, std::false_type{});
     };
-    if (args.value_dim <= 64) return with_plain(std::integral_constant<int, 64>{});
+    // Of 16-bit types it is a bound of head_dim too.
+    const int64_t columns = sizeof(*type) == 2 ? std::max(args.head_dim, args.value_dim) : args.value_dim;
+    if (columns <= 64) return with_plain(std::integral_constant<int, 64>{});
     if constexpr (sizeof(*type) < 8) {
-      if (args.value_dim > 128) return with_plain(std::integral_constant<int, 256>{});
+      if (columns > 128) return with_plain(std::integral_constant<int, 256>{});
     }
     with_plain(std::integral_constant<int, 128>{});
   });
@@ -151,14 +153,14 @@ void attention_forward(const AttentionForward& args, void* scratch, void* stream
   with_kernel(args, [&](auto* type, auto width, auto plain) {
     using S = std::remove_pointer_t<decltype(type)>;
     using C = Compute<S>;
-    ForwardPlan plan = make_plan<S, width, plain>(args);
+    auto plan = make_plan<S, width, plain>(args);
     const int64_t rows = args.batch * args.heads * args.queries;
     plan.partial_largest = scratch;
     plan.partial_sum = static_cast<C*>(scratch) + plan.splits * rows;
     plan.partial_out = static_cast<C*>(scratch) + 2 * plan.splits * rows;
     run<S, width, plain>(args, plan, stream);
     if (plan.splits > 1) {
-      launch(merge_kernel<S>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);
+      launch(merge_kernel<S, decltype(plan)>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);
     }
   });
 }

@@ -10,13 +10,16 @@
 
 namespace lect11ext::cuda {
 
+// kDim: a bound of head_dim and value_dim, or 0.
+template <int kDim>
 struct ForwardPlan {
   RowTiles tiles;
   int packed;              // heads in a tile; a row is a query position and a head of these
   int64_t splits, chunks;  // of the keys; of the value's columns
-  int warps, stages;
+  int warps;
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
-  TileShape row, value;                                           // of queries and keys, and of values
+  bool mask_pairs;
+  TileShape<kDim> row, value;  // of queries and keys, and of values
   size_t shared_bytes;
   double unit;  // of what rows compare: the scale where these are products, else 1
   // Of splits, where there are several; C [splits, batch, heads, queries], and of sums of values [value_dim] more.
@@ -27,18 +30,21 @@ struct ForwardPlan {
 // kPlain: without mask, ALiBi, softcap and dropout, and with a positive scale.
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
-  static constexpr int kRowTiles = kIsHalf<S> && (kWidth == 64 || (kWidth == 128 && kPlain)) ? 2 : 1;
-  static constexpr int kKeys = sizeof(S) == 8                ? (kWidth == 64 ? 16 : 8)
-                               : kRowTiles == 2 && kPlain    ? (kWidth == 64 ? 64 : 48)
-                               : kIsHalf<S> && kWidth == 128 ? 64
-                                                             : 32;
+  static constexpr int kDim = kIsHalf<S> ? kWidth : 0;
+  static constexpr int kRowTiles = kIsHalf<S> && kWidth <= 128 ? 2 : 1;
+  static constexpr int kKeys = sizeof(S) == 8 ? (kWidth == 64 ? 16 : 8)
+                               : !kIsHalf<S>            ? 32
+                               : kWidth == 128 && !kPlain ? 48
+                                                          : 64;
   static constexpr int kRows = 16 * kRowTiles;
+  using Plan = ForwardPlan<kDim>;
 };
 
 template <class S, int kWidth, bool kPlain>
 class Forward {
   using C = Compute<S>;
   using Shape = ForwardShape<S, kWidth, kPlain>;
+  using Plan = typename Shape::Plan;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeys = Shape::kKeys, kTiles = kKeys / 8, kColumns = kWidth / 8;
 
   // What one warp carries along the keys.
@@ -47,8 +53,16 @@ class Forward {
     C largest[kRowTiles][2], sum[kRowTiles][2];
   };
 
+  // A tile: its products, then scores, then weights, and which of them count.
+  struct Tile {
+    C sums[kRowTiles][kTiles][4];
+    uint32_t bits[kRowTiles][2];
+    int first_key;
+    bool whole, any;  // that all count; that some do
+  };
+
  public:
-  __device__ Forward(const AttentionForward& args, const ForwardPlan& plan, unsigned char* shared)
+  __device__ Forward(const AttentionForward& args, const Plan& plan, unsigned char* shared)
       : args_(args), plan_(plan), shared_(reinterpret_cast<S*>(shared)) {}
 
   __device__ void run() const {
@@ -80,26 +94,29 @@ class Forward {
     return {query < sequence.queries ? query : kMostPositions, first_head + row - query * plan_.packed};
   }
 
+  // Keys and values of a tile have room for one of each, and take turns: values come while scores are found, the next
+  // keys while these are weighed and summed.
   __device__ void attend(int64_t sequence_number, int first_head, int first_row, int first_tile, int last_tile) const {
     const Lane lane;
     const Sequence sequence(args_, sequence_number);
-    const Scores<S> scores{args_, sequence};
+    const Scores<S> scores{args_, sequence, plan_.mask_pairs};
     const Dropout dropout(args_, sequence);
     const int64_t kv_head = first_head / static_cast<int>(args_.heads / args_.kv_heads);
 
     S* const queries = shared_;
-    S* const stages = shared_ + plan_.warps * Shape::kRows * plan_.row.stride;
-    const int stage_size = kKeys * (plan_.row.stride + plan_.value.stride);
-    const auto load_keys = [&](int tile, int stage) {
-      S* const to = stages + stage * stage_size;
-      const auto row = [&](const AttentionOperand& operand, int i) -> const S* {
-        const int key = tile * kKeys + i;
-        return key < sequence.keys ? row_of<S>(operand, sequence.batch, kv_head, sequence.first_key + key) : nullptr;
-      };
-      load_rows(to, plan_.row, kKeys, plan_.key_aligned, [&](int i) { return row(args_.key, i); });
-      load_rows(to + kKeys * plan_.row.stride, plan_.value, kKeys, plan_.value_aligned,
-                [&](int i) { return row(args_.value, i); });
+    S* const keys = queries + plan_.warps * Shape::kRows * plan_.row.stride();
+    S* const values = keys + kKeys * plan_.row.stride();
+    const S* const all_keys = row_of<S>(args_.key, sequence.batch, kv_head, sequence.first_key);
+    const S* const all_values = row_of<S>(args_.value, sequence.batch, kv_head, sequence.first_key);
+    const auto load = [&](S* to, const auto& shape, bool aligned, const S* all, const AttentionOperand& operand,
+                          int tile) {
+      const int64_t step = operand.strides.position;
+      load_rows(to, shape, kKeys, aligned, all + int64_t{tile} * kKeys * step, step, sequence.keys - tile * kKeys);
       copy_commit();
+    };
+    const auto load_keys = [&](int tile) { load(keys, plan_.row, plan_.key_aligned, all_keys, args_.key, tile); };
+    const auto load_values = [&](int tile) {
+      load(values, plan_.value, plan_.value_aligned, all_values, args_.value, tile);
     };
 
     load_rows(queries, plan_.row, plan_.warps * Shape::kRows, plan_.query_aligned, [&](int i) -> const S* {
@@ -112,7 +129,7 @@ class Forward {
     Row own[kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      sources[m] = {queries + (lane.warp * Shape::kRows + 16 * m) * plan_.row.stride, plan_.row.stride};
+      sources[m] = {queries + (lane.warp * Shape::kRows + 16 * m) * plan_.row.stride(), plan_.row.stride()};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         own[m][half] = row_at(own_row + 16 * m + 8 * half + lane.g, sequence, first_head);
@@ -128,25 +145,27 @@ class Forward {
       for (int half = 0; half < 2; ++half) state.largest[m][half] = -infinity<C>(), state.sum[m][half] = 0;
     }
 
-    if (first_tile < last_tile) load_keys(first_tile, 0);
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      const int stage = plan_.stages == 2 ? (tile - first_tile) & 1 : 0;
-      if (plan_.stages == 2 && tile + 1 < last_tile) {
-        load_keys(tile + 1, 1 - stage);
-        copy_wait<1>();
-      } else {
-        copy_wait<0>();
+    if (first_tile < last_tile) load_keys(first_tile);
+    for (int number = first_tile; number < last_tile; ++number) {
+      Tile tile;
+      tile.first_key = number * kKeys;
+      copy_wait<0>();
+      __syncthreads();  // the keys are there, and nobody reads the values before
+      load_values(number);
+      tile.whole = (kPlain || args_.mask.type == MaskType::None) && tile.first_key + kKeys <= sequence.keys &&
+                   tile.first_key + kKeys - 1 <= low + sequence.diagonal + sequence.right &&
+                   tile.first_key >= high + sequence.diagonal - sequence.left;
+      tile.any = low < sequence.queries;
+      if (tile.any && !tile.whole) find_seen(tile, scores, own, lane);
+      if (tile.any) {
+#pragma unroll
+        for (int i = 0; i < 4 * kRowTiles * kTiles; ++i) tile.sums[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = 0;
+        multiply_rows<false>(tile.sums, sources, keys, plan_.row, lane);
       }
-      __syncthreads();
-      const int first_key = tile * kKeys;
-      const bool whole = (kPlain || args_.mask.type == MaskType::None) && first_key + kKeys <= sequence.keys &&
-                         first_key + kKeys - 1 <= low + sequence.diagonal + sequence.right &&
-                         first_key >= high + sequence.diagonal - sequence.left;
-      if (low < sequence.queries) {
-        take_tile(state, scores, dropout, sources, own, first_key, whole, stages + stage * stage_size, lane);
-      }
-      __syncthreads();
-      if (plan_.stages == 1 && tile + 1 < last_tile) load_keys(tile + 1, 0);
+      copy_wait<0>();
+      __syncthreads();  // the values are there, and nobody reads the keys
+      if (number + 1 < last_tile) load_keys(number + 1);
+      if (tile.any) take_tile(state, tile, scores, dropout, own, values, lane);
     }
     copy_commit();  // of a block without tiles
     copy_wait<0>();
@@ -154,70 +173,70 @@ class Forward {
     finish(state, Sequence(args_, sequence_number), own_row, first_head, lane);
   }
 
-  __device__ void take_tile(State& state, const Scores<S>& scores, const Dropout& dropout,
-                            const SharedRows<S> (&sources)[kRowTiles], const Row (&own)[kRowTiles][2], int first_key,
-                            bool whole, const S* keys, const Lane& lane) const {
-    const auto key_of = [&](int n, int e) { return first_key + 8 * n + 2 * lane.q + e % 2; };
-    uint32_t bits[kRowTiles], seen = ~0u;
-    if (!whole) {
-      seen = 0;
+  __device__ static LaneRow lane_row(const Scores<S>& scores, const Row& row, const Tile& tile, const Lane& lane) {
+    return scores.row(row.head, row.query, tile.first_key + 2 * lane.q);
+  }
+
+  __device__ void find_seen(Tile& tile, const Scores<S>& scores, const Row (&own)[kRowTiles][2],
+                            const Lane& lane) const {
+    uint32_t any = 0;
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        bits[m] = 0;
-#pragma unroll
-        for (int i = 0; i < 4 * kTiles; ++i) {
-          const Row& row = own[m][i % 4 / 2];
-          const int key = key_of(i / 4, i % 4);
-          const bool sees = kPlain ? scores.in_window(row.query, key) : scores.sees(row.head, row.query, key);
-          if (sees) bits[m] |= 1u << i;
-        }
-        seen |= bits[m];
-      }
-      if (!__any_sync(~0u, seen != 0)) return;
-      seen = 0;
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) seen |= columns_seen<kTiles>(bits[m]);
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const LaneRow row = lane_row(scores, own[i / 2][i % 2], tile, lane);
+      uint32_t& bits = tile.bits[i / 2][i % 2];
+      if constexpr (kPlain) bits = scores.template in_window<kTiles>(row);
+      else bits = scores.template seen<kTiles>(row);
+      any |= bits;
     }
+    tile.any = __any_sync(~0u, any != 0);
+  }
 
-    C sums[kRowTiles][kTiles][4] = {};
-    multiply_rows<false>(sums, sources, keys, plan_.row, lane);
-
+  __device__ void take_tile(State& state, Tile& tile, const Scores<S>& scores, const Dropout& dropout,
+                            const Row (&own)[kRowTiles][2], const S* values, const Lane& lane) const {
+    uint32_t seen = ~0u;
+    if (!tile.whole) {
+      seen = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * kRowTiles; ++i) seen |= tile.bits[i / 2][i % 2];
+      seen = columns_seen(seen);
+    }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        C& t = sums[m][i / 4][i % 4];
-        const Row& row = own[m][i % 4 / 2];
+      for (int half = 0; half < 2; ++half) {
+        const auto element = [&](int i) -> C& { return tile.sums[m][i / 2][2 * half + i % 2]; };
+        const uint32_t bits = tile.whole ? ~0u : tile.bits[m][half];
         if constexpr (!kPlain) {
-          if (whole || (bits[m] >> i & 1) != 0) {
-            t = scores.template score<false>(t, row.head, row.query, key_of(i / 4, i % 4)).t;
-          }
+          const LaneRow row = lane_row(scores, own[m][half], tile, lane);
+          scores.template finish<kTiles>(row, bits, element, [](int, C) {});
         }
-        if (!whole && (bits[m] >> i & 1) == 0) t = -infinity<C>();
+        if (!tile.whole) {
+#pragma unroll
+          for (int i = 0; i < 2 * kTiles; ++i) element(i) = (bits >> i & 1) != 0 ? element(i) : -infinity<C>();
+        }
       }
-      update_row(state, sums[m], m);
+      update_rows(state, tile.sums[m], m);
       if constexpr (!kPlain) {
         if (args_.dropout_p > 0) {
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
             const uint32_t keep = dropout.keep_of_queries(own[m][0].head, own[m][0].query, own[m][1].head,
-                                                          own[m][1].query, first_key + 8 * n, lane);
+                                                          own[m][1].query, tile.first_key + 8 * n, lane);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums[m][n][e] = keep >> e & 1 ? sums[m][n][e] : C(0);
+            for (int e = 0; e < 4; ++e) tile.sums[m][n][e] = keep >> e & 1 ? tile.sums[m][n][e] : C(0);
           }
         }
       }
     }
-    const int first_column = static_cast<int>(blockIdx.y) * kWidth;
-    multiply_columns<S>(state.out, sums, keys + kKeys * plan_.row.stride, plan_.value, first_column,
-                        args_.value_dim - first_column, seen, lane);
+    multiply_columns<S>(state.out, tile.sums, values, plan_.value, static_cast<int>(blockIdx.y) * kWidth, seen, lane);
   }
 
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
   __device__ C unit() const { return C(kPlain ? args_.scale * kLog2E : kLog2E); }
 
   // Scores of a tile become weights. All lanes of a quad hold a row's maximum, and each its own part of the sum.
-  __device__ void update_row(State& state, C (&sums)[kTiles][4], int m) const {
+  __device__ void update_rows(State& state, C (&sums)[kTiles][4], int m) const {
+    C shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       C largest = state.largest[m][half];
@@ -227,14 +246,14 @@ class Forward {
       largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
       // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
       const C base = largest == -infinity<C>() ? C(0) : largest;
-      const C shrink = power_of_two((state.largest[m][half] - base) * unit());
+      shrink[half] = power_of_two((state.largest[m][half] - base) * unit());
       C shift = base * unit();
       if (!kIsHalf<S> || !(std::abs(shift) <= kLargeExponent)) {
         shift = 0;
 #pragma unroll
         for (int i = 0; i < 2 * kTiles; ++i) sums[i / 2][2 * half + i % 2] -= base;
       }
-      C sum = state.sum[m][half] * shrink;
+      C sum = state.sum[m][half] * shrink[half];
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         C& t = sums[i / 2][2 * half + i % 2];
@@ -243,12 +262,11 @@ class Forward {
       }
       state.largest[m][half] = largest;
       state.sum[m][half] = sum;
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        state.out[m][n][2 * half] *= shrink;
-        state.out[m][n][2 * half + 1] *= shrink;
-      }
     }
+    // Most tiles behind a row's first ones leave its maximum as it is.
+    if (__all_sync(~0u, shrink[0] == 1 && shrink[1] == 1)) return;
+#pragma unroll
+    for (int i = 0; i < 4 * kColumns; ++i) state.out[m][i / 4][i % 4] *= shrink[i % 4 / 2];
   }
 
   __device__ void finish(const State& state, const Sequence& sequence, int first_row, int first_head,
@@ -298,7 +316,7 @@ class Forward {
   }
 
   const AttentionForward& args_;
-  const ForwardPlan& plan_;
+  const Plan& plan_;
   S* shared_;
 };
 

@@ -39,16 +39,20 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
 }
 
-template <class S, Part kPart, int kWidth>
+template <class S, Part kPart, int kBound>
+using PlanOf = typename Derivative<S, kPart, kBound>::Plan;
+
+template <class S, Part kPart, int kBound>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    derivative_kernel(const __grid_constant__ DerivativeArgs args, const __grid_constant__ DerivativePlan plan) {
-  Derivative<S, kPart, kWidth>(args, plan, dynamic_shared).run();
+    derivative_kernel(const __grid_constant__ DerivativeArgs args,
+                      const __grid_constant__ PlanOf<S, kPart, kBound> plan) {
+  Derivative<S, kPart, kBound>(args, plan, dynamic_shared).run();
 }
 
-template <class S, Part kPart>
+template <class S, Part kPart, int kBound>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    mask_kernel(const __grid_constant__ DerivativeArgs args, const __grid_constant__ DerivativePlan plan) {
-  MaskGradient<S, kPart>(args, plan, dynamic_shared).run();
+    mask_kernel(const __grid_constant__ DerivativeArgs args, const __grid_constant__ PlanOf<S, kPart, kBound> plan) {
+  MaskGradient<S, kPart, kBound>(args, plan, dynamic_shared).run();
 }
 
 template <class C>
@@ -63,20 +67,22 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 // All but the outputs of Part::Tangent and of the mask.
-template <class S, Part kPart, int kWidth>
-DerivativePlan make_plan(const DerivativeArgs& args) {
+template <class S, Part kPart, int kBound>
+PlanOf<S, kPart, kBound> make_plan(const DerivativeArgs& args) {
   using P = Pairs<S, kPart>;
-  using Kernel = Derivative<S, kPart, kWidth>;
+  using Kernel = Derivative<S, kPart, kBound>;
   const int64_t rows = P::kKeysAreRows ? args.keys : args.queries;
   const int64_t mean = args.query_starts == nullptr ? rows : ceil_divide(rows, std::max<int64_t>(args.sequences, 1));
-  DerivativePlan plan{};
-  plan.shape[0] = TileShape::of<S>(args.head_dim);
-  plan.shape[1] = TileShape::of<S>(args.value_dim);
+  PlanOf<S, kPart, kBound> plan{};
+  plan.shape[0] = TileShape<Kernel::kDim>::template of<S>(args.head_dim);
+  plan.shape[1] = TileShape<Kernel::kDim>::template of<S>(args.value_dim);
   plan.stages = P::kOfMask ? 1 : 2;
   plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(mean, Kernel::kRows), 1, kMostWarps));
   plan.rows_shared = true;
   plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None && args.alibi_slopes == nullptr &&
                args.softcap == 0 && args.dropout_p <= 0;
+  plan.mask_pairs = mask_pairs(args.mask, P::kKeysAreRows ? 2 : 3, P::kKeysAreRows ? args.queries : args.keys,
+                               mask_bytes(args));
   for (int kind = 0; kind < kKinds; ++kind) {
     plan.query_side_aligned[kind] = is_aligned<S>(P::query_side(args, kind));
     plan.key_side_aligned[kind] = is_aligned<S>(P::key_side(args, kind));
@@ -86,7 +92,7 @@ DerivativePlan make_plan(const DerivativeArgs& args) {
                            int& size) {
       const bool there = used && operand.data != nullptr;
       offsets.of[kind] = there ? size : -1;
-      if (there) size += count * plan.shape[kind % 2].stride;
+      if (there) size += count * plan.shape[kind % 2].stride();
     };
     plan.rows_size = plan.stage_size = 0;
     for (int kind = 0; kind < kKinds; ++kind) {
@@ -112,12 +118,12 @@ DerivativePlan make_plan(const DerivativeArgs& args) {
 }
 
 // Where the mask's gradient is asked for: which blocks, and how many splits.
-template <class S, Part kPart>
-DerivativePlan make_mask_plan(const DerivativeArgs& args) {
-  DerivativePlan plan = make_plan<S, kPart, 64>(args);
+template <class S, Part kPart, int kBound>
+PlanOf<S, kPart, kBound> make_mask_plan(const DerivativeArgs& args) {
+  auto plan = make_plan<S, kPart, kBound>(args);
   const int64_t sizes[4] = {args.batch, args.heads, args.queries, args.keys};
   for (int d = 0; d < 4; ++d) plan.mask_sizes[d] = args.grad_mask_strides[d] == 0 ? 1 : sizes[d];
-  const MaskWalk walk(args, plan, Derivative<S, kPart, 64>::kCols);
+  const MaskWalk walk(args, plan, Derivative<S, kPart, kBound>::kCols);
   constexpr int64_t kResidentBlocks = 4, kMostSplits = 64;
   const int64_t wanted =
       device_attribute(cudaDevAttrMultiProcessorCount) * kResidentBlocks / std::max<int64_t>(walk.blocks(), 1);
@@ -125,40 +131,56 @@ DerivativePlan make_mask_plan(const DerivativeArgs& args) {
   return plan;
 }
 
-inline int64_t mask_numel(const DerivativePlan& plan) {
+inline int64_t mask_numel(const DerivativeSettings& plan) {
   return plan.mask_sizes[0] * plan.mask_sizes[1] * plan.mask_sizes[2] * plan.mask_sizes[3];
 }
 
-template <class S, Part kPart, int kWidth, class Fill>
-void launch_derivative(const DerivativeArgs& args, int64_t columns, void* stream, Fill fill) {
-  DerivativePlan plan = make_plan<S, kPart, kWidth>(args);
-  fill(plan);
-  plan.chunks = std::max<int64_t>(1, ceil_divide(columns, kWidth));
-  const int64_t units = Pairs<S, kPart>::kKeysAreRows ? args.kv_heads : args.heads;
-  const int64_t blocks = plan.tiles.count() * units;
-  if (blocks == 0) return;
-  reserve_shared(derivative_kernel<S, kPart, kWidth>);
-  launch(derivative_kernel<S, kPart, kWidth>, dim3(grid_size(blocks), static_cast<unsigned>(plan.chunks)),
-         dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+// Calls f with the kBound for sums of `columns`.
+template <class S, Part kPart, class F>
+void with_bound(const DerivativeArgs& args, int64_t columns, F f) {
+  constexpr bool kWide = kIsHalf<S> || (sizeof(S) == 4 && kPart != Part::KeyTangent);
+  if constexpr (kIsHalf<S>) columns = std::max(args.head_dim, args.value_dim);
+  if constexpr (kIsHalf<S>) {
+    if (columns > 128) return f(std::integral_constant<int, 256>{});
+  }
+  if constexpr (kWide) {
+    if (columns > 64) return f(std::integral_constant<int, 128>{});
+  }
+  f(std::integral_constant<int, 64>{});
 }
 
 // `columns` of each of its sums: as many at a time as registers hold. `fill` completes the plan.
 template <class S, Part kPart, class Fill>
 void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, Fill fill) {
-  if constexpr (sizeof(S) < 8 && kPart != Part::KeyTangent) {
-    if (columns > 64) return launch_derivative<S, kPart, 128>(args, columns, stream, fill);
-  }
-  launch_derivative<S, kPart, 64>(args, columns, stream, fill);
+  with_bound<S, kPart>(args, columns, [&](auto bound) {
+    constexpr int kBound = bound;
+    auto plan = make_plan<S, kPart, kBound>(args);
+    fill(plan);
+    plan.chunks = std::max<int64_t>(1, ceil_divide(columns, Derivative<S, kPart, kBound>::kWidth));
+    const int64_t units = Pairs<S, kPart>::kKeysAreRows ? args.kv_heads : args.heads;
+    const int64_t blocks = plan.tiles.count() * units;
+    if (blocks == 0) return;
+    reserve_shared(derivative_kernel<S, kPart, kBound>);
+    launch(derivative_kernel<S, kPart, kBound>, dim3(grid_size(blocks), static_cast<unsigned>(plan.chunks)),
+           dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+  });
 }
 
-template <class S, Part kPart>
-void run_mask(const DerivativeArgs& args, const DerivativePlan& plan, void* stream) {
+// Calls f with the kBound of the mask's kernel, which sums no columns.
+template <class S, Part kPart, class F>
+void with_mask_bound(const DerivativeArgs& args, F f) {
+  with_bound<S, kPart>(args, kIsHalf<S> ? args.head_dim : 0, f);
+}
+
+template <class S, Part kPart, int kBound>
+void run_mask(const DerivativeArgs& args, const PlanOf<S, kPart, kBound>& plan, void* stream) {
   using C = Compute<S>;
-  const int64_t numel = mask_numel(plan), blocks = MaskWalk(args, plan, Derivative<S, kPart, 64>::kCols).blocks();
+  const int64_t numel = mask_numel(plan);
+  const int64_t blocks = MaskWalk(args, plan, Derivative<S, kPart, kBound>::kCols).blocks();
   if (numel == 0) return;
-  reserve_shared(mask_kernel<S, kPart>);
-  launch(mask_kernel<S, kPart>, dim3(grid_size(blocks), static_cast<unsigned>(plan.splits)), dim3(32 * plan.warps),
-         plan.shared_bytes, stream, args, plan);
+  reserve_shared(mask_kernel<S, kPart, kBound>);
+  launch(mask_kernel<S, kPart, kBound>, dim3(grid_size(blocks), static_cast<unsigned>(plan.splits)),
+         dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
   if (plan.splits == 1) return;
   launch(sum_parts_kernel<C>, grid_stride_blocks(numel, kMostThreads), kMostThreads, 0, stream,
          static_cast<const C*>(plan.mask_parts), static_cast<C*>(args.grad_mask), numel, plan.splits);
@@ -179,8 +201,10 @@ struct BackwardRun {
       using S = std::remove_pointer_t<decltype(type)>;
       int64_t numbers = rows(args) * (kTangent ? 2 : 1);
       if (args.grad_mask != nullptr) {
-        const DerivativePlan plan = make_mask_plan<S, kMask>(args);
-        if (plan.splits > 1) numbers += plan.splits * mask_numel(plan);
+        with_mask_bound<S, kMask>(args, [&](auto bound) {
+          const auto plan = make_mask_plan<S, kMask, bound>(args);
+          if (plan.splits > 1) numbers += plan.splits * mask_numel(plan);
+        });
       }
       bytes = numbers * static_cast<int64_t>(sizeof(Compute<S>));
       if constexpr (!kTangent && kIsHalf<S>) bytes = std::max(bytes, hopper_scratch(args));
@@ -203,28 +227,30 @@ struct BackwardRun {
         launch(correction_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0,
                stream, args, correction, correction_t);
       }
-      const auto fill = [&](DerivativePlan& plan) {
+      const auto fill = [&](DerivativeSettings& plan) {
         plan.correction = correction;
         plan.correction_t = correction_t;
         plan.mask_parts = parts;
       };
       if (args.grad_query != nullptr) {
-        run_derivative<S, kQuery>(args, args.head_dim, stream, [&](DerivativePlan& plan) {
+        run_derivative<S, kQuery>(args, args.head_dim, stream, [&](DerivativeSettings& plan) {
           fill(plan);
           plan.pairs_aligned[0] = pairs_are_aligned<S>(args.grad_query, args.grad_query_strides);
         });
       }
       if (args.grad_key != nullptr || args.grad_value != nullptr) {
-        run_derivative<S, kKey>(args, std::max(args.head_dim, args.value_dim), stream, [&](DerivativePlan& plan) {
+        run_derivative<S, kKey>(args, std::max(args.head_dim, args.value_dim), stream, [&](DerivativeSettings& plan) {
           fill(plan);
           plan.pairs_aligned[0] = pairs_are_aligned<S>(args.grad_key, args.grad_key_strides);
           plan.pairs_aligned[1] = pairs_are_aligned<S>(args.grad_value, args.grad_value_strides);
         });
       }
       if (args.grad_mask != nullptr) {
-        DerivativePlan plan = make_mask_plan<S, kMask>(args);
-        fill(plan);
-        run_mask<S, kMask>(args, plan, stream);
+        with_mask_bound<S, kMask>(args, [&](auto bound) {
+          auto plan = make_mask_plan<S, kMask, bound>(args);
+          fill(plan);
+          run_mask<S, kMask, bound>(args, plan, stream);
+        });
       }
     });
   }

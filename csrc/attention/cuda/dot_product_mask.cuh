@@ -11,7 +11,7 @@ namespace lect11ext::cuda {
 struct MaskWalk {
   int64_t own[4], along[4];  // batch, heads, tiles of queries, tiles of keys
 
-  __host__ __device__ MaskWalk(const DerivativeArgs& args, const DerivativePlan& plan, int columns) {
+  __host__ __device__ MaskWalk(const DerivativeArgs& args, const DerivativeSettings& plan, int columns) {
     const int64_t sizes[4] = {args.batch, args.heads, ceil_divide(args.queries, plan.tiles.size),
                               ceil_divide(args.keys, columns)};
     for (int d = 0; d < 4; ++d) {
@@ -32,9 +32,9 @@ struct MaskWalk {
   }
 };
 
-template <class S, Part kPart>
-class MaskGradient : public Derivative<S, kPart, 64> {
-  using Base = Derivative<S, kPart, 64>;
+template <class S, Part kPart, int kBound>
+class MaskGradient : public Derivative<S, kPart, kBound> {
+  using Base = Derivative<S, kPart, kBound>;
   using Base::args_, Base::plan_, Base::kCols, Base::kTiles;
   using typename Base::C, typename Base::KnownRows, typename Base::Spot, typename Base::State, typename Base::Sums;
 

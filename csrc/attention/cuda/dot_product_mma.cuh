@@ -7,16 +7,15 @@
 
 namespace lect11ext::cuda {
 
-// Reads `bytes` ≤ kBytes of global memory into kBytes of shared memory, zero in what is left; both are aligned to
-// kBytes. The thread finds them there after copy_commit and copy_wait, others of the block after a barrier too.
+// Reads kBytes of global memory into shared memory; both are aligned to kBytes. The thread finds them there after
+// copy_commit and copy_wait, others of the block after a barrier too.
 template <int kBytes>
-__device__ inline void copy_async(void* shared, const void* global, int bytes) {
+__device__ inline void copy_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(bytes), "n"(kBytes)
-                 : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
   }
 }
 

@@ -20,13 +20,13 @@ struct KindOffsets {
   int of[kKinds];
 };
 
-struct DerivativePlan {
+struct DerivativeSettings {
   RowTiles tiles;
   int64_t chunks;  // of the columns that are summed
   int warps, stages;
   bool rows_shared;
-  bool plain;          // scores are multiples of products, and nothing is dropped
-  TileShape shape[2];  // of kinds 0 and 2, and of 1 and 3
+  bool plain;       // scores are multiples of products, and nothing is dropped
+  bool mask_pairs;  // along the kernel's columns
   KindOffsets rows, columns;
   int rows_size, stage_size;
   bool query_side_aligned[kKinds], key_side_aligned[kKinds];
@@ -38,6 +38,11 @@ struct DerivativePlan {
   // Of the mask's gradients.
   int64_t mask_sizes[4], splits;
   void* mask_parts;  // C [splits, the mask's elements]
+};
+
+template <int kDim>
+struct DerivativePlan : DerivativeSettings {
+  TileShape<kDim> shape[2];  // of kinds 0 and 2, and of 1 and 3
 };
 
 // All of them take the largest of the structs. `out_t` and `lse_t` are those of the backward's tangent.
@@ -73,7 +78,7 @@ struct Pairs {
     C lse, correction, lse_t, correction_t;
   };
 
-  static __device__ Known known(const DerivativeArgs& args, const DerivativePlan& plan, int64_t number) {
+  static __device__ Known known(const DerivativeArgs& args, const DerivativeSettings& plan, int64_t number) {
     const auto at = [&](const void* data) { return data == nullptr ? C(0) : static_cast<const C*>(data)[number]; };
     Known known{usable(at(args.lse)), 0, 0, 0};
     if constexpr (kGradients) known.correction = at(plan.correction);
@@ -84,23 +89,22 @@ struct Pairs {
   // The lse of a query that sees nothing becomes +∞, which makes its weights zero.
   static __device__ C usable(C lse) { return lse == -infinity<C>() ? infinity<C>() : lse; }
 
-  // A pair that counts. Products of kind 0: q·k, 1: g·v, 2: q̇·k + q·k̇, 3: ġ·v + g·v̇. Adds to lse_t, the sum of p·ṫ.
-  template <bool kPlain>
-  static __device__ void weigh(const Scores<S>& scores, const DerivativeArgs& args, const Known& known, int head,
-                               int query, int key, C kept, C& first, C& second, C& first_t, C& second_t, C& lse_t) {
+  // Of a pair at first its score and the products of kind 1: g·v, 2: q̇·k + q·k̇, 3: ġ·v + g·v̇; at last its weights.
+  // capped: u / softcap, or 0. mask_t: the mask's tangent. Adds to lse_t, the sum of p·ṫ.
+  static __device__ void weigh(const DerivativeArgs& args, const Known& known, C kept, C capped, C mask_t, C& first,
+                               C& second, C& first_t, C& second_t, C& lse_t) {
     const C scale = C(args.scale);
-    const typename Scores<S>::Score score = scores.template score<kPlain>(first, head, query, key);
-    // It exceeds 0 only by what it was rounded otherwise where the lse was found, which of a huge score would be a
-    // factor of any size. NaN stays.
+    // The score exceeds the lse only by what it was rounded otherwise where that was found, which of a huge score would
+    // be a factor of any size. NaN stays.
     constexpr C kMostExcess = C(0.5);
-    const C excess = score.t - known.lse;
+    const C excess = first - known.lse;
     const C p = power_of_two((excess > kMostExcess ? kMostExcess : excess) * C(kLog2E));
-    const C slope = C(1) - score.capped * score.capped;  // of u over s
+    const C slope = C(1) - capped * capped;  // of u over s
     const C inner = kept * second - known.correction, grad = p * inner;
     C u_t = 0, t_t = 0;
     if constexpr (kTangents) {
-      t_t = u_t = first_t * scale * slope;
-      if (!kPlain && args.mask_t.type != MaskType::None) t_t += scores.added(args.mask_t, head, query, key);
+      u_t = first_t * scale * slope;
+      t_t = u_t + mask_t;
     }
     if constexpr (kPart == Part::Tangent) {
       lse_t += p * t_t;
@@ -113,7 +117,7 @@ struct Pairs {
         first = grad_t;
       } else {
         C bend = 0;  // of the slope's own tangent
-        if (!kPlain && args.softcap != 0) bend = C(2) * score.capped * u_t / C(args.softcap);
+        if (args.softcap != 0) bend = C(2) * capped * u_t / C(args.softcap);
         first = (grad_t * slope - grad * bend) * scale;
         first_t = grad * slope * scale;
         second = kept * p_t;

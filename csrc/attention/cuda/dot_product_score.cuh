@@ -39,19 +39,66 @@ __device__ inline float at_most(float x, float bound) {
 #endif
 }
 
-// The kernels' arguments and a sequence; queries and keys are counted within it.
+// tanh for scores of 16 bits, whose error it stays far below: of the difference from 1, so that a small one has less
+// than a float's digits.
 template <class S>
+__device__ inline Compute<S> cap(Compute<S> x) {
+  if constexpr (kIsHalf<S>) return 1.0f - 2.0f * reciprocal(1.0f + power_of_two(x * static_cast<float>(2 * kLog2E)));
+  else return std::tanh(x);
+}
+
+// Whether neighbouring elements along `step` may be read as one, if they begin at an even place.
+inline bool mask_pairs(const AttentionMask& mask, int along, int64_t size, int64_t bytes) {
+  bool pairs = mask.type != MaskType::None && mask.strides[along] == 1 && size % 2 == 0 &&
+               reinterpret_cast<uintptr_t>(mask.data) % static_cast<uintptr_t>(2 * bytes) == 0;
+  for (int d = 0; d < 4; ++d) pairs = pairs && (d == along || mask.strides[d] % 2 == 0);
+  return pairs;
+}
+
+inline int64_t mask_bytes(const Attention& args) {
+  if (args.mask.type == MaskType::Bool) return 1;
+  return args.mask.type == MaskType::Float ? 4 : args.dtype == DType::Float ? 4 : args.dtype == DType::Double ? 8 : 2;
+}
+
+// What a lane has of a row of a tile: elements n, e of column 8n + e, counted from the lane's first one. The row is a
+// query and the columns keys, or the other way round.
+struct LaneRow {
+  int low, high;  // the window: columns that count, both included
+  int64_t mask;   // offset of the mask's element of column 0
+  int distance;   // of column c from the diagonal: |distance − c|
+  float slope;    // of ALiBi
+};
+
+// The kernels' arguments and a sequence; queries and keys are counted within it. kKeysAreRows: of a tile.
+template <class S, bool kKeysAreRows = false>
 struct Scores {
   using C = Compute<S>;
 
   const Attention& args;
   const Sequence& sequence;
+  bool pairs;  // of the mask, along columns
 
-  // --- who sees whom
-
-  __device__ bool in_window(int query, int key) const {
-    const int ahead = key - query - sequence.diagonal;
-    return query < sequence.queries && key < sequence.keys && ahead <= sequence.right && -ahead <= sequence.left;
+  // Of a query and a key, one of which is the row, and the other the lane's first column.
+  __device__ LaneRow row(int head, int query, int key) const {
+    LaneRow row{};
+    const int first = query + sequence.diagonal - sequence.left, last = query + sequence.diagonal + sequence.right;
+    if constexpr (kKeysAreRows) {
+      row.low = key - sequence.diagonal - sequence.right - query;
+      row.high = std::min(key - sequence.diagonal + sequence.left, sequence.queries - 1) - query;
+      if (key >= sequence.keys) row.high = row.low - 1;
+      row.distance = key - sequence.diagonal - query;
+    } else {
+      row.low = first - key;
+      row.high = std::min(last, sequence.keys - 1) - key;
+      if (query >= sequence.queries) row.high = row.low - 1;
+      row.distance = query + sequence.diagonal - key;
+    }
+    row.mask = mask_offset(args.mask, head, query, key);
+    row.slope = 0;
+    if (args.alibi_slopes != nullptr) {
+      row.slope = args.alibi_slopes[sequence.batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
+    }
+    return row;
   }
 
   __device__ int64_t mask_offset(const AttentionMask& mask, int head, int query, int key) const {
@@ -65,38 +112,90 @@ struct Scores {
     return from_storage<C>(static_cast<const S*>(mask.data)[offset]);
   }
 
-  __device__ bool sees(int head, int query, int key) const {
-    if (!in_window(query, key)) return false;
-    if (args.mask.type == MaskType::None) return true;
-    if (args.mask.type == MaskType::Bool) {
-      return static_cast<const uint8_t*>(args.mask.data)[mask_offset(args.mask, head, query, key)] != 0;
+  // --- who sees whom: bit 2n + e for an element of a row
+
+  template <int kTiles>
+  __device__ static uint32_t in_window(const LaneRow& row) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int column = i / 2 * 8 + i % 2;
+      if (column >= row.low && column <= row.high) bits |= 1u << i;
     }
-    return added(args.mask, head, query, key) != -infinity<C>();
+    return bits;
+  }
+
+  template <int kTiles>
+  __device__ uint32_t seen(const LaneRow& row) const {
+    const uint32_t window = in_window<kTiles>(row);
+    if (args.mask.type == MaskType::None) return window;
+    uint32_t bits = window;
+    if (args.mask.type == MaskType::Bool) {
+      each_of_mask<kTiles, uint8_t>(row, window, [&](int i, uint8_t x) { bits &= x != 0 ? ~0u : ~(1u << i); });
+    } else {
+      each_added<kTiles>(row, window, [&](int i, C x) { bits &= x != -infinity<C>() ? ~0u : ~(1u << i); });
+    }
+    return bits;
   }
 
   // --- scores
 
-  struct Score {
-    C t;       // the score
-    C capped;  // u / softcap; zero without a softcap
-  };
-
-  // Plain: it is a multiple of the product.
-  template <bool kPlain>
-  __device__ Score score(C product, int head, int query, int key) const {
-    Score score{rounded_product(product, C(args.scale)), 0};
-    if constexpr (kPlain) return score;
+  // Of a row, at first its products, at last its scores where `bits` says so. element(i) gives number i; keep(i, x)
+  // takes u / softcap where there is a softcap.
+  template <int kTiles, class Element, class Keep>
+  __device__ void finish(const LaneRow& row, uint32_t bits, Element element, Keep keep) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) element(i) = rounded_product(element(i), C(args.scale));
     if (args.softcap != 0) {
-      score.capped = std::tanh(score.t / C(args.softcap));
-      score.t = rounded_product(C(args.softcap), score.capped);
+      const C limit = C(args.softcap), inverse = C(1) / limit;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const C capped = cap<S>(kIsHalf<S> ? element(i) * inverse : element(i) / limit);
+        keep(i, capped);
+        element(i) = rounded_product(limit, capped);
+      }
     }
     if (args.alibi_slopes != nullptr) {
-      const int distance = query + sequence.diagonal - key;
-      const float slope = args.alibi_slopes[sequence.batch * args.alibi_strides[0] + head * args.alibi_strides[1]];
-      score.t = std::fma(-C(slope), C(distance < 0 ? -distance : distance), score.t);
+      constexpr int kExact = 1 << 24;  // floats hold smaller integers
+      const auto add = [&](auto distance) {
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) {
+          element(i) = std::fma(-C(row.slope), std::abs(distance(i / 2 * 8 + i % 2)), element(i));
+        }
+      };
+      const C first = C(row.distance);
+      if (sequence.queries < kExact / 2 && sequence.keys < kExact / 2) add([&](int column) { return first - C(column); });
+      else add([&](int column) { return C(row.distance - column); });
     }
-    if (args.mask.type > MaskType::Bool) score.t += added(args.mask, head, query, key);
-    return score;
+    if (args.mask.type > MaskType::Bool) each_added<kTiles>(row, bits, [&](int i, C x) { element(i) += x; });
+  }
+
+ private:
+  // f(i, x) for the mask's elements of a row that `bits` names, and perhaps their neighbours.
+  template <int kTiles, class T, class F>
+  __device__ void each_of_mask(const LaneRow& row, uint32_t bits, F f) const {
+    const T* const at = static_cast<const T*>(args.mask.data) + row.mask;
+    if (pairs) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        if ((bits >> (2 * n) & 3) == 0) continue;
+        const Pack<T, 2> pair = Pack<T, 2>::load(at + 8 * n);
+        f(2 * n, pair.data[0]);
+        f(2 * n + 1, pair.data[1]);
+      }
+    } else {
+      const int64_t step = args.mask.strides[kKeysAreRows ? 2 : 3];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        if ((bits >> i & 1) != 0) f(i, at[(i / 2 * 8 + i % 2) * step]);
+      }
+    }
+  }
+
+  template <int kTiles, class F>
+  __device__ void each_added(const LaneRow& row, uint32_t bits, F f) const {
+    if (args.mask.type == MaskType::Float) each_of_mask<kTiles, float>(row, bits, f);
+    else each_of_mask<kTiles, S>(row, bits, [&](int i, S x) { f(i, from_storage<C>(x)); });
   }
 };
 
@@ -162,21 +261,12 @@ __host__ __device__ inline double kept_weight(const Attention& args) {
 
 // --- whole tiles --------------------------------------------------------------------------------------------------
 
-// Elements of a tile of 16 × 8 · kTiles that count, four bits for each eight columns: which columns of these some row
-// of the warp has, as right_of_columns wants it.
-template <int kTiles>
+// Of the bits of rows, two for every eight columns: which columns some row of the warp has, as right_of_columns wants
+// it.
 __device__ inline uint32_t columns_seen(uint32_t bits) {
-  uint32_t columns = 0;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const uint32_t four = bits >> (4 * n) & 15;
-    columns |= ((four | four >> 2) & 3) << (2 * n);
-  }
-  for (int lanes = 4; lanes < 32; lanes *= 2) columns |= __shfl_xor_sync(~0u, columns, lanes);
-  return columns;
+  for (int lanes = 4; lanes < 32; lanes *= 2) bits |= __shfl_xor_sync(~0u, bits, lanes);
+  return bits;
 }
-
-template <int kTiles>
-inline constexpr uint32_t kAllBits = static_cast<uint32_t>((uint64_t{1} << (4 * kTiles)) - 1);
 
 }  // namespace lect11ext::cuda

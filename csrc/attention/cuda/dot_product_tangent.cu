@@ -22,7 +22,7 @@ void attention_tangent(const AttentionTangent& args, void*, void* stream) {
   const DerivativeArgs wide = widen(args);
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    run_derivative<S, Part::Tangent>(wide, args.value_dim, stream, [&](DerivativePlan& plan) {
+    run_derivative<S, Part::Tangent>(wide, args.value_dim, stream, [&](DerivativeSettings& plan) {
       plan.out_t = args.out_t;
       plan.out_t_strides = args.out_t_strides;
       plan.lse_t = args.lse_t;

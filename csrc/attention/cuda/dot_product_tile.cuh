@@ -121,19 +121,28 @@ struct RowTiles {
 // --- tiles in shared memory ---------------------------------------------------------------------------------------
 
 // `columns` elements of a row, zero up to a multiple of sixteen. The elements between rows keep lanes that read one
-// column of several rows out of each other's memory banks.
+// column of several rows out of each other's memory banks. kDim: a bound of the columns, by which the compiler knows
+// where rows lie; 0 for none.
+template <int kDim>
 struct TileShape {
-  int columns, stride;
-  int lanes_log;  // so many lanes share a row
+  static constexpr int kGap = 8;
+  int columns, own_stride, own_lanes_log;
 
   template <class S>
   static TileShape of(int64_t columns) {
-    constexpr int kGap = 8;
     TileShape shape{static_cast<int>(columns), static_cast<int>(ceil_divide(columns, 16)) * 16 + kGap, 0};
-    while (shape.lanes_log < 5 && kVector<S> << shape.lanes_log < shape.stride - kGap) ++shape.lanes_log;
+    while (shape.own_lanes_log < 5 && kVector<S> << shape.own_lanes_log < shape.padded()) ++shape.own_lanes_log;
     return shape;
   }
-  __host__ __device__ int padded() const { return stride - 8; }
+  __host__ __device__ int padded() const { return own_stride - kGap; }
+  __host__ __device__ int stride() const { return kDim > 0 ? kDim + kGap : own_stride; }
+  // So many lanes share a row.
+  template <class S>
+  __device__ int lanes() const {
+    if constexpr (kDim > 0) return std::min(kDim / kVector<S>, 32);
+    else return 1 << own_lanes_log;
+  }
+  __device__ bool full() const { return kDim > 0 && columns == kDim; }
 };
 
 template <class S>
@@ -150,31 +159,62 @@ bool is_aligned(const AttentionOperand& operand) {
          s.position % kVector<S> == 0;
 }
 
-// Has the block's threads copy `count` rows: row(i) is where the i-th begins, null for one of zeros. Waited for with
-// copy_wait and a barrier of the block.
-template <class S, class Row>
-__device__ inline void load_rows(S* to, const TileShape& shape, int count, bool aligned, Row row) {
+// Sixteen bytes of a row, of which `valid` elements are there and the others zero; `aligned`: both sides are, to
+// sixteen bytes.
+template <class S>
+__device__ inline void copy_piece(S* to, const S* from, int valid, bool aligned) {
   constexpr int kElements = kVector<S>;
-  const int thread = threadIdx.x, lanes = 1 << shape.lanes_log;
-  const int step = static_cast<int>(blockDim.x) >> shape.lanes_log;
-  for (int i = thread >> shape.lanes_log; i < count; i += step) {
-    const S* from = row(i);
-    for (int column = (thread & (lanes - 1)) * kElements; column < shape.padded(); column += lanes * kElements) {
-      const int valid = from == nullptr ? 0 : std::max(0, std::min(kElements, shape.columns - column));
-      S* const piece = to + i * shape.stride + column;
-      if (aligned && valid > 0) {
-        copy_async<kVectorBytes>(piece, from + column, valid * static_cast<int>(sizeof(S)));
-        continue;
-      }
-      Pack<S, kElements> pack = Pack<S, kElements>::zero();
+  if (aligned && valid == kElements) return copy_async<kVectorBytes>(to, from);
+  Pack<S, kElements> pack = Pack<S, kElements>::zero();
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        if (e < valid) pack.data[e] = from[column + e];
-      }
-      uint4 words;  // Pack::store is for global memory alone
-      memcpy(&words, &pack, sizeof(words));
-      *reinterpret_cast<uint4*>(piece) = words;
+  for (int e = 0; e < kElements; ++e) {
+    if (e < valid) pack.data[e] = from[e];
+  }
+  uint4 words;  // Pack::store is for global memory alone
+  memcpy(&words, &pack, sizeof(words));
+  *reinterpret_cast<uint4*>(to) = words;
+}
+
+// Has the block's threads copy `count` rows, row by row(i): where the i-th begins, null for one of zeros. Waited for
+// with copy_wait and a barrier of the block.
+template <class S, int kDim, class Row>
+__device__ inline void load_rows(S* to, const TileShape<kDim>& shape, int count, bool aligned, Row row) {
+  constexpr int kElements = kVector<S>;
+  const int thread = static_cast<int>(threadIdx.x), lanes = shape.template lanes<S>();
+  for (int i = thread / lanes; i < count; i += static_cast<int>(blockDim.x) / lanes) {
+    const S* const from = row(i);
+    for (int column = thread % lanes * kElements; column < shape.padded(); column += lanes * kElements) {
+      const int valid = from == nullptr ? 0 : std::max(0, std::min(kElements, shape.columns - column));
+      copy_piece(to + i * shape.stride() + column, from + (valid > 0 ? column : 0), valid, aligned);
     }
+  }
+}
+
+// The same of rows that are `step` elements apart, of which the first `valid` are there.
+template <class S, int kDim>
+__device__ inline void load_rows(S* to, const TileShape<kDim>& shape, int count, bool aligned, const S* first,
+                                 int64_t step, int valid) {
+  constexpr int kElements = kVector<S>;
+  const int thread = static_cast<int>(threadIdx.x), lanes = shape.template lanes<S>();
+  const int rows = static_cast<int>(blockDim.x) / lanes, own = thread / lanes;
+  for (int column = thread % lanes * kElements; column < shape.padded(); column += lanes * kElements) {
+    const int there = std::max(0, std::min(kElements, shape.columns - column));
+    const S* from = first + own * step + column;
+    S* piece = to + own * shape.stride() + column;
+    const auto each = [&](auto copy) {
+#pragma unroll 4
+      for (int i = own; i < count; i += rows) {
+        copy(i);
+        from += rows * step;
+        piece += rows * shape.stride();
+      }
+    };
+    if (aligned && valid >= count && shape.columns == shape.padded()) {
+      each([&](int) { copy_async<kVectorBytes>(piece, from); });
+    } else {
+      each([&](int i) { copy_piece(piece, from, i < valid ? there : 0, aligned); });
+    }
+    if (kDim > 0 && kDim <= 32 * kElements) break;  // a row has no more pieces than lanes
   }
 }
 
@@ -197,6 +237,10 @@ bool pairs_are_aligned(const void* data, const AttentionStrides& strides) {
   return is_aligned<S, 2>(data) && strides.batch % 2 == 0 && strides.head % 2 == 0 && strides.position % 2 == 0;
 }
 
+// Two bits for every eight rows of a tile, of those that a lane takes along.
+template <int kTiles>
+inline constexpr uint32_t kAllRows = static_cast<uint32_t>((uint64_t{1} << (2 * kTiles)) - 1);
+
 // Sixteen rows of a left operand, in shared memory.
 template <class S>
 struct SharedRows {
@@ -207,52 +251,75 @@ struct SharedRows {
 };
 
 // sums += rows · tileᵀ for 8 · kTiles rows of a tile. kMirrored: as in multiply.
-template <bool kMirrored, class S, class Rows, int kRowTiles, int kTiles>
+//
+// A row that fills its room is one straight line of code, in which what is multiplied next is loaded ahead; else a
+// branch after every kDepth columns keeps loads from passing products.
+template <bool kMirrored, int kDim, class S, class Rows, int kRowTiles, int kTiles>
 __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], const Rows (&rows)[kRowTiles],
-                                     const S* tile, const TileShape& shape, const Lane& lane) {
-#pragma unroll 2
-  for (int column = 0; column < shape.padded(); column += kDepth<S>) {
+                                     const S* tile, const TileShape<kDim>& shape, const Lane& lane) {
+  const auto step = [&](int column) {
     Left<S> left[kRowTiles];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) left[m] = rows[m].load(column, lane);
 #pragma unroll
     for (int n = 0; n < kTiles; n += kTogether<S>) {
       Right<S> right[kTogether<S>];
-      right_of_rows(right, tile + 8 * n * shape.stride, shape.stride, column, lane);
+      right_of_rows(right, tile + 8 * n * shape.stride(), shape.stride(), column, lane);
 #pragma unroll
       for (int t = 0; t < kTogether<S>; ++t) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) multiply<S, kMirrored>(sums[m][n + t], left[m], right[t]);
       }
     }
+  };
+  if constexpr (kDim > 0) {
+    if (shape.full()) {
+#pragma unroll
+      for (int column = 0; column < kDim; column += kDepth<S>) step(column);
+      return;
+    }
   }
+#pragma unroll 2
+  for (int column = 0; column < shape.padded(); column += kDepth<S>) step(column);
 }
 
 // out += weights · tile, for the tile's columns first_column … first_column + columns − 1. Of its rows those count that
-// `rows_seen` names.
-template <class S, int kRowTiles, int kTiles, int kColumns>
+// `rows_seen` names, the same in all lanes with one q.
+template <class S, int kDim, int kRowTiles, int kTiles, int kColumns>
 __device__ inline void multiply_columns(
     Compute<S> (&out)[kRowTiles][kColumns][4], const Compute<S> (&weights)[kRowTiles][kTiles][4], const S* tile,
-    const TileShape& shape, int first_column, int columns, uint32_t rows_seen, const Lane& lane) {
+    const TileShape<kDim>& shape, int first_column, uint32_t rows_seen, const Lane& lane) {
   constexpr int kTilesOfDepth = kDepth<S> / 8;
+  // Loads pass products only between branches. What lies beyond the last column is summed to what nobody writes.
+  constexpr int kColumnsAtOnce = kDim > 0 ? 4 : kTogether<S>;
+  const int columns = shape.columns - first_column;
+  const auto sum = [&](auto plain) {
 #pragma unroll
-  for (int part = 0; part < kTiles / kTilesOfDepth; ++part) {
-    Left<S> left[kRowTiles];
+    for (int part = 0; part < kTiles / kTilesOfDepth; ++part) {
+      Left<S> left[kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) left[m] = left_of_sums<S>(weights[m], part);
-    const S* from = tile + part * kDepth<S> * shape.stride;
+      for (int m = 0; m < kRowTiles; ++m) left[m] = left_of_sums<S>(weights[m], part);
+      const S* const from = tile + part * kDepth<S> * shape.stride();
+      const uint32_t seen = plain ? ~0u : rows_seen >> (2 * kTilesOfDepth * part);
 #pragma unroll
-    for (int n = 0; n < kColumns; n += kTogether<S>) {
-      if (8 * n >= columns) break;
-      Right<S> right[kTogether<S>];
-      right_of_columns(right, from, shape.stride, first_column + 8 * n, rows_seen >> (2 * kTilesOfDepth * part), lane);
+      for (int n = 0; n < kColumns; n += kTogether<S>) {
+        if (!plain && n % kColumnsAtOnce == 0 && 8 * n >= columns) break;
+        Right<S> right[kTogether<S>];
+        right_of_columns(right, from, shape.stride(), first_column + 8 * n, seen, lane);
 #pragma unroll
-      for (int t = 0; t < kTogether<S>; ++t) {
+        for (int t = 0; t < kTogether<S>; ++t) {
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) multiply<S>(out[m][n + t], left[m], right[t]);
+          for (int m = 0; m < kRowTiles; ++m) multiply<S>(out[m][n + t], left[m], right[t]);
+        }
       }
     }
+  };
+  if constexpr (kDim > 0) {
+    if (columns >= 8 * kColumns && __all_sync(~0u, (rows_seen & kAllRows<kTiles>) == kAllRows<kTiles>)) {
+      return sum(std::true_type{});
+    }
   }
+  sum(std::false_type{});
 }
 
 }  // namespace lect11ext::cuda

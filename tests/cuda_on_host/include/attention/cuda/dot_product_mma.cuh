@@ -14,7 +14,7 @@ struct Copies {
   struct One {
     void* to;
     const void* from;
-    int room, bytes;
+    int bytes;
   };
   std::deque<std::vector<One>> groups{{}};  // the last is open
 };
@@ -32,12 +32,11 @@ inline Copies& copies() {
 namespace lect11ext::cuda {
 
 template <int kBytes>
-inline void copy_async(void* shared, const void* global, int bytes) {
-  if (bytes < 0 || bytes > kBytes) cuda_on_host::fail("an asynchronous copy of more bytes than it has room for");
+inline void copy_async(void* shared, const void* global) {
   for (const auto address : {reinterpret_cast<uintptr_t>(shared), reinterpret_cast<uintptr_t>(global)}) {
-    if (bytes > 0 && address % kBytes != 0) cuda_on_host::fail("an asynchronous copy is not aligned");
+    if (address % kBytes != 0) cuda_on_host::fail("an asynchronous copy is not aligned");
   }
-  cuda_on_host::copies().groups.back().push_back({shared, global, kBytes, bytes});
+  cuda_on_host::copies().groups.back().push_back({shared, global, kBytes});
 }
 
 inline void copy_commit() { cuda_on_host::copies().groups.emplace_back(); }
@@ -47,8 +46,7 @@ inline void copy_wait() {
   auto& groups = cuda_on_host::copies().groups;
   while (groups.size() > kGroups + 1) {
     for (const auto& copy : groups.front()) {
-      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
-      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.room - copy.bytes);
+      std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.pop_front();
   }
