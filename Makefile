@@ -53,11 +53,14 @@ sunspots: $(BUILT)  ## forecasts sunspots with a GRU, beside an autoregression, 
 autoencoders: $(BUILT)  ## the lecture's autoencoders on digits, each beside what it improves on, in a minute
 	$(BIN)/python examples/digits_autoencoders.py $(ARGS)
 
+# Several processes of two threads each. Idle ones sleep: spinning, they would take the cores from one another.
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
 test: $(BUILT)  ## the tests (ARGS="-k lstm" for some)
-	$(BIN)/python -m pytest tests -m 'not slow' $(ARGS)
+	$(PYTEST) tests -m 'not slow' $(ARGS)
 
 nightly: $(BUILT)  ## the long sweeps
-	$(BIN)/python -m pytest tests -m slow $(ARGS)
+	$(PYTEST) tests -m slow $(ARGS)
 
 bench: $(BUILT)  ## all benchmarks and one table of ratios
 	$(BIN)/python -m bench $(ARGS)
@@ -106,8 +109,9 @@ newest:
 	$(call try,torch,0)
 	rm -rf build/try
 
-# For one architecture: `make cuda` compiles all of them.
+# For one architecture, and one of the CPU kernels' builds: `make cuda` and `make wheel` compile all of them.
 link: export LECT11EXT_CUDA_ARCHITECTURES ?= 90a
+link: export LECT11EXT_CPU_BUILDS ?= default
 link:  ## compiles and links the whole CUDA extension against a CUDA build of torch; needs nvcc, no GPU
 	$(call try,$(CUDA_TORCH),1)
 	cd build/try/lib && ../venv/bin/python -m lect11ext --json | grep -q '"cuda": true'

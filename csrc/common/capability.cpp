@@ -18,7 +18,7 @@ namespace {
 constexpr std::array<const char*, kCapabilities> kNames{"default", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // AMX has registers of 8 KiB, which Linux gives to a process that has asked for them.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7
@@ -31,7 +31,7 @@ bool has_amx() {
 }
 
 Capability detect() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LECT11EXT_DEFAULT_ALONE)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

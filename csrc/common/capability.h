@@ -27,7 +27,7 @@ bool prefers_float_products();
 
 }  // namespace lect11ext
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LECT11EXT_DEFAULT_ALONE)
 #define LECT11EXT_BUILDS(name) {DEFAULT::name, AVX2::name, AVX512::name, AVX512_BF16::name, AVX512_BF16::name}
 #else
 #define LECT11EXT_BUILDS(name) {DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name}

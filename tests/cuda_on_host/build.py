@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,18 +20,27 @@ OPTIONS = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-fPIC"]
 FLAGS = [*OPTIONS, "-DLECT11EXT_SM90A", *WARNINGS, *SANITIZE, "-I", str(HERE / "include"), "-I", str(CSRC)]
 
 
+LIBRARY = "libkernels_on_host.so"
+JOBS = 2  # compilers at a time, of up to 1 GiB each
+
+
 def build(folder: Path) -> Path:
-    """Builds into ``folder`` and returns the library's path. One compiler at a time."""
+    """Builds into ``folder`` and returns the library's path."""
     compiler = os.environ.get("CXX", "g++")
     own = [HERE / name for name in ("selftest.cu", "entry.cpp", "emulator.cpp", "hopper.cpp")]
     sources = [*sorted(CSRC.glob("**/cuda/*.cu")), *own]
-    objects = []
-    for source in sources:
-        objects.append(folder / f"{source.parent.parent.name}_{source.stem}.o")
-        subprocess.run([compiler, *FLAGS, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
-    library = folder / "libkernels_on_host.so"
-    subprocess.run([compiler, "-shared", *SANITIZE, *objects, "-o", library, "-pthread"], check=True)
-    return library
+
+    def compile_one(source: Path) -> Path:
+        built = folder / f"{source.parent.parent.name}_{source.stem}.o"
+        subprocess.run([compiler, *FLAGS, "-x", "c++", "-c", source, "-o", built], check=True)
+        return built
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(compile_one, sources))
+    # Under another name until it is whole.
+    part = folder / f"{LIBRARY}.part"
+    subprocess.run([compiler, "-shared", *SANITIZE, *objects, "-o", part, "-pthread"], check=True)
+    return part.rename(folder / LIBRARY)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,20 @@ from host_kernels import Kernels
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Kernels:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    from build import build
+    from build import LIBRARY, build
 
-    return Kernels(build(tmp_path_factory.mktemp("cuda_on_host")))
+    # Under pytest-xdist every process has a folder of its own in a common one, and the first to come builds for all.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "cuda_on_host"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / LIBRARY).exists():
+            build(folder)
+    return Kernels(folder / LIBRARY)
 
 
 @pytest.fixture

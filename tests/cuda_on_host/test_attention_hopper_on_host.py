@@ -175,13 +175,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": F32},
     "another size": {"dim": 72},
     "values of another size": {"value_dim": 128},
-    "mask": {"mask": "bool"},
-    "alibi": {"alibi": True},
-    "softcap": {"softcap": 2.0},
-    "dropout": {"dropout": 0.3},
     "sequences one behind the other": {"lengths": [(20, 30), (5, 9)]},
     "not aligned": {"aligned": False},
-    "negative scale": {"scale": -0.3},
     "a window without keys": {"window": (3, -5)},
 }
 

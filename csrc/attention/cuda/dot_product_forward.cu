@@ -12,6 +12,7 @@ template <class S, int kWidth, bool kPlain>
 __global__ void __launch_bounds__(kMostThreads, 1)
     forward_kernel(const __grid_constant__ AttentionForward args,
                    const __grid_constant__ typename ForwardShape<S, kWidth, kPlain>::Plan plan) {
+  if (plan.only_if != nullptr && *plan.only_if == 0) return;
   Forward<S, kWidth, kPlain>(args, plan, dynamic_shared).run();
 }
 
@@ -20,6 +21,7 @@ template <class S, class Plan>
 __global__ void __launch_bounds__(kMostThreads, 1)
     merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ Plan plan) {
   using C = Compute<S>;
+  if (plan.only_if != nullptr && *plan.only_if == 0) return;
   const Lane lane;
   const int64_t rows = args.batch * args.heads * args.queries;
   const int64_t step = int64_t{gridDim.x} * kMostWarps;
@@ -111,9 +113,7 @@ void run(const AttentionForward& args, const typename ForwardShape<S, kWidth, kP
 // Calls f with the storage type, the width of the value's columns that a block sums, and whether the kernel is plain.
 template <class F>
 void with_kernel(const AttentionForward& args, F f) {
-  constexpr double kLeastScale = 1e-30;  // one that a float holds
-  const bool plain = args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 &&
-                     args.dropout_p <= 0 && args.scale > kLeastScale;
+  const bool plain = is_plain(args);
   with_type(args.dtype, [&](auto* type) {
     const auto with_plain = [&](auto width) {
       if constexpr (sizeof(*type) < 8) {
@@ -143,24 +143,28 @@ int64_t attention_scratch(const AttentionForward& args) {
     bytes = splits * args.batch * args.heads * args.queries * (args.value_dim + 2) *
             static_cast<int64_t>(sizeof(Compute<S>));
   });
-  return bytes;
+  return bytes + hopper_scratch(args);
 }
 
 void attention_forward(const AttentionForward& args, void* scratch, void* stream) {
   check_positions(args);
   if (args.batch == 0 || args.heads == 0 || args.queries == 0) return;
-  if (hopper_forward(args, stream)) return;
+  const HopperRun hopper = hopper_forward(args, scratch, stream);
+  if (hopper.started && hopper.flag == nullptr) return;
+  if (hopper.started) scratch = static_cast<char*>(scratch) + hopper_scratch(args);
   with_kernel(args, [&](auto* type, auto width, auto plain) {
     using S = std::remove_pointer_t<decltype(type)>;
     using C = Compute<S>;
     auto plan = make_plan<S, width, plain>(args);
+    plan.only_if = hopper.flag;
     const int64_t rows = args.batch * args.heads * args.queries;
     plan.partial_largest = scratch;
     plan.partial_sum = static_cast<C*>(scratch) + plan.splits * rows;
     plan.partial_out = static_cast<C*>(scratch) + 2 * plan.splits * rows;
     run<S, width, plain>(args, plan, stream);
     if (plan.splits > 1) {
-      launch(merge_kernel<S, decltype(plan)>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);
+      launch(merge_kernel<S, decltype(plan)>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream,
+             args, plan);
     }
   });
 }

@@ -19,6 +19,7 @@ struct ForwardPlan {
   int warps;
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
   bool mask_pairs;
+  const int* only_if;          // null, or it says whether there is anything to do
   TileShape<kDim> row, value;  // of queries and keys, and of values
   size_t shared_bytes;
   double unit;  // of what rows compare: the scale where these are products, else 1
@@ -32,8 +33,8 @@ template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
   static constexpr int kDim = kIsHalf<S> ? kWidth : 0;
   static constexpr int kRowTiles = kIsHalf<S> && kWidth <= 128 ? 2 : 1;
-  static constexpr int kKeys = sizeof(S) == 8 ? (kWidth == 64 ? 16 : 8)
-                               : !kIsHalf<S>            ? 32
+  static constexpr int kKeys = sizeof(S) == 8             ? (kWidth == 64 ? 16 : 8)
+                               : !kIsHalf<S>              ? 32
                                : kWidth == 128 && !kPlain ? 48
                                                           : 64;
   static constexpr int kRows = 16 * kRowTiles;

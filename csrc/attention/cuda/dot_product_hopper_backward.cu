@@ -6,7 +6,7 @@ namespace {
 constexpr int kSideThreads = 256;
 
 // Before: what is known of every query, and zeros where blocks count.
-template <class S, int kColumns>
+template <class S, int kColumns, bool kPlain>
 __global__ void __launch_bounds__(kSideThreads)
     hopper_prepare_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
   constexpr int kElements = 8, kLanes = kColumns / kElements;  // of sixteen bytes, of a row
@@ -34,20 +34,20 @@ __global__ void __launch_bounds__(kSideThreads)
     const int64_t number = unit * args.queries + query;
     const float lse = there ? static_cast<const float*>(args.lse)[number] : -INFINITY;
     if (there && args.grad_lse != nullptr) sum -= static_cast<const float*>(args.grad_lse)[number];
-    scratch.shifts[row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E);
+    scratch.shifts[row] = lse == -INFINITY ? INFINITY : kPlain ? lse * static_cast<float>(kLog2E) : lse;
     scratch.corrections[row] = sum * static_cast<float>(args.scale);
   }
 }
 
-template <class S, int kColumns>
-__global__ void __launch_bounds__(HopperBackward<S, kColumns>::kThreads, 1) hopper_backward_kernel(
+template <class S, int kColumns, bool kPlain>
+__global__ void __launch_bounds__(HopperBackward<S, kColumns, kPlain>::kThreads, 1) hopper_backward_kernel(
     const __grid_constant__ AttentionBackward args, const __grid_constant__ HopperBackwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
   __shared__ int number;
   if (threadIdx.x == 0) number = atomicAdd(plan.scratch.taken, 1);
   __syncthreads();
   const Sequence sequence(args, 0);  // all are alike
-  HopperBackward<S, kColumns>(args, plan, sequence, number).run();
+  HopperBackward<S, kColumns, kPlain>(args, plan, sequence, number).run();
 #endif
 }
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(HopperBackward<S, kColumns>::kThreads, 1) hopp
 template <class S, int kColumns>
 __global__ void __launch_bounds__(kSideThreads)
     hopper_round_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
-  using Kernel = HopperBackward<S, kColumns>;
+  using Kernel = HopperBackward<S, kColumns, true>;
   constexpr int kPieces = Kernel::kSums / 16;
   const int64_t pieces = scratch.units * scratch.tiles * kPieces, step = int64_t{gridDim.x} * kSideThreads;
   for (int64_t i = int64_t{blockIdx.x} * kSideThreads + threadIdx.x; i < pieces; i += step) {
@@ -88,58 +88,69 @@ __global__ void __launch_bounds__(kSideThreads)
   }
 }
 
-template <class S, int kColumns>
-bool run(const AttentionBackward& args, void* scratch, void* stream) {
-  using Kernel = HopperBackward<S, kColumns>;
+template <class S, int kColumns, bool kPlain>
+HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
+  using Kernel = HopperBackward<S, kColumns, kPlain>;
+  HopperRun result{};
   const Span queries = queries_of_use(args), keys = keys_of_use(args);
   HopperBackwardPlan plan{};
   if (!map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
       !map_operand(plan.value, args, args.value, args.kv_heads, keys, Kernel::kKeys) ||
       !map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
       !map_operand(plan.grad_out, args, args.grad_out, args.heads, queries, Kernel::kQueries)) {
-    return false;
+    return result;
+  }
+  result.started = true;
+  if (args.mask.type != MaskType::None) {
+    // Of barred keys and queries that see nothing scores and weights are selected away, but not what these multiply.
+    result.flag = static_cast<int*>(scratch);
+    find_non_finite<S>(
+        {scanned(args, args.query, args.heads, args.queries), scanned(args, args.grad_out, args.heads, args.queries),
+         scanned(args, args.key, args.kv_heads, args.keys)},
+        static_cast<int*>(scratch), stream);
   }
   plan.first_query = static_cast<int>(queries.first);
   plan.first_key = static_cast<int>(keys.first);
-  plan.scratch = HopperBackwardScratch::of(args, scratch);
+  plan.mask_pairs = mask_pairs(args.mask, 2, args.queries, mask_bytes(args));
+  plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes);
   plan.order = BlockOrder::of(args, ceil_divide(args.keys, Kernel::kKeys), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
   const int64_t rows = plan.scratch.rows(kColumns);
-  launch(hopper_prepare_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 8, kSideThreads), kSideThreads, 0,
-         stream, args, plan.scratch);
-  reserve_shared(hopper_backward_kernel<S, kColumns>);
-  launch(hopper_backward_kernel<S, kColumns>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream, args,
-         plan);
+  launch(hopper_prepare_kernel<S, kColumns, kPlain>, grid_stride_blocks(rows * kColumns / 8, kSideThreads),
+         kSideThreads, 0, stream, args, plan.scratch);
+  reserve_shared(hopper_backward_kernel<S, kColumns, kPlain>);
+  launch(hopper_backward_kernel<S, kColumns, kPlain>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream,
+         args, plan);
   if (args.grad_query != nullptr) {
     launch(hopper_round_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 16, kSideThreads), kSideThreads, 0,
            stream, args, plan.scratch);
   }
-  return true;
+  return result;
 }
 
 bool takes(const AttentionBackward& args) {
   const auto aligned = [](const void* data, const AttentionStrides& strides) {
     return data == nullptr || rows_are_aligned(data, strides);
   };
-  return hopper_is_chosen() && hopper_computes(args) && args.grad_out.data != nullptr && args.grad_mask == nullptr &&
-         aligned(args.out.data, args.out.strides) && aligned(args.grad_out.data, args.grad_out.strides) &&
-         aligned(args.grad_query, args.grad_query_strides) && aligned(args.grad_key, args.grad_key_strides) &&
-         aligned(args.grad_value, args.grad_value_strides);
+  return hopper_is_chosen() && hopper_computes(args) && args.softcap == 0 && args.grad_out.data != nullptr &&
+         args.grad_mask == nullptr && aligned(args.out.data, args.out.strides) &&
+         aligned(args.grad_out.data, args.grad_out.strides) && aligned(args.grad_query, args.grad_query_strides) &&
+         aligned(args.grad_key, args.grad_key_strides) && aligned(args.grad_value, args.grad_value_strides);
 }
 
 }  // namespace
 
 int64_t hopper_scratch(const AttentionBackward& args) {
-  return takes(args) ? HopperBackwardScratch::of(args, nullptr).bytes(args.head_dim) : 0;
+  return takes(args) ? kFlagBytes + HopperBackwardScratch::of(args, nullptr).bytes(args.head_dim) : 0;
 }
 
-bool hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {
-  if (!takes(args)) return false;
-  const bool narrow = args.head_dim == 64;
-  if (args.dtype == DType::BFloat16) {
-    return narrow ? run<__nv_bfloat16, 64>(args, scratch, stream) : run<__nv_bfloat16, 128>(args, scratch, stream);
-  }
-  return narrow ? run<__half, 64>(args, scratch, stream) : run<__half, 128>(args, scratch, stream);
+HopperRun hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {
+  HopperRun result{};
+  if (!takes(args)) return result;
+  with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
+    result = run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
+  });
+  return result;
 }
 
 }  // namespace lect11ext::cuda

@@ -22,8 +22,8 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 // What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head.
 struct HopperBackwardScratch {
   float* sums;                  // of queries' gradients: a tile as put() below lays it
-  float *shifts, *corrections;  // of each query: what scores lose before they are weights, in binary logarithms, +∞ for
-                                // one that sees nothing; D · scale
+  float *shifts, *corrections;  // of each query: what scores lose before they are weights, in binary logarithms (of the
+                                // plain kernel, else natural ones), +∞ for one that sees nothing; D · scale
   int *counts, *taken;          // of each tile, the tiles of keys that have been added; numbers that blocks have taken
   int64_t tiles, units;         // of a head; heads of all batches
 
@@ -50,13 +50,14 @@ struct HopperBackwardPlan {
   CUtensorMap key, value, query, grad_out;
   BlockOrder order;
   int first_query, first_key;  // of those that are mapped
+  bool mask_pairs;             // along the queries
   HopperBackwardScratch scratch;
 };
 
 // Registers of a thread: 128 of sums at 128 columns, 64 of 64 × 64 scores and derivatives, 32 of both as left operands,
 // 32 of queries' gradients. At 64 columns a step has 128 queries, taken by halves, so that each warpgroup has 64 × 64
 // of the queries' gradients as its part of that product, as it has half of the columns at 128.
-template <class S, int kColumns>
+template <class S, int kColumns, bool kPlain>
 struct HopperBackward {
   static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kKeys = kGroups * kGroupRows, kStages = 2;
   static constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns), kHalf = 64;
@@ -168,6 +169,65 @@ struct HopperBackward {
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
+  // Of a thread's 2 × 16 elements of 64 × 64: which of them count, row by row, and which are kept, tile by tile.
+  struct Marks {
+    uint32_t seen = ~0u, kept = ~0u;
+
+    __device__ bool counts(int i) const { return (seen >> (16 * (i % 4 / 2) + i / 4 * 2 + i % 2) & 1) != 0; }
+    __device__ bool keeps(int i) const { return (kept >> i & 1) != 0; }
+  };
+
+  // Products become weights, zero where a query does not see the key.
+  __device__ void weigh_by_options(float (&scores)[kTiles][4], Marks& marks, int n, int half, int own_row,
+                                   const GroupLane& lane) const {
+    Sequence own = sequence;
+    own.batch = batch;
+    const Scores<S, true> options{args, own, plan.mask_pairs};
+    const int query = query_of(n, half), head = head_of(n), key = first_key + own_row;
+    const bool whole = args.mask.type == MaskType::None && query + kHalf <= sequence.queries &&
+                       all_see(sequence, query, kHalf, key, kGroupRows);
+    const float* const shifts = numbers(n, 0, half) + 2 * lane.q;
+    if (!whole) marks.seen = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const LaneRow row = options.row(head, query + 2 * lane.q, key + lane.row + 8 * r);
+      const uint32_t bits = whole ? ~0u : options.template seen<kTiles>(row);
+      if (!whole) marks.seen |= bits << (16 * r);
+      const auto element = [&](int i) -> float& { return scores[i / 2][2 * r + i % 2]; };
+      options.template finish<kTiles>(row, bits, element, [](int, float) {});
+      constexpr float kLog = static_cast<float>(kLog2E);
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const float excess = element(i) - shifts[i / 2 * 8 + i % 2];
+        const float weight = power_of_two(at_most(excess, kMostBinaryExcess / kLog) * kLog);
+        element(i) = (bits >> i & 1) != 0 ? weight : 0.0f;
+      }
+    }
+    if (args.dropout_p > 0) {
+      const Dropout dropout(args, own);
+      marks.kept = 0;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        marks.kept |= dropout.keep_of_keys(head, query + 8 * tile, key + 16 * lane.warp, lane) << (4 * tile);
+      }
+    }
+  }
+
+  __device__ float kept() const { return kPlain ? 1.0f : static_cast<float>(kept_weight(args)); }
+
+  // The same as `derive` below; of what does not count, nothing stays.
+  __device__ void derive_by_options(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], const Marks& marks,
+                                    int n, int half, const GroupLane& lane) const {
+    const float* const corrections = numbers(n, 1, half) + 2 * lane.q;
+    const float factor = scale() * kept();
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      float& grad = grads[i / 4][i % 4];
+      const float inner = std::fma(marks.keeps(i) ? grad : 0.0f, factor, -corrections[i / 4 * 8 + i % 2]);
+      grad = marks.counts(i) ? scores[i / 4][i % 4] * inner : 0.0f;
+    }
+  }
+
   // Scores become weights. Queries beyond the last have weight zero by their shift. A score exceeds its row's lse only
   // by what that was rounded, which of a huge one would be a factor of any size.
   __device__ void weigh(float (&scores)[kTiles][4], int n, int half, const GroupLane& lane) const {
@@ -269,10 +329,16 @@ struct HopperBackward {
         wgmma_fence();
         start_scores<S, KeyTile, HalfTile>(grads, values_at(), own_row, half_at(n, 1, half));
         wgmma_commit();
-        weigh(scores, n, half, lane);
-        if (!whole) cut(scores, query, own_row, lane);
+        Marks marks;
+        if constexpr (kPlain) {
+          weigh(scores, n, half, lane);
+          if (!whole) cut(scores, query, own_row, lane);
+        } else {
+          weigh_by_options(scores, marks, n, half, own_row, lane);
+        }
         if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
-        to_weights<S>(weights, scores);
+        if constexpr (kPlain) to_weights<S>(weights, scores);
+        else to_weights<S>(weights, scores, [&](int i) { return marks.keeps(i); });
         pin(weights);
         pin(value_sums);
         wgmma_fence();
@@ -280,8 +346,12 @@ struct HopperBackward {
         wgmma_commit();
         wgmma_wait<1>();
         pin(grads);
-        derive(grads, scores, n, half, lane);
-        if (!whole) cut(grads, query, own_row, lane);
+        if constexpr (kPlain) {
+          derive(grads, scores, n, half, lane);
+          if (!whole) cut(grads, query, own_row, lane);
+        } else {
+          derive_by_options(grads, scores, marks, n, half, lane);
+        }
         to_weights<S>(derivatives, grads);
         if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups
         keep(derivatives, half, own_row, lane);
@@ -320,16 +390,16 @@ struct HopperBackward {
     barrier_wait(keys_full, 0);
     if (steps > 0) sum(key_sums, value_sums, group, lane);
     named_barrier_wait(1, kGroups * kWarpgroup);  // all have read the keys
-    write(args.grad_key, args.grad_key_strides, key_sums, 0, own_row, lane);
-    write(args.grad_value, args.grad_value_strides, value_sums, 1, own_row, lane);
+    write(args.grad_key, args.grad_key_strides, key_sums, 1, 0, own_row, lane);
+    write(args.grad_value, args.grad_value_strides, value_sums, kept(), 1, own_row, lane);
   }
 
   // Sums become rows of an output, if it is asked for, by way of the tile of keys, 0, or of values, 1.
-  __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], int which,
-                        int own_row, const GroupLane& lane) const {
+  __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], float factor,
+                        int which, int own_row, const GroupLane& lane) const {
     if (to == nullptr) return;
     S* const first = static_cast<S*>(to) + batch * strides.batch + kv_head * strides.head;
-    const float factors[2] = {1, 1};
+    const float factors[2] = {factor, factor};
     write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, lane, [&](int i) {
       const int row = first_key + own_row + i;
       return row < sequence.keys ? first + row * strides.position : nullptr;

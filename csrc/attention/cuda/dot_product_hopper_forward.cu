@@ -17,16 +17,18 @@ struct HopperForwardPlan {
   CUtensorMap query, key, value;
   BlockOrder order;
   int first_key;  // of those that are mapped
+  bool mask_pairs;
 };
 
 // Registers: the sums of the output, of scores, and the weights before them: 160 a thread at 128 columns, for which two
-// warpgroups leave 240; 128 at 64 columns, where three leave 160 and exponentials, not products, are what bounds.
+// warpgroups leave 240; 128 at 64 columns, where three leave 160 and exponentials, not products, are what bounds. With
+// a mask and the like (not kPlain) two have the registers for these.
 //
 // A block stays on its multiprocessor and takes tile of queries after tile of queries: while the one is finished, the
 // next one's queries, keys and values come.
-template <class S, int kColumns>
+template <class S, int kColumns, bool kPlain>
 struct HopperForward {
-  static constexpr int kGroups = kColumns == 64 ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
+  static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128, kStages = 2;
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
   using QueryTile = SlabTile<kQueries, kColumns>;
@@ -122,11 +124,58 @@ struct HopperForward {
     float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   };
 
-  // Scores of 64 queries from `query` on and of a tile of keys from `key` on become weights; `shrink` is what has been
-  // summed to be multiplied by.
-  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int query, int key) const {
-    const float unit = static_cast<float>(args.scale * kLog2E);
-    if (!all_see(sequence, query, kGroupRows, key, kKeys)) {
+  // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
+  __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
+
+  // Products become scores, −∞ where a query does not see the key.
+  __device__ void finish_scores(float (&scores)[kTiles][4], const Scores<S>& options, const Work& work,
+                                int query) const {
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const bool whole = args.mask.type == MaskType::None && query + kGroupRows <= sequence.queries &&
+                       all_see(sequence, query, kGroupRows, work.key, kKeys);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const LaneRow row = options.row(work.head, query + lane.row + 8 * half, work.key + 2 * lane.q);
+      const uint32_t bits = whole ? ~0u : options.template seen<kTiles>(row);
+      const auto element = [&](int i) -> float& { return scores[i / 2][2 * half + i % 2]; };
+      options.template finish<kTiles>(row, bits, element, [](int, float) {});
+      if (whole) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) element(i) = (bits >> i & 1) != 0 ? element(i) : -INFINITY;
+    }
+  }
+
+  // What is dropped becomes zero.
+  __device__ void drop(float (&weights)[kTiles][4], const Dropout& dropout, const Work& work, int query) const {
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const int low = query + lane.row;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint32_t keep = dropout.keep_of_queries(work.head, low, work.head, low + 8, work.key + 8 * n, lane);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weights[n][e] = keep >> e & 1 ? weights[n][e] : 0.0f;
+    }
+  }
+
+  // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become weights; `shrink` is what
+  // has been summed to be multiplied by.
+  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], const Work& work,
+                        int own_row) const {
+    const int query = work.first_query + own_row;
+    if constexpr (kPlain) {
+      cut_and_weigh(scores, rows, shrink, query, work.key);
+    } else {
+      Sequence own = sequence;
+      own.batch = work.batch;
+      finish_scores(scores, Scores<S>{args, own, plan.mask_pairs}, work, query);
+      cut_and_weigh(scores, rows, shrink, query, work.key);
+      if (args.dropout_p > 0) drop(scores, Dropout(args, own), work, query);
+    }
+  }
+
+  __device__ void cut_and_weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int query, int key) const {
+    const float unit = unit_of_scores();
+    if (kPlain && !all_see(sequence, query, kGroupRows, key, kKeys)) {
       const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -175,11 +224,14 @@ struct HopperForward {
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      factors[half] = sum == 0 ? 0.0f : 1 / sum;
+      factors[half] = sum == 0 ? 0.0f : (kPlain ? 1 : static_cast<float>(kept_weight(args))) / sum;
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         static_cast<float*>(args.lse)[first + query] =
-            sum == 0 ? -INFINITY : rounded_product(rows.largest[half], static_cast<float>(args.scale)) + std::log(sum);
+            sum == 0
+                ? -INFINITY
+                : (kPlain ? rounded_product(rows.largest[half], static_cast<float>(args.scale)) : rows.largest[half]) +
+                      std::log(sum);
       }
     }
     const AttentionStrides& strides = args.out_strides;
@@ -235,7 +287,7 @@ struct HopperForward {
     pin(scores);
     keys.release(n, lane);
     if (work.tiles == 1) queries.release(q, lane);
-    weigh(scores, rows, shrink, work.first_query + own_row, work.key);
+    weigh(scores, rows, shrink, work, own_row);
     to_weights<S>(weights, scores);
 #pragma unroll 1
     for (;; ++n) {
@@ -265,7 +317,7 @@ struct HopperForward {
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = Rows{};
       }
-      weigh(scores, rows, shrink, work.first_query + own_row, work.key);
+      weigh(scores, rows, shrink, work, own_row);
       wgmma_wait<0>();
       pin(out);
       values.release(n, lane);
@@ -304,12 +356,12 @@ struct HopperForward {
   }
 };
 
-template <class S, int kColumns>
-__global__ void __launch_bounds__(HopperForward<S, kColumns>::kThreads, 1) hopper_forward_kernel(
+template <class S, int kColumns, bool kPlain>
+__global__ void __launch_bounds__(HopperForward<S, kColumns, kPlain>::kThreads, 1) hopper_forward_kernel(
     const __grid_constant__ AttentionForward args, const __grid_constant__ HopperForwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
   const Sequence sequence(args, 0);  // all are alike
-  HopperForward<S, kColumns>(args, plan, sequence).run();
+  HopperForward<S, kColumns, kPlain>(args, plan, sequence).run();
 #endif
 }
 
@@ -319,36 +371,52 @@ bool is_cut(const AttentionForward& args, int64_t blocks) {
   return args.keys > kFewKeys && kPart * blocks < device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
-template <class S, int kColumns>
-bool run(const AttentionForward& args, void* stream) {
-  using Kernel = HopperForward<S, kColumns>;
+template <class S, int kColumns, bool kPlain>
+HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
+  using Kernel = HopperForward<S, kColumns, kPlain>;
   const int64_t tiles = ceil_divide(args.queries, Kernel::kQueries), units = args.batch * args.heads;
-  if (is_cut(args, tiles * units)) return false;
+  HopperRun result{};
+  if (is_cut(args, tiles * units)) return result;
   HopperForwardPlan plan{};
   const Span keys = keys_of_use(args), queries{0, args.queries};
   if (!map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
       !map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
       !map_operand(plan.value, args, args.value, args.kv_heads, keys, Kernel::kKeys)) {
-    return false;
+    return result;
+  }
+  result.started = true;
+  if (args.mask.type != MaskType::None) {
+    // Of barred keys scores are selected away.
+    result.flag = static_cast<int*>(scratch);
+    find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.keys)}, static_cast<int*>(scratch), stream);
   }
   plan.first_key = static_cast<int>(keys.first);
+  plan.mask_pairs = mask_pairs(args.mask, 3, args.keys, mask_bytes(args));
   plan.order = BlockOrder::of(args, tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
-  reserve_shared(hopper_forward_kernel<S, kColumns>);
+  reserve_shared(hopper_forward_kernel<S, kColumns, kPlain>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
-  launch(hopper_forward_kernel<S, kColumns>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes, stream,
-         args, plan);
-  return true;
+  launch(hopper_forward_kernel<S, kColumns, kPlain>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes,
+         stream, args, plan);
+  return result;
+}
+
+bool takes(const AttentionForward& args) {
+  return hopper_is_chosen() && hopper_computes(args) && rows_are_aligned(args.out, args.out_strides);
 }
 
 }  // namespace
 
-bool hopper_forward(const AttentionForward& args, void* stream) {
-  if (!hopper_is_chosen() || !hopper_computes(args) || !rows_are_aligned(args.out, args.out_strides)) return false;
-  const bool narrow = args.head_dim == 64;
-  if (args.dtype == DType::BFloat16) {
-    return narrow ? run<__nv_bfloat16, 64>(args, stream) : run<__nv_bfloat16, 128>(args, stream);
-  }
-  return narrow ? run<__half, 64>(args, stream) : run<__half, 128>(args, stream);
+int64_t hopper_scratch(const AttentionForward& args) {
+  return takes(args) && args.mask.type != MaskType::None ? kFlagBytes : 0;
+}
+
+HopperRun hopper_forward(const AttentionForward& args, void* scratch, void* stream) {
+  HopperRun result{};
+  if (!takes(args)) return result;
+  with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
+    result = run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
+  });
+  return result;
 }
 
 }  // namespace lect11ext::cuda

@@ -4,8 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention/cuda/dot_product_finite.cuh"
 #include "attention/cuda/dot_product_hopper.h"
-#include "attention/cuda/dot_product_tile.cuh"
+#include "attention/cuda/dot_product_score.cuh"
 #include "common/cuda/tensor_map.h"
 
 namespace lect11ext::cuda {
@@ -23,14 +24,31 @@ inline bool hopper_is_chosen() {
 
 // What the kernels compute. A few queries are better cut along the keys.
 inline bool hopper_computes(const Attention& args) {
-  constexpr double kLeastScale = 1e-30;  // one that a float holds
   constexpr int64_t kFew = 16;
-  const bool plain = args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 &&
-                     args.dropout_p <= 0 && args.query_starts == nullptr && args.scale > kLeastScale;
   const bool sizes = (args.head_dim == 64 || args.head_dim == 128) && args.value_dim == args.head_dim &&
                      args.queries > kFew && args.keys > 0 && args.batch > 0 && args.heads > 0;
   const bool some = args.window_left + args.window_right >= 0;  // else no query sees a key
-  return plain && sizes && some && (args.dtype == DType::BFloat16 || args.dtype == DType::Half);
+  return args.query_starts == nullptr && sizes && some && (args.dtype == DType::BFloat16 || args.dtype == DType::Half);
+}
+
+// Of rows that TMA takes.
+inline ScannedRows scanned(const Attention& args, const AttentionOperand& operand, int64_t heads, int64_t positions) {
+  return {operand, args.batch, heads, positions, args.head_dim / kVector<__half>};
+}
+
+// Calls f with a null pointer of the storage type, the columns, and whether the kernel is the plain one.
+template <class F>
+void with_hopper_kernel(const Attention& args, F f) {
+  const auto with_columns = [&](auto* type) {
+    const auto with_plain = [&](auto columns) {
+      if (is_plain(args)) f(type, columns, std::true_type{});
+      else f(type, columns, std::false_type{});
+    };
+    if (args.head_dim == 64) with_plain(std::integral_constant<int, 64>{});
+    else with_plain(std::integral_constant<int, 128>{});
+  };
+  if (args.dtype == DType::BFloat16) with_columns(static_cast<__nv_bfloat16*>(nullptr));
+  else with_columns(static_cast<__half*>(nullptr));
 }
 
 // Positions from `first` to `last` − 1.

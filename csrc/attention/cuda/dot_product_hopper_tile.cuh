@@ -74,17 +74,24 @@ __device__ inline void start_columns(float (&sums)[kTiles][4], const uint32_t (&
   }
 }
 
-// Sums as a left operand, along their columns: a lane has what it needs of them.
-template <class S, int kTiles>
-__device__ inline void to_weights(uint32_t (&weights)[kTiles / 2][4], const float (&sums)[kTiles][4]) {
+// Sums as a left operand, along their columns: a lane has what it needs of them. Those that keeps(i) does not name,
+// elements counted tile by tile, are zero.
+template <class S, int kTiles, class Keeps>
+__device__ inline void to_weights(uint32_t (&weights)[kTiles / 2][4], const float (&sums)[kTiles][4], Keeps keeps) {
 #pragma unroll
   for (int part = 0; part < kTiles / 2; ++part) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* const pair = &sums[2 * part + i / 2][i % 2 * 2];
-      weights[part][i] = round_pair<S>(pair[0], pair[1]);
+      const int tile = 2 * part + i / 2, first = i % 2 * 2;
+      const auto element = [&](int e) { return keeps(4 * tile + e) ? sums[tile][e] : 0.0f; };
+      weights[part][i] = round_pair<S>(element(first), element(first + 1));
     }
   }
+}
+
+template <class S, int kTiles>
+__device__ inline void to_weights(uint32_t (&weights)[kTiles / 2][4], const float (&sums)[kTiles][4]) {
+  to_weights<S>(weights, sums, [](int) { return true; });
 }
 
 // A thread's place in its warpgroup, and its rows: `row` and the eighth behind it.

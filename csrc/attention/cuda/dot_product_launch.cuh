@@ -1,6 +1,7 @@
 // How derivatives are started: plans, what is found of every query before, scratch.
 #pragma once
 
+#include "attention/cuda/dot_product_finite.cuh"
 #include "attention/cuda/dot_product_hopper.h"
 #include "attention/cuda/dot_product_mask.cuh"
 
@@ -12,8 +13,9 @@ namespace {
 
 // D = Σ grad_out · out − grad_lse of every query, and its tangent: a warp a query.
 template <class S, bool kTangent>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    correction_kernel(const __grid_constant__ DerivativeArgs args, Compute<S>* correction, Compute<S>* correction_t) {
+__global__ void __launch_bounds__(kMostThreads, 1) correction_kernel(
+    const __grid_constant__ DerivativeArgs args, Compute<S>* correction, Compute<S>* correction_t, const int* only_if) {
+  if (only_if != nullptr && *only_if == 0) return;
   using C = Compute<S>;
   const Lane lane;
   const int64_t rows = args.batch * args.heads * args.queries;
@@ -43,9 +45,9 @@ template <class S, Part kPart, int kBound>
 using PlanOf = typename Derivative<S, kPart, kBound>::Plan;
 
 template <class S, Part kPart, int kBound>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    derivative_kernel(const __grid_constant__ DerivativeArgs args,
-                      const __grid_constant__ PlanOf<S, kPart, kBound> plan) {
+__global__ void __launch_bounds__(kMostThreads, 1) derivative_kernel(
+    const __grid_constant__ DerivativeArgs args, const __grid_constant__ PlanOf<S, kPart, kBound> plan) {
+  if (plan.only_if != nullptr && *plan.only_if == 0) return;
   Derivative<S, kPart, kBound>(args, plan, dynamic_shared).run();
 }
 
@@ -81,8 +83,8 @@ PlanOf<S, kPart, kBound> make_plan(const DerivativeArgs& args) {
   plan.rows_shared = true;
   plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None && args.alibi_slopes == nullptr &&
                args.softcap == 0 && args.dropout_p <= 0;
-  plan.mask_pairs = mask_pairs(args.mask, P::kKeysAreRows ? 2 : 3, P::kKeysAreRows ? args.queries : args.keys,
-                               mask_bytes(args));
+  plan.mask_pairs =
+      mask_pairs(args.mask, P::kKeysAreRows ? 2 : 3, P::kKeysAreRows ? args.queries : args.keys, mask_bytes(args));
   for (int kind = 0; kind < kKinds; ++kind) {
     plan.query_side_aligned[kind] = is_aligned<S>(P::query_side(args, kind));
     plan.key_side_aligned[kind] = is_aligned<S>(P::key_side(args, kind));
@@ -207,7 +209,7 @@ struct BackwardRun {
         });
       }
       bytes = numbers * static_cast<int64_t>(sizeof(Compute<S>));
-      if constexpr (!kTangent && kIsHalf<S>) bytes = std::max(bytes, hopper_scratch(args));
+      if constexpr (!kTangent && kIsHalf<S>) bytes = std::max(bytes + kFlagBytes, hopper_scratch(args));
     });
     return bytes;
   }
@@ -217,20 +219,25 @@ struct BackwardRun {
     with_type(args.dtype, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       using C = Compute<S>;
+      const int* only_if = nullptr;
       if constexpr (!kTangent && kIsHalf<S>) {
-        if (hopper_backward(args, scratch, stream)) return;
+        const HopperRun hopper = hopper_backward(args, scratch, stream);
+        if (hopper.started && hopper.flag == nullptr) return;
+        only_if = hopper.flag;
+        scratch = static_cast<char*>(scratch) + kFlagBytes;
       }
       C* const correction = static_cast<C*>(scratch);
       C* const correction_t = kTangent ? correction + rows(args) : nullptr;
       C* const parts = correction + rows(args) * (kTangent ? 2 : 1);
       if (rows(args) > 0) {
         launch(correction_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0,
-               stream, args, correction, correction_t);
+               stream, args, correction, correction_t, only_if);
       }
       const auto fill = [&](DerivativeSettings& plan) {
         plan.correction = correction;
         plan.correction_t = correction_t;
         plan.mask_parts = parts;
+        plan.only_if = only_if;
       };
       if (args.grad_query != nullptr) {
         run_derivative<S, kQuery>(args, args.head_dim, stream, [&](DerivativeSettings& plan) {

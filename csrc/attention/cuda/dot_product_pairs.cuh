@@ -37,7 +37,8 @@ struct DerivativeSettings {
   AttentionStrides out_t_strides;
   // Of the mask's gradients.
   int64_t mask_sizes[4], splits;
-  void* mask_parts;  // C [splits, the mask's elements]
+  void* mask_parts;    // C [splits, the mask's elements]
+  const int* only_if;  // null, or it says whether there is anything to do
 };
 
 template <int kDim>

@@ -164,7 +164,8 @@ struct Scores {
         }
       };
       const C first = C(row.distance);
-      if (sequence.queries < kExact / 2 && sequence.keys < kExact / 2) add([&](int column) { return first - C(column); });
+      if (sequence.queries < kExact / 2 && sequence.keys < kExact / 2)
+        add([&](int column) { return first - C(column); });
       else add([&](int column) { return C(row.distance - column); });
     }
     if (args.mask.type > MaskType::Bool) each_added<kTiles>(row, bits, [&](int i, C x) { element(i) += x; });
@@ -216,6 +217,7 @@ class Dropout {
 
   // Four bits, one for each element of the lane: rows are queries `low` and `high` of heads low_head and high_head,
   // columns keys from `first_key` on, a multiple of eight.
+  template <class Lane>
   __device__ uint32_t keep_of_queries(int low_head, int low, int high_head, int high, int first_key,
                                       const Lane& lane) const {
     const bool odd = lane.q % 2 != 0;  // an odd lane draws for row g + 8, its neighbour for row g
@@ -228,6 +230,7 @@ class Dropout {
   }
 
   // The same where rows are keys from `first_key` on, a multiple of sixteen, and columns queries from `first_query` on.
+  template <class Lane>
   __device__ uint32_t keep_of_keys(int head, int first_query, int first_key, const Lane& lane) const {
     // Of the lanes whose keys share a block, each draws for one of the four elements.
     const int word = lane.g % 4, quad = lane.lane - 4 * word;
@@ -253,6 +256,13 @@ class Dropout {
   int64_t heads_, queries_ = 0;
   uint64_t seed_ = 0, first_ = 0, blocks_of_row_ = 0, threshold_ = 0;
 };
+
+// Whether scores are products times a positive scale, and nothing is dropped.
+inline bool is_plain(const Attention& args) {
+  constexpr double kLeastScale = 1e-30;  // one that a float holds
+  return args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0 &&
+         args.scale > kLeastScale;
+}
 
 // What a kept weight is multiplied by.
 __host__ __device__ inline double kept_weight(const Attention& args) {
