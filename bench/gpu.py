@@ -69,6 +69,49 @@ def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal:
     return Workload(name + ("/causal" if causal else ""), make, {f"product/{str(dtype)[6:]}": flops})
 
 
+def with_option(m: Machine, option: str, train: bool) -> Workload:
+    """Of what the kernels for the plain case do not take: a mask of the keys, ALiBi, dropout."""
+    batch, heads, columns, length = 4, 16, 128, m.size(4096, 20)
+
+    def make() -> dict[str, Call]:
+        dtype = torch.bfloat16
+        args = [m.randn(batch, heads, length, columns, dtype=dtype, grad=train) for _ in range(3)]
+        grad = m.randn(batch, heads, length, columns, dtype=dtype)
+        seen = torch.arange(length, device=grad.device) < length * 3 // 4
+        slopes = torch.exp2(-8 * torch.arange(1, heads + 1, device=grad.device) / heads)
+        positions = torch.arange(length, device=grad.device)
+        bias = (-slopes.view(-1, 1, 1) * (positions.view(-1, 1) - positions).abs()).to(dtype)
+
+        def call(f: Callable[..., Any], **options: Any) -> Call:
+            if train:
+                return lambda: torch.autograd.grad(f(*args, **options), args, grad)
+            return lambda: f(*args, **options)
+
+        def slope(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score - slopes[h] * (q - k).abs()
+
+        def unmasked(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return torch.where(seen[k], score, -float("inf"))
+
+        own, theirs, mods = {
+            "padding": ({"attn_mask": seen.view(1, 1, 1, -1)},) * 2 + (unmasked,),
+            "alibi": ({"alibi_slopes": slopes}, {"attn_mask": bias}, slope),
+            "dropout": ({"dropout_p": 0.1},) * 2 + (None,),
+        }[option]
+        ours = call(functional.scaled_dot_product_attention, **own)
+        calls = {"lect11ext": ours, "lect11ext general": within(lambda: environment(**{HOPPER: "0"}), ours)}
+        for name, backend in BACKENDS.items():
+            context = lambda backend=backend: sdpa_kernel([backend])  # noqa: E731
+            calls[name] = within(context, call(torch_attention, **theirs))
+        if mods is not None:
+            calls["flex"] = call(torch.compile(flex_attention), score_mod=mods)
+        return calls
+
+    flops = 4.0 * batch * heads * length**2 * columns * (3.5 if train else 1)
+    return Workload(f"attention/{'train' if train else 'forward'}/bfloat16/d{columns}/L{length}/{option}", make,
+                    {"product/bfloat16": flops})  # fmt: skip
+
+
 def decoding(m: Machine) -> Workload:
     batch, heads, kv_heads, keys, columns = 32, 32, 8, m.size(8192, 16), 128
 
@@ -117,6 +160,7 @@ def workloads(m: Machine) -> list[Workload]:
         *autoencoders(m),
         *(attention(m, bf16, d, n, c, t) for d in (64, 128) for n in (2048, 8192, 16384) for c in both for t in both),
         *(attention(m, f32, d, 2048, False, t) for d in (64, 128) for t in both),
+        *(with_option(m, option, t) for option in ("padding", "alibi", "dropout") for t in both),
         decoding(m),
         *layers(m),
         *(additive(m, train) for train in both),

@@ -22,11 +22,55 @@ namespace {
 using namespace lect11ext;
 using namespace lect11ext::on_gpu;
 
+// Padding: a bool of keys, the last quarter of which is barred. Bool, Bias: of queries and keys, a tenth barred.
+enum class Option { None, Padding, Bool, Bias, Alibi, Softcap, Dropout };
+
 struct Case {
   const char* name;
   int64_t batch, heads, kv_heads, queries, keys, columns;
   bool causal;
   int64_t window = kOpen;
+  Option option = Option::None;
+};
+
+// What an option needs in memory, and its part of the arguments.
+struct Given {
+  Device<uint8_t> barred;
+  Device<S> bias;
+  Device<float> slopes;
+  Device<int64_t> key;
+
+  Given(const Case& c, std::mt19937& random, Attention& args)
+      : barred(c.option == Option::Padding ? c.keys
+               : c.option == Option::Bool  ? c.queries * c.keys
+                                           : 0),
+        bias(c.option == Option::Bias ? c.queries * c.keys : 0),
+        slopes(c.heads),
+        key(2) {
+    std::vector<uint8_t> seen(barred.count);
+    for (size_t i = 0; i < seen.size(); ++i) {
+      seen[i] = c.option == Option::Padding ? static_cast<int64_t>(4 * i) < 3 * c.keys : random() % 10 != 0;
+    }
+    bias.draw(random);
+    std::vector<float> slope(c.heads);
+    for (int64_t h = 0; h < c.heads; ++h) slope[h] = std::exp2(-8.0f * static_cast<float>(h + 1) / c.heads);
+    const int64_t words[2] = {1234567, 0};
+    const auto copy = [](void* to, const void* from, size_t bytes) {
+      cuda::check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copy");
+    };
+    copy(barred.data, seen.data(), seen.size());
+    copy(slopes.data, slope.data(), slope.size() * sizeof(float));
+    copy(key.data, words, sizeof(words));
+    switch (c.option) {
+      case Option::Padding: args.mask = {barred.data, MaskType::Bool, {0, 0, 0, 1}}; break;
+      case Option::Bool: args.mask = {barred.data, MaskType::Bool, {0, 0, c.keys, 1}}; break;
+      case Option::Bias: args.mask = {bias.data, MaskType::Storage, {0, 0, c.keys, 1}}; break;
+      case Option::Alibi: args.alibi_slopes = slopes.data, args.alibi_strides[1] = 1; break;
+      case Option::Softcap: args.softcap = 30; break;
+      case Option::Dropout: args.dropout_p = 0.1, args.dropout_key = key.data; break;
+      case Option::None: break;
+    }
+  }
 };
 
 void choose(bool hopper) { setenv("LECT11EXT_ATTENTION_HOPPER", hopper ? "1" : "0", 1); }
@@ -53,6 +97,7 @@ void compare(const Case& c) {
   common.query = {query.data, a}, common.key = {key.data, b}, common.value = {value.data, b};
   common.scale = 1 / std::sqrt(static_cast<double>(c.columns));
   common.window_left = c.window, common.window_right = c.causal ? 0 : kOpen;
+  const Given given(c, random, common);
   AttentionForward forward{common, out.data, a, lse.data};
   backward.out = {out.data, a}, backward.lse = lse.data, backward.grad_out = {grad_out.data, a};
   backward.grad_query = grad_query.data, backward.grad_query_strides = a;
@@ -74,7 +119,7 @@ void compare(const Case& c) {
   const auto expected_lse = lse.read();
   lse.poison();
   choose(true);
-  const bool taken = cuda::hopper_forward(forward, nullptr);
+  const bool taken = cuda::hopper_forward(forward, scratch.data, nullptr).started;
   const auto actual = results(true), again = results(true);
   std::printf("%-22s%s differences: out %.1e lse %.1e dq %.1e dk %.1e dv %.1e; repeats %s", c.name,
               taken ? "" : " NOT TAKEN", difference(actual[0], expected[0]), difference(lse.read(), expected_lse),
@@ -95,6 +140,30 @@ void compare(const Case& c) {
   std::fflush(stdout);
 }
 
+// One query of many sequences, which is bound by reading keys and values.
+void decode(int64_t batch, int64_t heads, int64_t kv_heads, int64_t keys, int64_t columns) {
+  std::mt19937 random(1);
+  const size_t of_queries = batch * heads, of_keys = batch * kv_heads * keys;
+  Device<S> query(of_queries * columns), key(of_keys * columns), value(of_keys * columns), out(query.count);
+  Device<float> lse(of_queries);
+  for (Device<S>* t : {&query, &key, &value}) t->draw(random);
+  AttentionForward forward{};
+  forward.batch = forward.sequences = batch, forward.heads = heads, forward.kv_heads = kv_heads;
+  forward.queries = 1, forward.keys = keys, forward.head_dim = forward.value_dim = columns;
+  forward.dtype = DType::BFloat16, forward.scale = 1 / std::sqrt(static_cast<double>(columns));
+  forward.window_left = forward.window_right = kOpen;
+  const AttentionStrides a{heads * columns, columns, columns};
+  const AttentionStrides b{keys * kv_heads * columns, keys * columns, columns};
+  forward.query = {query.data, a}, forward.key = {key.data, b}, forward.value = {value.data, b};
+  forward.out = out.data, forward.out_strides = a, forward.lse = lse.data;
+  Device<char> scratch(cuda::attention_scratch(forward));
+  const double took = milliseconds([&] { cuda::attention_forward(forward, scratch.data, nullptr); });
+  std::printf("one query, B %lld, heads %lld/%lld, S %lld, D %lld: %.3f ms, %.2f TB/s\n", static_cast<long long>(batch),
+              static_cast<long long>(heads), static_cast<long long>(kv_heads), static_cast<long long>(keys),
+              static_cast<long long>(columns), took, 2e-9 * sizeof(S) * key.count / took);
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main() {
@@ -111,6 +180,20 @@ int main() {
       {"D 64, 4096, causal", 4, 32, 32, 4096, 4096, 64, true},
       {"D 128, 64/8, 16384", 1, 64, 8, 16384, 16384, 128, false},
       {"D 128, 64/8, causal", 1, 64, 8, 16384, 16384, 128, true},
+      {"D 64, bool, odd", 1, 2, 2, 200, 301, 64, false, kOpen, Option::Bool},
+      {"D 128, bias, small", 1, 4, 2, 200, 300, 128, true, kOpen, Option::Bias},
+      {"D 128, dropout, small", 2, 4, 2, 200, 300, 128, true, 100, Option::Dropout},
+      {"D 128, padding", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Padding},
+      {"D 128, bool", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Bool},
+      {"D 128, bias", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Bias},
+      {"D 128, alibi, causal", 4, 16, 16, 4096, 4096, 128, true, kOpen, Option::Alibi},
+      {"D 128, softcap", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Softcap},
+      {"D 128, dropout", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Dropout},
+      {"D 64, padding", 4, 32, 32, 4096, 4096, 64, false, kOpen, Option::Padding},
+      {"D 96", 4, 16, 16, 4096, 4096, 96, false},
+      {"D 256", 4, 8, 8, 4096, 4096, 256, false},
   };
   for (const Case& c : cases) compare(c);
+  for (const int64_t batch : {1, 32}) decode(batch, 32, 8, 8192, 128);
+  decode(32, 32, 32, 4096, 64);
 }

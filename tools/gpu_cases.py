@@ -191,6 +191,11 @@ def cases() -> dict[str, Case]:
     out["attention dropout, slopes"] = attention(
         f32, 32, 70, 90, dropout_p=0.3, dropout_key=KEY, alibi_slopes=torch.rand(4)
     )
+    for columns in (40, 64, 128):  # 40 by the kernels for all devices
+        name = f"attention bf16 {columns}"
+        out[f"{name} mask"] = attention(bf16, columns, 70, 150, mask=True)
+        out[f"{name} softcap, slopes"] = attention(bf16, columns, 70, 150, softcap=2.0, alibi_slopes=torch.rand(4))
+        out[f"{name} dropout"] = attention(bf16, columns, 70, 150, dropout_p=0.3, dropout_key=KEY, is_causal=True)
     out["attention decoding"] = attention(bf16, 128, 1, 700)
     return out
 
