@@ -175,7 +175,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": F32},
     "another size": {"dim": 72},
     "values of another size": {"value_dim": 128},
-    "sequences one behind the other": {"lengths": [(20, 30), (5, 9)]},
+    "few queries in each sequence": {"lengths": [(20, 30), (5, 9)]},
     "not aligned": {"aligned": False},
     "a window without keys": {"window": (3, -5)},
 }

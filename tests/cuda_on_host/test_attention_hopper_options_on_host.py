@@ -33,13 +33,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "negative scale": {"scale": -0.3, "queries": 20, "keys": 140},
     "no scale": {"scale": 0.0, "queries": 20, "keys": 40},
+    "sequences": {"lengths": [(70, 90), (0, 3), (200, 140), (7, 0), (1, 1), (40, 260)]},
+    "sequences, causal": {
+        "lengths": [(1, 150), (300, 300), (128, 128), (20, 129)], "window": CAUSAL, "bottom_right": True, **ONE,
+    },
+    "sequences, all": {
+        "lengths": [(33, 20), (150, 270), (60, 60)], "window": (150, 40), "alibi": True, "dropout": 0.3,
+        "heads": 4, "kv_heads": 2,
+    },
     "all": {
         "mask": "storage", "alibi": True, "dropout": 0.25, "queries": 70, "keys": 136, "heads": 4, "kv_heads": 2,
         "batch": 2, "window": (90, 40), "bottom_right": True,
     },
 }  # fmt: skip
 SOFTCAP = {"softcap": 1.5, "queries": 70, "keys": 140, "alibi": True, "mask": "bool", "window": CAUSAL}
-F16_OPTIONS = ("bool", "storage", "dropout")
+F16_OPTIONS = ("bool", "storage", "dropout", "sequences")
 CASES = [
     (name, dim, dtype)
     for name in OPTIONS
@@ -99,6 +107,27 @@ def test_what_a_mask_bars_may_be_nan(hopper: Kernels, value: float, mask: str, d
         wide[name][:, :, 5:8] = 0
     expected = case.gradients(wide["grad_out"], wide["grad_lse"])(*(wide[n] for n in case.inputs()))
     found = case.backward(hopper, saved=case.forward(hopper), grad_mask=None)
+    check(case, found, expected)
+    assert all(g.isfinite().all() for g in found.values())
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("lengths", [[(40, 50), (0, 9), (60, 70)], [(70, 130), (60, 0), (2, 5)]])
+def test_what_lies_between_sequences_may_be_nan(hopper: Kernels, lengths: list[tuple[int, int]], dim: int) -> None:
+    """Keys of a sequence without queries, and queries of one without keys."""
+    case = make(dim, dtype=BF16, lengths=lengths, **ONE)
+    wide = case.wide()
+    (queries, keys), (more_queries, more_keys) = lengths[:2]  # of which one is none
+    unseen = {name: slice(queries, queries + more_queries) for name in ("query", "grad_out")}
+    unseen |= {name: slice(keys, keys + more_keys) for name in ("key", "value")}
+    for name, positions in unseen.items():
+        case.tensors[name][:, :, positions] = math.nan
+        wide[name][:, :, positions] = 0
+    out, lse = case.forward(hopper)
+    expected_out, _ = case.attend(wide["query"], wide["key"], wide["value"], None)
+    near(out, expected_out, BF16)
+    expected = case.gradients(wide["grad_out"], wide["grad_lse"])(*(wide[n] for n in case.inputs()))
+    found = case.backward(hopper, saved=(out, lse))
     check(case, found, expected)
     assert all(g.isfinite().all() for g in found.values())
 

@@ -14,9 +14,16 @@ __global__ void __launch_bounds__(kSideThreads)
   for (int64_t i = first; i <= scratch.units * scratch.tiles; i += step) scratch.counts[i] = 0;
   const int64_t padded = scratch.tiles * HopperBackwardScratch::queries_of_tile(kColumns);
   for (int64_t i = first; i < scratch.units * padded * kLanes; i += step) {
-    const int64_t row = i / kLanes, unit = divide(row, padded), query = row - unit * padded;
+    const int64_t row = i / kLanes, unit = divide(row, padded), place = row - unit * padded;
     const int64_t batch = divide(unit, args.heads), head = unit - batch * args.heads;
-    const bool there = query < args.queries;
+    constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns);
+    int64_t query = place;
+    bool there = query < args.queries;
+    if (!kPlain && args.query_starts != nullptr) {
+      const HopperBackwardScratch::Queries queries = scratch.queries_of(args, place / kQueries);
+      query = queries.first + place % kQueries;
+      there = place % kQueries < queries.count;
+    }
     float sum = 0;
     if (there) {
       const auto piece = [&](const AttentionOperand& operand) {
@@ -46,8 +53,11 @@ __global__ void __launch_bounds__(HopperBackward<S, kColumns, kPlain>::kThreads,
   __shared__ int number;
   if (threadIdx.x == 0) number = atomicAdd(plan.scratch.taken, 1);
   __syncthreads();
-  const Sequence sequence(args, 0);  // all are alike
-  HopperBackward<S, kColumns, kPlain>(args, plan, sequence, number).run();
+  using Kernel = HopperBackward<S, kColumns, kPlain>;
+  const typename Kernel::Own own = Kernel::find(args, plan, number);
+  const Sequence sequence(args, own.sequence);
+  if (own.tile * Kernel::kKeys >= sequence.keys) return;
+  Kernel(args, plan, sequence, own).run();
 #endif
 }
 
@@ -70,17 +80,17 @@ __global__ void __launch_bounds__(kSideThreads)
       for (int q = 0; q < 4; ++q) sums[q] = from[q];
     }
     const AttentionStrides& strides = args.grad_query_strides;
-    const int64_t query =
-        (tile - unit * scratch.tiles) * Kernel::kQueries + (Kernel::kHalves == 1 ? 0 : 64 * group) + 16 * warp + g;
+    const HopperBackwardScratch::Queries queries = scratch.queries_of(args, tile - unit * scratch.tiles);
+    const int query = (Kernel::kHalves == 1 ? 0 : 64 * group) + 16 * warp + g;
     S* const to = static_cast<S*>(args.grad_query) + batch * strides.batch +
-                  (unit - batch * args.heads) * strides.head + query * strides.position +
+                  (unit - batch * args.heads) * strides.head + (queries.first + query) * strides.position +
                   (Kernel::kHalves == 1 ? 64 * group : 0) + 8 * column_tile;
     const auto word = [](float low, float high) { return round_pair<S>(low, high); };
-    if (query < args.queries) {
+    if (query < queries.count) {
       *reinterpret_cast<uint4*>(to) = make_uint4(word(sums[0].x, sums[0].y), word(sums[1].x, sums[1].y),
                                                  word(sums[2].x, sums[2].y), word(sums[3].x, sums[3].y));
     }
-    if (query + 8 < args.queries) {
+    if (query + 8 < queries.count) {
       *reinterpret_cast<uint4*>(to + 8 * strides.position) =
           make_uint4(word(sums[0].z, sums[0].w), word(sums[1].z, sums[1].w), word(sums[2].z, sums[2].w),
                      word(sums[3].z, sums[3].w));
@@ -101,7 +111,7 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
     return result;
   }
   result.started = true;
-  if (args.mask.type != MaskType::None) {
+  if (needs_finite(args)) {
     // Of barred keys and queries that see nothing scores and weights are selected away, but not what these multiply.
     result.flag = static_cast<int*>(scratch);
     find_non_finite<S>(
@@ -113,7 +123,8 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   plan.first_key = static_cast<int>(keys.first);
   plan.mask_pairs = mask_pairs(args.mask, 2, args.queries, mask_bytes(args));
   plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes);
-  plan.order = BlockOrder::of(args, ceil_divide(args.keys, Kernel::kKeys), args.batch * args.kv_heads,
+  plan.tiles = {args.key_starts, args.key_starts == nullptr ? 1 : args.sequences, args.keys, Kernel::kKeys, 1};
+  plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
   const int64_t rows = plan.scratch.rows(kColumns);
   launch(hopper_prepare_kernel<S, kColumns, kPlain>, grid_stride_blocks(rows * kColumns / 8, kSideThreads),

@@ -19,24 +19,40 @@ namespace lect11ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
-// What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head.
+// What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head; of
+// sequences one behind the other the tiles are numbered as RowTiles does.
 struct HopperBackwardScratch {
   float* sums;                  // of queries' gradients: a tile as put() below lays it
   float *shifts, *corrections;  // of each query: what scores lose before they are weights, in binary logarithms (of the
                                 // plain kernel, else natural ones), +∞ for one that sees nothing; D · scale
   int *counts, *taken;          // of each tile, the tiles of keys that have been added; numbers that blocks have taken
   int64_t tiles, units;         // of a head; heads of all batches
+  RowTiles order;               // of the tiles of a head
 
   static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
-    const int64_t columns = args.head_dim, tiles = ceil_divide(args.queries, queries_of_tile(columns));
+    const int64_t columns = args.head_dim;
     HopperBackwardScratch s{};
-    s.tiles = tiles, s.units = args.batch * args.heads;
+    s.order = {args.query_starts, args.query_starts == nullptr ? 1 : args.sequences, args.queries,
+               queries_of_tile(columns), 1};
+    s.tiles = s.order.count(), s.units = args.batch * args.heads;
     s.sums = static_cast<float*>(data);
     s.shifts = s.sums + s.rows(columns) * columns;
     s.corrections = s.shifts + s.rows(columns);
     s.counts = reinterpret_cast<int*>(s.corrections + s.rows(columns));
-    s.taken = s.counts + s.units * tiles;
+    s.taken = s.counts + s.units * s.tiles;
     return s;
+  }
+
+  // A tile of queries of a head: the first of them, counted within the tensor, and how many there are, perhaps none.
+  struct Queries {
+    int64_t first;
+    int count;
+  };
+  __device__ Queries queries_of(const AttentionBackward& args, int64_t tile) const {
+    const RowTiles::Tile found = order.find(tile);
+    const Sequence sequence(args, found.sequence);
+    const int size = static_cast<int>(order.size), first = found.number * size;
+    return {sequence.first_query + first, std::max(0, std::min(size, sequence.queries - first))};
   }
   static __host__ __device__ constexpr int queries_of_tile(int64_t columns) { return columns == 64 ? 128 : 64; }
   int64_t rows(int64_t columns) const { return units * tiles * queries_of_tile(columns); }
@@ -49,6 +65,7 @@ struct HopperBackwardScratch {
 struct HopperBackwardPlan {
   CUtensorMap key, value, query, grad_out;
   BlockOrder order;
+  RowTiles tiles;              // of keys, where sequences lie one behind the other
   int first_query, first_key;  // of those that are mapped
   bool mask_pairs;             // along the queries
   HopperBackwardScratch scratch;
@@ -85,20 +102,36 @@ struct HopperBackward {
   uint32_t keys_full, grads_read;
   Ring<kStages> ring;  // of queries
   Ring<2> sums;        // of queries' gradients on their way to memory
-  int kv_head, batch, first_key, first_tile, tiles, steps;
+  int kv_head, first_key, first_tile, tiles, steps;
+  int64_t first_of_all;  // the number of the sequence's first tile of queries among those of all
+
+  // What a block owns: a tile of the keys of a sequence and a head; none where `tile` is behind the sequence's last
+  // one.
+  struct Own {
+    int kv_head, tile;
+    int64_t sequence;
+  };
+  __device__ static Own find(const AttentionBackward& args, const HopperBackwardPlan& plan, int number) {
+    const BlockOrder::Block block = plan.order.find(number);
+    if (!kPlain && args.query_starts != nullptr) {
+      const RowTiles::Tile tile = plan.tiles.find(block.tile);
+      return {block.unit, tile.number, tile.sequence};
+    }
+    const int heads = static_cast<int>(args.kv_heads), batch = block.unit / heads;
+    return {block.unit - batch * heads, block.tile, batch};
+  }
 
   __device__ HopperBackward(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence,
-                            int number)
-      : args(args), plan(plan), sequence(sequence), shared(dynamic_shared) {
+                            const Own& own)
+      : args(args), plan(plan), sequence(sequence), shared(dynamic_shared), kv_head(own.kv_head) {
     keys_full = shared.address + kBarriersAt;
     grads_read = keys_full + 8;
     ring = {grads_read + 8, grads_read + 8 * (1 + kStages)};
     sums = {grads_read + 8 * (1 + 2 * kStages), grads_read + 8 * (3 + 2 * kStages)};
     // The first keys of a causal attention have the most to do and come first.
-    const BlockOrder::Block block = plan.order.find(number);
-    batch = block.unit / static_cast<int>(args.kv_heads);
-    kv_head = block.unit - batch * static_cast<int>(args.kv_heads);
-    first_key = block.tile * kKeys;
+    first_key = own.tile * kKeys;
+    first_of_all = 0;
+    if (!kPlain && args.query_starts != nullptr) first_of_all = plan.scratch.order.first_of(own.sequence);
     const Range range = queries_seen(sequence, first_key, std::min(first_key + kKeys, sequence.keys) - 1);
     first_tile = range.first / kQueries;
     tiles = range.empty() ? 0 : (range.last - 1) / kQueries + 1 - first_tile;
@@ -110,7 +143,7 @@ struct HopperBackward {
   __device__ int tile_of(int n) const { return first_tile + tiles - 1 - n % tiles; }
   __device__ int query_of(int n, int half) const { return tile_of(n) * kQueries + half * kHalf; }
   __device__ int64_t tile_of_all(int n) const {
-    return (batch * args.heads + head_of(n)) * plan.scratch.tiles + tile_of(n);
+    return (sequence.batch * args.heads + head_of(n)) * plan.scratch.tiles + first_of_all + tile_of(n);
   }
 
   __device__ uint32_t keys_at() const { return shared.address; }
@@ -131,11 +164,14 @@ struct HopperBackward {
   __device__ int sums_at(int n) const { return kSumsAt + sums.stage(n) * kSumsBytes; }
 
   __device__ void load() const {
+    const int batch = static_cast<int>(sequence.batch);
+    const int own_keys = static_cast<int>(sequence.first_key) + first_key - plan.first_key;
+    const int first_query = static_cast<int>(sequence.first_query) - plan.first_query;
     barrier_arrive_expecting(keys_full, 2 * KeyTile::kBytes);
-    KeyTile::load(keys_at(), plan.key, keys_full, first_key - plan.first_key, kv_head, batch);
-    KeyTile::load(values_at(), plan.value, keys_full, first_key - plan.first_key, kv_head, batch);
+    KeyTile::load(keys_at(), plan.key, keys_full, own_keys, kv_head, batch);
+    KeyTile::load(values_at(), plan.value, keys_full, own_keys, kv_head, batch);
     for (int n = 0; n < steps; ++n) {
-      const int position = query_of(n, 0) - plan.first_query, head = head_of(n);
+      const int position = first_query + query_of(n, 0), head = head_of(n);
       const int64_t first = tile_of_all(n) * kQueries;
       const uint32_t full = ring.full_barrier(n);
       ring.wait_empty(n);
@@ -180,9 +216,7 @@ struct HopperBackward {
   // Products become weights, zero where a query does not see the key.
   __device__ void weigh_by_options(float (&scores)[kTiles][4], Marks& marks, int n, int half, int own_row,
                                    const GroupLane& lane) const {
-    Sequence own = sequence;
-    own.batch = batch;
-    const Scores<S, true> options{args, own, plan.mask_pairs};
+    const Scores<S, true> options{args, sequence, plan.mask_pairs};
     const int query = query_of(n, half), head = head_of(n), key = first_key + own_row;
     const bool whole = args.mask.type == MaskType::None && query + kHalf <= sequence.queries &&
                        all_see(sequence, query, kHalf, key, kGroupRows);
@@ -204,7 +238,7 @@ struct HopperBackward {
       }
     }
     if (args.dropout_p > 0) {
-      const Dropout dropout(args, own);
+      const Dropout dropout(args, sequence);
       marks.kept = 0;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -398,7 +432,8 @@ struct HopperBackward {
   __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], float factor,
                         int which, int own_row, const GroupLane& lane) const {
     if (to == nullptr) return;
-    S* const first = static_cast<S*>(to) + batch * strides.batch + kv_head * strides.head;
+    S* const first = static_cast<S*>(to) + sequence.batch * strides.batch + kv_head * strides.head +
+                     sequence.first_key * strides.position;
     const float factors[2] = {factor, factor};
     write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, lane, [&](int i) {
       const int row = first_key + own_row + i;

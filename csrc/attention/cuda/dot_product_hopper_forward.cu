@@ -15,6 +15,7 @@ namespace {
 
 struct HopperForwardPlan {
   CUtensorMap query, key, value;
+  RowTiles tiles;  // of queries
   BlockOrder order;
   int first_key;  // of those that are mapped
   bool mask_pairs;
@@ -37,37 +38,56 @@ struct HopperForward {
   static constexpr int kOutAt = kValuesAt + kStages * KeyTile::kBytes, kBarriersAt = kOutAt + QueryTile::kBytes;
   static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * 6 * kStages;
 
-  // A tile of queries, how many tiles of keys it still sees, and the first key of the next one. From the last keys on:
-  // the first tile that a warpgroup takes is, where attention is causal, the cut one.
+  // A tile of queries of a sequence, how many tiles of keys it still sees, and the first key of the next one. From the
+  // last keys on: the first tile that a warpgroup takes is, where attention is causal, the cut one.
   struct Work {
-    int head, batch, first_query, key, tiles;
+    int head, number, first_query, key, tiles;
 
     __device__ bool pass() { return key -= kKeys, --tiles > 0; }
   };
 
   const AttentionForward& args;
   const HopperForwardPlan& plan;
-  const Sequence& sequence;
+  const Sequence first_sequence;
   AlignedShared shared;
   Ring<kStages> queries, keys, values;
 
-  __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan, const Sequence& sequence)
-      : args(args), plan(plan), sequence(sequence), shared(dynamic_shared) {
+  __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan)
+      : args(args), plan(plan), first_sequence(args, 0), shared(dynamic_shared) {
     const uint32_t barriers = shared.address + kBarriersAt;
     queries = {barriers, barriers + 8 * kStages};
     keys = {barriers + 16 * kStages, barriers + 24 * kStages};
     values = {barriers + 32 * kStages, barriers + 40 * kStages};
   }
 
-  // What the block does in a round, and whether there are keys to see; `over`: nothing, and that was all.
+  // Of the plain kernel all sequences are alike but for their batch.
+  __device__ Sequence sequence_of(const Work& work) const {
+    if (!kPlain && args.query_starts != nullptr) return Sequence(args, work.number);
+    Sequence sequence = first_sequence;
+    sequence.batch = work.number;
+    return sequence;
+  }
+
+  // What the block does in a round, and whether there is anything; `over`: nothing, and that was all.
   __device__ bool find(Work& work, int round, bool& over) const {
     BlockOrder::Block block;
     work.tiles = 0;
     if (!plan.order.in_round(round, block, over)) return false;
-    work.batch = block.unit / static_cast<int>(args.heads);
-    work.head = block.unit - work.batch * static_cast<int>(args.heads);
+    int tiles = plan.order.tiles, tile = block.tile;
+    if (!kPlain && args.query_starts != nullptr) {
+      const RowTiles::Tile found = plan.tiles.find(block.tile);
+      work.number = static_cast<int>(found.sequence);
+      work.head = block.unit;
+      tile = found.number;
+      tiles = (sequence_of(work).queries + kQueries - 1) / kQueries;
+      if (tile >= tiles) return false;
+    } else {
+      work.number = block.unit / static_cast<int>(args.heads);
+      work.head = block.unit - work.number * static_cast<int>(args.heads);
+    }
     // The last queries of a causal attention have the most to do and come first.
-    work.first_query = (plan.order.tiles - 1 - block.tile) * kQueries;
+    work.first_query = (tiles - 1 - tile) * kQueries;
+    const Sequence sequence = sequence_of(work);
     const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
     const Range range = keys_seen(sequence, work.first_query, last_query);
     work.tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
@@ -103,15 +123,19 @@ struct HopperForward {
     Work work;
     // Uses of the rings: n of keys and of values, q of queries.
     for (int round = 0, n = 0, q = 0; next(work, round, [](const Work&) {}); ++round, ++q) {
+      const Sequence sequence = sequence_of(work);
+      const int first_query = static_cast<int>(sequence.first_query), batch = static_cast<int>(sequence.batch);
+      const int first_key = static_cast<int>(sequence.first_key) - plan.first_key;
       queries.wait_empty(q);
       barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
-      QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), work.first_query, work.head, work.batch);
+      QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), first_query + work.first_query, work.head,
+                      batch);
       for (bool more = true; more; more = work.pass(), ++n) {
-        const int position = work.key - plan.first_key;
+        const int position = first_key + work.key;
         const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
           ring.wait_empty(n);
           barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
-          KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, work.batch);
+          KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, batch);
         };
         fill(keys, plan.key, keys_at(n));
         fill(values, plan.value, values_at(n));
@@ -128,8 +152,9 @@ struct HopperForward {
   __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
 
   // Products become scores, −∞ where a query does not see the key.
-  __device__ void finish_scores(float (&scores)[kTiles][4], const Scores<S>& options, const Work& work,
+  __device__ void finish_scores(float (&scores)[kTiles][4], const Sequence& sequence, const Work& work,
                                 int query) const {
+    const Scores<S> options{args, sequence, plan.mask_pairs};
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const bool whole = args.mask.type == MaskType::None && query + kGroupRows <= sequence.queries &&
                        all_see(sequence, query, kGroupRows, work.key, kKeys);
@@ -163,27 +188,30 @@ struct HopperForward {
                         int own_row) const {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
-      cut_and_weigh(scores, rows, shrink, query, work.key);
+      if (!all_see(first_sequence, query, kGroupRows, work.key, kKeys)) cut(scores, query, work.key);
+      to_weights_of_rows(scores, rows, shrink);
     } else {
-      Sequence own = sequence;
-      own.batch = work.batch;
-      finish_scores(scores, Scores<S>{args, own, plan.mask_pairs}, work, query);
-      cut_and_weigh(scores, rows, shrink, query, work.key);
-      if (args.dropout_p > 0) drop(scores, Dropout(args, own), work, query);
+      const Sequence sequence = sequence_of(work);
+      finish_scores(scores, sequence, work, query);
+      to_weights_of_rows(scores, rows, shrink);
+      if (args.dropout_p > 0) drop(scores, Dropout(args, sequence), work, query);
     }
   }
 
-  __device__ void cut_and_weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], int query, int key) const {
-    const float unit = unit_of_scores();
-    if (kPlain && !all_see(sequence, query, kGroupRows, key, kKeys)) {
-      const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+  // Keys outside of a query's window get −∞.
+  __device__ void cut(float (&scores)[kTiles][4], int query, int key) const {
+    const Sequence& sequence = first_sequence;
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int own = query + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
-        keep_between(scores, half, own - sequence.left - column,
-                     std::min(own + sequence.right, sequence.keys - 1) - column, -INFINITY);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int own = query + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
+      keep_between(scores, half, own - sequence.left - column,
+                   std::min(own + sequence.right, sequence.keys - 1) - column, -INFINITY);
     }
+  }
+
+  __device__ void to_weights_of_rows(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2]) const {
+    const float unit = unit_of_scores();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = rows.largest[half];
@@ -216,8 +244,9 @@ struct HopperForward {
   __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int own_row) const {
     const GroupLane lane(
         unknown(static_cast<int>(threadIdx.x)));  // places of output are not to take registers all along
+    const Sequence sequence = sequence_of(work);
     const int first_row = work.first_query + own_row;
-    const int64_t first = (work.batch * args.heads + work.head) * args.queries;
+    const int64_t first = (sequence.batch * args.heads + work.head) * args.queries + sequence.first_query;
     float factors[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -235,7 +264,8 @@ struct HopperForward {
       }
     }
     const AttentionStrides& strides = args.out_strides;
-    S* const to = static_cast<S*>(args.out) + work.batch * strides.batch + work.head * strides.head;
+    S* const to = static_cast<S*>(args.out) + sequence.batch * strides.batch + work.head * strides.head +
+                  sequence.first_query * strides.position;
     write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, own_row, lane, [&](int i) {
       const int query = first_row + i;
       return query < sequence.queries ? to + query * strides.position : nullptr;
@@ -360,8 +390,7 @@ template <class S, int kColumns, bool kPlain>
 __global__ void __launch_bounds__(HopperForward<S, kColumns, kPlain>::kThreads, 1) hopper_forward_kernel(
     const __grid_constant__ AttentionForward args, const __grid_constant__ HopperForwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
-  const Sequence sequence(args, 0);  // all are alike
-  HopperForward<S, kColumns, kPlain>(args, plan, sequence).run();
+  HopperForward<S, kColumns, kPlain>(args, plan).run();
 #endif
 }
 
@@ -374,10 +403,12 @@ bool is_cut(const AttentionForward& args, int64_t blocks) {
 template <class S, int kColumns, bool kPlain>
 HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   using Kernel = HopperForward<S, kColumns, kPlain>;
-  const int64_t tiles = ceil_divide(args.queries, Kernel::kQueries), units = args.batch * args.heads;
+  HopperForwardPlan plan{};
+  plan.tiles = {args.query_starts, args.query_starts == nullptr ? 1 : args.sequences, args.queries, Kernel::kQueries,
+                1};
+  const int64_t tiles = plan.tiles.count(), units = args.batch * args.heads;
   HopperRun result{};
   if (is_cut(args, tiles * units)) return result;
-  HopperForwardPlan plan{};
   const Span keys = keys_of_use(args), queries{0, args.queries};
   if (!map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
       !map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
@@ -385,8 +416,8 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
     return result;
   }
   result.started = true;
-  if (args.mask.type != MaskType::None) {
-    // Of barred keys scores are selected away.
+  if (needs_finite(args)) {
+    // Of keys that nobody sees scores are selected away.
     result.flag = static_cast<int*>(scratch);
     find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.keys)}, static_cast<int*>(scratch), stream);
   }
@@ -406,9 +437,7 @@ bool takes(const AttentionForward& args) {
 
 }  // namespace
 
-int64_t hopper_scratch(const AttentionForward& args) {
-  return takes(args) && args.mask.type != MaskType::None ? kFlagBytes : 0;
-}
+int64_t hopper_scratch(const AttentionForward& args) { return takes(args) && needs_finite(args) ? kFlagBytes : 0; }
 
 HopperRun hopper_forward(const AttentionForward& args, void* scratch, void* stream) {
   HopperRun result{};

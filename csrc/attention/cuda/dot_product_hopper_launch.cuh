@@ -25,10 +25,16 @@ inline bool hopper_is_chosen() {
 // What the kernels compute. A few queries are better cut along the keys.
 inline bool hopper_computes(const Attention& args) {
   constexpr int64_t kFew = 16;
+  const int64_t sequences = args.query_starts == nullptr ? 1 : args.sequences;
   const bool sizes = (args.head_dim == 64 || args.head_dim == 128) && args.value_dim == args.head_dim &&
-                     args.queries > kFew && args.keys > 0 && args.batch > 0 && args.heads > 0;
+                     args.queries > kFew * sequences && args.keys > 0 && args.sequences > 0 && args.heads > 0;
   const bool some = args.window_left + args.window_right >= 0;  // else no query sees a key
-  return args.query_starts == nullptr && sizes && some && (args.dtype == DType::BFloat16 || args.dtype == DType::Half);
+  return sizes && some && (args.dtype == DType::BFloat16 || args.dtype == DType::Half);
+}
+
+// Whether a tile may have what no query sees beside what is seen: masked keys, and the next sequence's.
+inline bool needs_finite(const Attention& args) {
+  return args.mask.type != MaskType::None || args.query_starts != nullptr;
 }
 
 // Of rows that TMA takes.
@@ -41,7 +47,7 @@ template <class F>
 void with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
     const auto with_plain = [&](auto columns) {
-      if (is_plain(args)) f(type, columns, std::true_type{});
+      if (is_plain(args) && args.query_starts == nullptr) f(type, columns, std::true_type{});
       else f(type, columns, std::false_type{});
     };
     if (args.head_dim == 64) with_plain(std::integral_constant<int, 64>{});
@@ -60,12 +66,14 @@ struct Span {
 // The keys that some query sees, and the queries that see some key. What is outside may be NaN and is never read:
 // tensor maps end there, beyond which there are zeros.
 inline Span keys_of_use(const Attention& args) {
+  if (args.query_starts != nullptr) return {0, args.keys};
   const int64_t diagonal = args.bottom_right ? args.keys - args.queries : 0;
   const int64_t first = std::clamp<int64_t>(diagonal - args.window_left, 0, args.keys);
   return {first, std::clamp<int64_t>(args.queries + diagonal + args.window_right, first, args.keys)};
 }
 
 inline Span queries_of_use(const Attention& args) {
+  if (args.query_starts != nullptr) return {0, args.queries};
   const int64_t diagonal = args.bottom_right ? args.keys - args.queries : 0;
   const int64_t first = std::clamp<int64_t>(-diagonal - args.window_right, 0, args.queries);
   return {first, std::clamp<int64_t>(args.keys - diagonal + args.window_left, first, args.queries)};
@@ -103,7 +111,8 @@ struct BlockOrder {
     const int64_t side = std::clamp<int64_t>(kCache / std::max<int64_t>(bytes, 1), 1, units) * together;
     grid_size(tiles * units);
     const bool left = args.window_left < args.queries + args.keys, right = args.window_right < args.queries + args.keys;
-    return {static_cast<int>(tiles), static_cast<int>(units), static_cast<int>(std::min(side, units)), left != right};
+    return {static_cast<int>(tiles), static_cast<int>(units), static_cast<int>(std::min(side, units)),
+            left != right || args.query_starts != nullptr};
   }
 
   __host__ __device__ unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(units); }
