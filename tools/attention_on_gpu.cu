@@ -22,8 +22,9 @@ namespace {
 using namespace lect11ext;
 using namespace lect11ext::on_gpu;
 
-// Padding: a bool of keys, the last quarter of which is barred. Bool, Bias: of queries and keys, a tenth barred.
-enum class Option { None, Padding, Bool, Bias, Alibi, Softcap, Dropout };
+// Padding: a bool of keys, the last quarter of which is barred. Bool: of queries and keys, a tenth barred. Bias: what
+// is added, of queries and keys. Sequences: those of the batch one behind the other.
+enum class Option { None, Padding, Bool, Bias, Alibi, Softcap, Dropout, Sequences };
 
 struct Case {
   const char* name;
@@ -38,7 +39,7 @@ struct Given {
   Device<uint8_t> barred;
   Device<S> bias;
   Device<float> slopes;
-  Device<int64_t> key;
+  Device<int64_t> key, query_starts, key_starts;
 
   Given(const Case& c, std::mt19937& random, Attention& args)
       : barred(c.option == Option::Padding ? c.keys
@@ -46,7 +47,9 @@ struct Given {
                                            : 0),
         bias(c.option == Option::Bias ? c.queries * c.keys : 0),
         slopes(c.heads),
-        key(2) {
+        key(2),
+        query_starts(c.batch + 1),
+        key_starts(c.batch + 1) {
     std::vector<uint8_t> seen(barred.count);
     for (size_t i = 0; i < seen.size(); ++i) {
       seen[i] = c.option == Option::Padding ? static_cast<int64_t>(4 * i) < 3 * c.keys : random() % 10 != 0;
@@ -61,6 +64,10 @@ struct Given {
     copy(barred.data, seen.data(), seen.size());
     copy(slopes.data, slope.data(), slope.size() * sizeof(float));
     copy(key.data, words, sizeof(words));
+    std::vector<int64_t> starts[2];
+    for (int64_t n = 0; n <= c.batch; ++n) starts[0].push_back(n * c.queries), starts[1].push_back(n * c.keys);
+    copy(query_starts.data, starts[0].data(), starts[0].size() * sizeof(int64_t));
+    copy(key_starts.data, starts[1].data(), starts[1].size() * sizeof(int64_t));
     switch (c.option) {
       case Option::Padding: args.mask = {barred.data, MaskType::Bool, {0, 0, 0, 1}}; break;
       case Option::Bool: args.mask = {barred.data, MaskType::Bool, {0, 0, c.keys, 1}}; break;
@@ -68,6 +75,10 @@ struct Given {
       case Option::Alibi: args.alibi_slopes = slopes.data, args.alibi_strides[1] = 1; break;
       case Option::Softcap: args.softcap = 30; break;
       case Option::Dropout: args.dropout_p = 0.1, args.dropout_key = key.data; break;
+      case Option::Sequences:
+        args.batch = 1, args.queries *= c.batch, args.keys *= c.batch;
+        args.query_starts = query_starts.data, args.key_starts = key_starts.data;
+        break;
       case Option::None: break;
     }
   }
@@ -189,6 +200,9 @@ int main() {
       {"D 128, alibi, causal", 4, 16, 16, 4096, 4096, 128, true, kOpen, Option::Alibi},
       {"D 128, softcap", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Softcap},
       {"D 128, dropout", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Dropout},
+      {"D 128, sequences, small", 3, 4, 2, 150, 200, 128, true, kOpen, Option::Sequences},
+      {"D 128, sequences", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Sequences},
+      {"D 128, sequences, causal", 16, 16, 16, 1024, 1024, 128, true, kOpen, Option::Sequences},
       {"D 64, padding", 4, 32, 32, 4096, 4096, 64, false, kOpen, Option::Padding},
       {"D 96", 4, 16, 16, 4096, 4096, 96, false},
       {"D 256", 4, 8, 8, 4096, 4096, 256, false},
