@@ -154,6 +154,14 @@ def test_what_sees_nothing_may_be_nan(hopper: Kernels, bottom_right: bool, dim: 
     check(case, case.backward(hopper), expected)
 
 
+@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (96, 96), (120, 120), (64, 128), (128, 32), (16, 104)])
+def test_columns_that_do_not_fill_a_tile(hopper: Kernels, dims: tuple[int, int]) -> None:
+    sizes = {"queries": 150, "keys": 140, "window": CAUSAL, "heads": 2, "kv_heads": 1}
+    case = Attention(dtype=BF16, dim=dims[0], value_dim=dims[1], **sizes)
+    check_forward(hopper, case)
+    check_backward(hopper, case)
+
+
 def test_nan_of_what_is_seen(hopper: Kernels) -> None:
     case = make(64, dtype=BF16, queries=20, keys=40)
     case.tensors["query"][0, 0, 2, 1] = math.nan
@@ -173,8 +181,8 @@ def test_repeats_bit_for_bit(hopper: Kernels) -> None:
 OTHERS: dict[str, dict[str, Any]] = {
     "few queries": {"queries": 16},
     "float32": {"dtype": F32},
-    "another size": {"dim": 72},
-    "values of another size": {"value_dim": 128},
+    "columns that are not sixteen bytes": {"dim": 68},
+    "more columns": {"dim": 136, "value_dim": 136},
     "few queries in each sequence": {"lengths": [(20, 30), (5, 9)]},
     "not aligned": {"aligned": False},
     "a window without keys": {"window": (3, -5)},

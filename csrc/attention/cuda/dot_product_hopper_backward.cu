@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kSideThreads)
       there = place % kQueries < queries.count;
     }
     float sum = 0;
-    if (there) {
+    if (there && i % kLanes < args.value_dim / kElements) {
       const auto piece = [&](const AttentionOperand& operand) {
         const S* const from = static_cast<const S*>(operand.data) + batch * operand.strides.batch +
                               head * operand.strides.head + query * operand.strides.position;
@@ -86,11 +86,12 @@ __global__ void __launch_bounds__(kSideThreads)
                   (unit - batch * args.heads) * strides.head + (queries.first + query) * strides.position +
                   (Kernel::kHalves == 1 ? 64 * group : 0) + 8 * column_tile;
     const auto word = [](float low, float high) { return round_pair<S>(low, high); };
-    if (query < queries.count) {
+    const bool any = (Kernel::kHalves == 1 ? 64 * group : 0) + 8 * column_tile < args.head_dim;
+    if (any && query < queries.count) {
       *reinterpret_cast<uint4*>(to) = make_uint4(word(sums[0].x, sums[0].y), word(sums[1].x, sums[1].y),
                                                  word(sums[2].x, sums[2].y), word(sums[3].x, sums[3].y));
     }
-    if (query + 8 < queries.count) {
+    if (any && query + 8 < queries.count) {
       *reinterpret_cast<uint4*>(to + 8 * strides.position) =
           make_uint4(word(sums[0].z, sums[0].w), word(sums[1].z, sums[1].w), word(sums[2].z, sums[2].w),
                      word(sums[3].z, sums[3].w));
@@ -104,20 +105,20 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   HopperRun result{};
   const Span queries = queries_of_use(args), keys = keys_of_use(args);
   HopperBackwardPlan plan{};
-  if (!map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
-      !map_operand(plan.value, args, args.value, args.kv_heads, keys, Kernel::kKeys) ||
-      !map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
-      !map_operand(plan.grad_out, args, args.grad_out, args.heads, queries, Kernel::kQueries)) {
+  if (!map_operand(plan.key, args, args.key, args.kv_heads, args.head_dim, keys, Kernel::kKeys) ||
+      !map_operand(plan.value, args, args.value, args.kv_heads, args.value_dim, keys, Kernel::kKeys) ||
+      !map_operand(plan.query, args, args.query, args.heads, args.head_dim, queries, Kernel::kQueries) ||
+      !map_operand(plan.grad_out, args, args.grad_out, args.heads, args.value_dim, queries, Kernel::kQueries)) {
     return result;
   }
   result.started = true;
   if (needs_finite(args)) {
     // Of barred keys and queries that see nothing scores and weights are selected away, but not what these multiply.
     result.flag = static_cast<int*>(scratch);
-    find_non_finite<S>(
-        {scanned(args, args.query, args.heads, args.queries), scanned(args, args.grad_out, args.heads, args.queries),
-         scanned(args, args.key, args.kv_heads, args.keys)},
-        static_cast<int*>(scratch), stream);
+    find_non_finite<S>({scanned(args, args.query, args.heads, args.queries, args.head_dim),
+                        scanned(args, args.grad_out, args.heads, args.queries, args.value_dim),
+                        scanned(args, args.key, args.kv_heads, args.keys, args.head_dim)},
+                       static_cast<int*>(scratch), stream);
   }
   plan.first_query = static_cast<int>(queries.first);
   plan.first_key = static_cast<int>(keys.first);
@@ -152,7 +153,7 @@ bool takes(const AttentionBackward& args) {
 }  // namespace
 
 int64_t hopper_scratch(const AttentionBackward& args) {
-  return takes(args) ? kFlagBytes + HopperBackwardScratch::of(args, nullptr).bytes(args.head_dim) : 0;
+  return takes(args) ? kFlagBytes + HopperBackwardScratch::of(args, nullptr).bytes(hopper_columns(args)) : 0;
 }
 
 HopperRun hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {

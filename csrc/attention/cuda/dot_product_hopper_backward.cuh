@@ -30,7 +30,7 @@ struct HopperBackwardScratch {
   RowTiles order;               // of the tiles of a head
 
   static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
-    const int64_t columns = args.head_dim;
+    const int64_t columns = hopper_columns(args);
     HopperBackwardScratch s{};
     s.order = {args.query_starts, args.query_starts == nullptr ? 1 : args.sequences, args.queries,
                queries_of_tile(columns), 1};
@@ -435,7 +435,8 @@ struct HopperBackward {
     S* const first = static_cast<S*>(to) + sequence.batch * strides.batch + kv_head * strides.head +
                      sequence.first_key * strides.position;
     const float factors[2] = {factor, factor};
-    write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, lane, [&](int i) {
+    const int columns = static_cast<int>(which == 0 ? args.head_dim : args.value_dim);
+    write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, columns, lane, [&](int i) {
       const int row = first_key + own_row + i;
       return row < sequence.keys ? first + row * strides.position : nullptr;
     });

@@ -266,10 +266,11 @@ struct HopperForward {
     const AttentionStrides& strides = args.out_strides;
     S* const to = static_cast<S*>(args.out) + sequence.batch * strides.batch + work.head * strides.head +
                   sequence.first_query * strides.position;
-    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, own_row, lane, [&](int i) {
-      const int query = first_row + i;
-      return query < sequence.queries ? to + query * strides.position : nullptr;
-    });
+    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, own_row, static_cast<int>(args.value_dim), lane,
+                             [&](int i) {
+                               const int query = first_row + i;
+                               return query < sequence.queries ? to + query * strides.position : nullptr;
+                             });
   }
 
   // Turns: barrier 1 + g is where warpgroup g waits for the one before it. The last lets the first go at once, which at
@@ -410,16 +411,17 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   HopperRun result{};
   if (is_cut(args, tiles * units)) return result;
   const Span keys = keys_of_use(args), queries{0, args.queries};
-  if (!map_operand(plan.query, args, args.query, args.heads, queries, Kernel::kQueries) ||
-      !map_operand(plan.key, args, args.key, args.kv_heads, keys, Kernel::kKeys) ||
-      !map_operand(plan.value, args, args.value, args.kv_heads, keys, Kernel::kKeys)) {
+  if (!map_operand(plan.query, args, args.query, args.heads, args.head_dim, queries, Kernel::kQueries) ||
+      !map_operand(plan.key, args, args.key, args.kv_heads, args.head_dim, keys, Kernel::kKeys) ||
+      !map_operand(plan.value, args, args.value, args.kv_heads, args.value_dim, keys, Kernel::kKeys)) {
     return result;
   }
   result.started = true;
   if (needs_finite(args)) {
     // Of keys that nobody sees scores are selected away.
     result.flag = static_cast<int*>(scratch);
-    find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.keys)}, static_cast<int*>(scratch), stream);
+    find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.keys, args.value_dim)},
+                       static_cast<int*>(scratch), stream);
   }
   plan.first_key = static_cast<int>(keys.first);
   plan.mask_pairs = mask_pairs(args.mask, 3, args.keys, mask_bytes(args));

@@ -26,8 +26,10 @@ inline bool hopper_is_chosen() {
 inline bool hopper_computes(const Attention& args) {
   constexpr int64_t kFew = 16;
   const int64_t sequences = args.query_starts == nullptr ? 1 : args.sequences;
-  const bool sizes = (args.head_dim == 64 || args.head_dim == 128) && args.value_dim == args.head_dim &&
-                     args.queries > kFew * sequences && args.keys > 0 && args.sequences > 0 && args.heads > 0;
+  constexpr int64_t kMost = 128, kPiece = 8;  // columns, and those of sixteen bytes
+  const auto fits = [&](int64_t columns) { return columns > 0 && columns <= kMost && columns % kPiece == 0; };
+  const bool sizes = fits(args.head_dim) && fits(args.value_dim) && args.queries > kFew * sequences && args.keys > 0 &&
+                     args.sequences > 0 && args.heads > 0;
   const bool some = args.window_left + args.window_right >= 0;  // else no query sees a key
   return sizes && some && (args.dtype == DType::BFloat16 || args.dtype == DType::Half);
 }
@@ -37,9 +39,13 @@ inline bool needs_finite(const Attention& args) {
   return args.mask.type != MaskType::None || args.query_starts != nullptr;
 }
 
+// Columns of tiles, of which operands fill the first ones: TMA makes zeros of the rest.
+inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
+
 // Of rows that TMA takes.
-inline ScannedRows scanned(const Attention& args, const AttentionOperand& operand, int64_t heads, int64_t positions) {
-  return {operand, args.batch, heads, positions, args.head_dim / kVector<__half>};
+inline ScannedRows scanned(const Attention& args, const AttentionOperand& operand, int64_t heads, int64_t positions,
+                           int64_t columns) {
+  return {operand, args.batch, heads, positions, columns / kVector<__half>};
 }
 
 // Calls f with a null pointer of the storage type, the columns, and whether the kernel is the plain one.
@@ -50,7 +56,7 @@ void with_hopper_kernel(const Attention& args, F f) {
       if (is_plain(args) && args.query_starts == nullptr) f(type, columns, std::true_type{});
       else f(type, columns, std::false_type{});
     };
-    if (args.head_dim == 64) with_plain(std::integral_constant<int, 64>{});
+    if (hopper_columns(args) == 64) with_plain(std::integral_constant<int, 64>{});
     else with_plain(std::integral_constant<int, 128>{});
   };
   if (args.dtype == DType::BFloat16) with_columns(static_cast<__nv_bfloat16*>(nullptr));
@@ -80,13 +86,13 @@ inline Span queries_of_use(const Attention& args) {
 }
 
 inline bool map_operand(CUtensorMap& map, const Attention& args, const AttentionOperand& operand, int64_t heads,
-                        const Span& span, int rows) {
+                        int64_t columns, const Span& span, int rows) {
   const AttentionStrides& strides = operand.strides;
   const char* const data = static_cast<const char*>(operand.data) + 2 * span.first * strides.position;
   // Of an empty span nothing is read.
   const MappedTensor tensor{args.dtype,
                             data,
-                            {args.batch, heads, std::max<int64_t>(span.size(), 1), args.head_dim},
+                            {args.batch, heads, std::max<int64_t>(span.size(), 1), columns},
                             {strides.batch, strides.head, strides.position}};
   return make_tensor_map(map, tensor, rows);
 }

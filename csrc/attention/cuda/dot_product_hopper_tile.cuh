@@ -156,11 +156,11 @@ __device__ inline void keep_between(float (&sums)[kTiles][4], int half, int low,
 }
 
 // Writes a warp's sixteen rows of sums, each multiplied by a factor, by way of its rows of a tile in shared memory that
-// nothing reads any more, so that memory is written in whole rows. row(i) is where the i-th of them goes, null for
-// none.
+// nothing reads any more, so that memory is written in whole rows, of `columns`. row(i) is where the i-th of them goes,
+// null for none.
 template <class S, class Tile, int kTiles, class Row>
 __device__ inline void write_rows(const float (&sums)[kTiles][4], const float (&factors)[2], unsigned char* tile,
-                                  int first_row, const GroupLane& lane, Row row) {
+                                  int first_row, int columns, const GroupLane& lane, Row row) {
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
@@ -176,7 +176,7 @@ __device__ inline void write_rows(const float (&sums)[kTiles][4], const float (&
     S* const to = row(16 * lane.warp + mine);
     const uint4 words =
         *reinterpret_cast<const uint4*>(tile + Tile::offset(first_row + 16 * lane.warp + mine, 8 * piece));
-    if (to != nullptr) __stwb(reinterpret_cast<uint4*>(to) + piece, words);
+    if (to != nullptr && 8 * piece < columns) __stwb(reinterpret_cast<uint4*>(to) + piece, words);
   }
 }
 
