@@ -13,54 +13,12 @@
 // on: these see the first keys too, where attention is causal.
 #pragma once
 
+#include "attention/cuda/dot_product_hopper_scratch.cuh"
 #include "attention/cuda/dot_product_hopper_tile.cuh"
 
 namespace lect11ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
-
-// What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head; of
-// sequences one behind the other the tiles are numbered as RowTiles does.
-struct HopperBackwardScratch {
-  float* sums;                  // of queries' gradients: a tile as put() below lays it
-  float *shifts, *corrections;  // of each query: what scores lose before they are weights, in binary logarithms (of the
-                                // plain kernel, else natural ones), +∞ for one that sees nothing; D · scale
-  int *counts, *taken;          // of each tile, the tiles of keys that have been added; numbers that blocks have taken
-  int64_t tiles, units;         // of a head; heads of all batches
-  RowTiles order;               // of the tiles of a head
-
-  static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
-    const int64_t columns = hopper_columns(args);
-    HopperBackwardScratch s{};
-    s.order = {args.query_starts, args.query_starts == nullptr ? 1 : args.sequences, args.queries,
-               queries_of_tile(columns), 1};
-    s.tiles = s.order.count(), s.units = args.batch * args.heads;
-    s.sums = static_cast<float*>(data);
-    s.shifts = s.sums + s.rows(columns) * columns;
-    s.corrections = s.shifts + s.rows(columns);
-    s.counts = reinterpret_cast<int*>(s.corrections + s.rows(columns));
-    s.taken = s.counts + s.units * s.tiles;
-    return s;
-  }
-
-  // A tile of queries of a head: the first of them, counted within the tensor, and how many there are, perhaps none.
-  struct Queries {
-    int64_t first;
-    int count;
-  };
-  __device__ Queries queries_of(const AttentionBackward& args, int64_t tile) const {
-    const RowTiles::Tile found = order.find(tile);
-    const Sequence sequence(args, found.sequence);
-    const int size = static_cast<int>(order.size), first = found.number * size;
-    return {sequence.first_query + first, std::max(0, std::min(size, sequence.queries - first))};
-  }
-  static __host__ __device__ constexpr int queries_of_tile(int64_t columns) { return columns == 64 ? 128 : 64; }
-  int64_t rows(int64_t columns) const { return units * tiles * queries_of_tile(columns); }
-  int64_t bytes(int64_t columns) const {
-    constexpr auto kNumber = static_cast<int64_t>(sizeof(float));
-    return kNumber * (rows(columns) * (columns + 2) + units * tiles + 1);
-  }
-};
 
 struct HopperBackwardPlan {
   CUtensorMap key, value, query, grad_out;

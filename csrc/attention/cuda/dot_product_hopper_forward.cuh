@@ -1,0 +1,390 @@
+// The forward kernel of sm_90a. One warpgroup has TMA load, the others compute, 64 queries each.
+//
+// Two things keep the tensor cores busy. Of a warpgroup, the products of the next tile's scores and of this tile's
+// output are started before the softmax that lies between them in time; the next tile of the last keys is the first of
+// the next queries. And the warpgroups of a block take turns: each starts its products only when the one before has
+// started its own, so that one computes exponentials while another multiplies. Both after J. Shah et al.,
+// FlashAttention-3 (2024).
+#pragma once
+
+#include "attention/cuda/dot_product_hopper_tile.cuh"
+
+namespace lect11ext::cuda {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+struct HopperForwardPlan {
+  CUtensorMap query, key, value;
+  RowTiles tiles;  // of queries
+  BlockOrder order;
+  int first_key;  // of those that are mapped
+  bool mask_pairs;
+};
+
+// Registers: the sums of the output, of scores, and the weights before them: 160 a thread at 128 columns, for which two
+// warpgroups leave 240; 128 at 64 columns, where three leave 160 and exponentials, not products, are what bounds. With
+// a mask and the like (not kPlain) two have the registers for these.
+//
+// A block stays on its multiprocessor and takes tile of queries after tile of queries: while the one is finished, the
+// next one's queries, keys and values come.
+template <class S, int kColumns, bool kPlain>
+struct HopperForward {
+  static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
+  static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128, kStages = 2;
+  static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
+  using QueryTile = SlabTile<kQueries, kColumns>;
+  using KeyTile = SlabTile<kKeys, kColumns>;
+  static constexpr int kKeysAt = kStages * QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
+  static constexpr int kOutAt = kValuesAt + kStages * KeyTile::kBytes, kBarriersAt = kOutAt + QueryTile::kBytes;
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * 6 * kStages;
+
+  // A tile of queries of a sequence, how many tiles of keys it still sees, and the first key of the next one. From the
+  // last keys on: the first tile that a warpgroup takes is, where attention is causal, the cut one.
+  struct Work {
+    int head, number, first_query, key, tiles;
+
+    __device__ bool pass() { return key -= kKeys, --tiles > 0; }
+  };
+
+  const AttentionForward& args;
+  const HopperForwardPlan& plan;
+  const Sequence first_sequence;
+  AlignedShared shared;
+  Ring<kStages> queries, keys, values;
+
+  __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan)
+      : args(args), plan(plan), first_sequence(args, 0), shared(dynamic_shared) {
+    const uint32_t barriers = shared.address + kBarriersAt;
+    queries = {barriers, barriers + 8 * kStages};
+    keys = {barriers + 16 * kStages, barriers + 24 * kStages};
+    values = {barriers + 32 * kStages, barriers + 40 * kStages};
+  }
+
+  // Of the plain kernel all sequences are alike but for their batch.
+  __device__ Sequence sequence_of(const Work& work) const {
+    if (!kPlain && args.query_starts != nullptr) return Sequence(args, work.number);
+    Sequence sequence = first_sequence;
+    sequence.batch = work.number;
+    return sequence;
+  }
+
+  // What the block does in a round, and whether there is anything; `over`: nothing, and that was all.
+  __device__ bool find(Work& work, int round, bool& over) const {
+    BlockOrder::Block block;
+    work.tiles = 0;
+    if (!plan.order.in_round(round, block, over)) return false;
+    int tiles = plan.order.tiles, tile = block.tile;
+    if (!kPlain && args.query_starts != nullptr) {
+      const RowTiles::Tile found = plan.tiles.find(block.tile);
+      work.number = static_cast<int>(found.sequence);
+      work.head = block.unit;
+      tile = found.number;
+      tiles = (sequence_of(work).queries + kQueries - 1) / kQueries;
+      if (tile >= tiles) return false;
+    } else {
+      work.number = block.unit / static_cast<int>(args.heads);
+      work.head = block.unit - work.number * static_cast<int>(args.heads);
+    }
+    // The last queries of a causal attention have the most to do and come first.
+    work.first_query = (tiles - 1 - tile) * kQueries;
+    const Sequence sequence = sequence_of(work);
+    const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
+    const Range range = keys_seen(sequence, work.first_query, last_query);
+    work.tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
+    work.key = range.first + (work.tiles - 1) * kKeys;
+    return true;
+  }
+
+  // Again, since registers are few.
+  __device__ Work found(int round) const {
+    Work work;
+    bool over;
+    find(work, round, over);
+    return work;
+  }
+
+  // Moves on, from `round` on, to what has keys; false: there is nothing more. What has none is given to `blank`.
+  template <class Blank>
+  __device__ bool next(Work& work, int& round, Blank blank) const {
+    for (bool over = false; !over; ++round) {
+      if (!find(work, round, over)) continue;
+      if (work.tiles > 0) return true;
+      blank(work);
+    }
+    return false;
+  }
+
+  __device__ uint32_t queries_at(int q) const { return shared.address + queries.stage(q) * QueryTile::kBytes; }
+  __device__ uint32_t keys_at(int n) const { return shared.address + kKeysAt + keys.stage(n) * KeyTile::kBytes; }
+  __device__ uint32_t values_at(int n) const { return shared.address + kValuesAt + values.stage(n) * KeyTile::kBytes; }
+
+  __device__ void load() const {
+    const int group = static_cast<int>(args.heads / args.kv_heads);
+    Work work;
+    // Uses of the rings: n of keys and of values, q of queries.
+    for (int round = 0, n = 0, q = 0; next(work, round, [](const Work&) {}); ++round, ++q) {
+      const Sequence sequence = sequence_of(work);
+      const int first_query = static_cast<int>(sequence.first_query), batch = static_cast<int>(sequence.batch);
+      const int first_key = static_cast<int>(sequence.first_key) - plan.first_key;
+      queries.wait_empty(q);
+      barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
+      QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), first_query + work.first_query, work.head,
+                      batch);
+      for (bool more = true; more; more = work.pass(), ++n) {
+        const int position = first_key + work.key;
+        const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
+          ring.wait_empty(n);
+          barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
+          KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, batch);
+        };
+        fill(keys, plan.key, keys_at(n));
+        fill(values, plan.value, values_at(n));
+      }
+    }
+  }
+
+  // What a thread carries along the keys, of its two rows.
+  struct Rows {
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  };
+
+  // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
+  __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
+
+  // Products become scores, −∞ where a query does not see the key.
+  __device__ void finish_scores(float (&scores)[kTiles][4], const Sequence& sequence, const Work& work,
+                                int query) const {
+    const Scores<S> options{args, sequence, plan.mask_pairs};
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const bool whole = args.mask.type == MaskType::None && query + kGroupRows <= sequence.queries &&
+                       all_see(sequence, query, kGroupRows, work.key, kKeys);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const LaneRow row = options.row(work.head, query + lane.row + 8 * half, work.key + 2 * lane.q);
+      const uint32_t bits = whole ? ~0u : options.template seen<kTiles>(row);
+      const auto element = [&](int i) -> float& { return scores[i / 2][2 * half + i % 2]; };
+      options.template finish<kTiles>(row, bits, element, [](int, float) {});
+      if (whole) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) element(i) = (bits >> i & 1) != 0 ? element(i) : -INFINITY;
+    }
+  }
+
+  // What is dropped becomes zero.
+  __device__ void drop(float (&weights)[kTiles][4], const Dropout& dropout, const Work& work, int query) const {
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const int low = query + lane.row;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint32_t keep = dropout.keep_of_queries(work.head, low, work.head, low + 8, work.key + 8 * n, lane);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weights[n][e] = keep >> e & 1 ? weights[n][e] : 0.0f;
+    }
+  }
+
+  // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become weights; `shrink` is what
+  // has been summed to be multiplied by.
+  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], const Work& work,
+                        int own_row) const {
+    const int query = work.first_query + own_row;
+    if constexpr (kPlain) {
+      if (!all_see(first_sequence, query, kGroupRows, work.key, kKeys)) cut(scores, query, work.key);
+      to_weights_of_rows(scores, rows, shrink);
+    } else {
+      const Sequence sequence = sequence_of(work);
+      finish_scores(scores, sequence, work, query);
+      to_weights_of_rows(scores, rows, shrink);
+      if (args.dropout_p > 0) drop(scores, Dropout(args, sequence), work, query);
+    }
+  }
+
+  // Keys outside of a query's window get −∞.
+  __device__ void cut(float (&scores)[kTiles][4], int query, int key) const {
+    const Sequence& sequence = first_sequence;
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = query + lane.row + 8 * half + sequence.diagonal, column = key + 2 * lane.q;
+      keep_between(scores, half, own - sequence.left - column,
+                   std::min(own + sequence.right, sequence.keys - 1) - column, -INFINITY);
+    }
+  }
+
+  __device__ void to_weights_of_rows(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2]) const {
+    const float unit = unit_of_scores();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = rows.largest[half];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) largest = std::fmax(largest, scores[i / 2][2 * half + i % 2]);
+      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
+      // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
+      const float base = largest == -INFINITY ? 0.0f : largest;
+      // Of the difference: it is 1 where the maximum stays, whatever the product below is rounded to.
+      shrink[half] = power_of_two((rows.largest[half] - base) * unit);
+      float shift = base * unit;
+      if (!(std::abs(shift) <= kLargeExponent)) {
+        shift = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] -= base;
+      }
+      float sums[2] = {};  // two, since each addition waits for the one before
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float& score = scores[i / 2][2 * half + i % 2];
+        score = power_of_two(std::fma(score, unit, -shift));
+        sums[i % 2] += score;
+      }
+      rows.largest[half] = largest;
+      rows.sum[half] = std::fma(rows.sum[half], shrink[half], sums[0] + sums[1]);
+    }
+  }
+
+  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int own_row) const {
+    const GroupLane lane(
+        unknown(static_cast<int>(threadIdx.x)));  // places of output are not to take registers all along
+    const Sequence sequence = sequence_of(work);
+    const int first_row = work.first_query + own_row;
+    const int64_t first = (sequence.batch * args.heads + work.head) * args.queries + sequence.first_query;
+    float factors[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = rows.sum[half];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      factors[half] = sum == 0 ? 0.0f : (kPlain ? 1 : static_cast<float>(kept_weight(args))) / sum;
+      const int query = first_row + lane.row + 8 * half;
+      if (lane.q == 0 && query < sequence.queries) {
+        static_cast<float*>(args.lse)[first + query] =
+            sum == 0
+                ? -INFINITY
+                : (kPlain ? rounded_product(rows.largest[half], static_cast<float>(args.scale)) : rows.largest[half]) +
+                      std::log(sum);
+      }
+    }
+    const AttentionStrides& strides = args.out_strides;
+    S* const to = static_cast<S*>(args.out) + sequence.batch * strides.batch + work.head * strides.head +
+                  sequence.first_query * strides.position;
+    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, own_row, static_cast<int>(args.value_dim), lane,
+                             [&](int i) {
+                               const int query = first_row + i;
+                               return query < sequence.queries ? to + query * strides.position : nullptr;
+                             });
+  }
+
+  // Turns: barrier 1 + g is where warpgroup g waits for the one before it. The last lets the first go at once, which at
+  // the end waits for its last turn in vain.
+  __device__ static void wait_turn(int group) { named_barrier_wait(1 + group, 2 * kWarpgroup); }
+  __device__ static void give_turn(int group) { named_barrier_arrive(1 + group, 2 * kWarpgroup); }
+
+  __device__ void start(float (&scores)[kTiles][4], int q, int n, int own_row) const {
+    wgmma_fence();
+    start_scores<S, QueryTile, KeyTile>(scores, queries_at(q), own_row, keys_at(n));
+    wgmma_commit();
+  }
+  __device__ void start(float (&out)[kOutTiles][4], const uint32_t (&weights)[kTiles / 2][4], int n) const {
+    wgmma_fence();
+    start_columns<S, KeyTile>(out, weights, values_at(n));
+    wgmma_commit();
+  }
+
+  __device__ void compute(int group) const {
+    const GroupLane lane;
+    const int own_row = group * kGroupRows;
+    const auto blank = [&](const Work& work) {
+      const float none[kOutTiles][4] = {};
+      finish(none, Rows{}, work, own_row);
+    };
+    if (group == kGroups - 1) give_turn(0);
+    Work work;
+    int round = 0;
+    if (next(work, round, blank)) attend(work, round, group, lane, blank);
+    if (group == 0) wait_turn(0);
+  }
+
+  // All that a warpgroup does, from its first tile of queries on.
+  template <class Blank>
+  __device__ void attend(Work work, int round, int group, const GroupLane& lane, Blank blank) const {
+    const int own_row = group * kGroupRows;
+    float out[kOutTiles][4] = {}, scores[kTiles][4], shrink[2];
+    uint32_t weights[kTiles / 2][4];
+    Rows rows;
+    int now = round, n = 0, q = 0;  // the round of what is summed; tiles of keys and of queries so far
+    queries.wait_full(q);
+    keys.wait_full(n);
+    start(scores, q, n, own_row);
+    wgmma_wait<0>();
+    pin(scores);
+    keys.release(n, lane);
+    if (work.tiles == 1) queries.release(q, lane);
+    weigh(scores, rows, shrink, work, own_row);
+    to_weights<S>(weights, scores);
+#pragma unroll 1
+    for (;; ++n) {
+      now = round;
+      const bool ends = !work.pass();  // then the next scores are other queries'
+      if (ends) {
+        if (!next(work, ++round, blank)) break;
+        queries.wait_full(++q);
+      }
+      keys.wait_full(n + 1);
+      wait_turn(group);
+      pin(out);
+      pin(weights);
+      start(scores, q, n + 1, own_row);
+      values.wait_full(n);
+      start(out, weights, n);
+      give_turn((group + 1) % kGroups);
+      wgmma_wait<1>();
+      pin(scores);
+      keys.release(n + 1, lane);
+      if (work.tiles == 1) queries.release(q, lane);
+      if (ends) {
+        wgmma_wait<0>();
+        pin(out);
+        finish(out, rows, found(now), own_row);
+#pragma unroll
+        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
+        rows = Rows{};
+      }
+      weigh(scores, rows, shrink, work, own_row);
+      wgmma_wait<0>();
+      pin(out);
+      values.release(n, lane);
+#pragma unroll
+      for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
+      to_weights<S>(weights, scores);
+    }
+    values.wait_full(n);
+    pin(out);
+    pin(weights);
+    start(out, weights, n);
+    wgmma_wait<0>();
+    pin(out);
+    values.release(n, lane);
+    finish(out, rows, found(now), own_row);
+  }
+
+  __device__ void run() const {
+    // From one lane, by which the compiler knows that a warp agrees.
+    const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    if (threadIdx.x == 0) {
+      for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) prefetch_map(*map);
+      queries.init(1, 4 * kGroups);
+      keys.init(1, 4 * kGroups);
+      values.init(1, 4 * kGroups);
+      barrier_init_done();
+    }
+    __syncthreads();
+    if (group == 0) {
+      give_registers<GroupRegisters<kGroups>::kLoader>();
+      if (threadIdx.x == 0) load();
+    } else {
+      take_registers<GroupRegisters<kGroups>::kCompute>();
+      compute(group - 1);
+    }
+  }
+};
+
+}  // namespace lect11ext::cuda
