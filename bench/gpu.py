@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import lect11ext
 from lect11ext import functional
@@ -90,12 +90,12 @@ def with_option(m: Machine, option: str, train: bool) -> Workload:
         def slope(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score - slopes[h] * (q - k).abs()
 
-        def unmasked(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return torch.where(seen[k], score, -float("inf"))
+        def blocks() -> Any:
+            return create_block_mask(lambda b, h, q, k: seen[k], None, None, length, length, device=grad.device.type)
 
-        own, theirs, mods = {
-            "padding": ({"attn_mask": seen.view(1, 1, 1, -1)},) * 2 + (unmasked,),
-            "alibi": ({"alibi_slopes": slopes}, {"attn_mask": bias}, slope),
+        own, theirs, flex = {
+            "padding": ({"attn_mask": seen.view(1, 1, 1, -1)},) * 2 + (lambda: {"block_mask": blocks()},),
+            "alibi": ({"alibi_slopes": slopes}, {"attn_mask": bias}, lambda: {"score_mod": slope}),
             "dropout": ({"dropout_p": 0.1},) * 2 + (None,),
         }[option]
         ours = call(functional.scaled_dot_product_attention, **own)
@@ -103,8 +103,8 @@ def with_option(m: Machine, option: str, train: bool) -> Workload:
         for name, backend in BACKENDS.items():
             context = lambda backend=backend: sdpa_kernel([backend])  # noqa: E731
             calls[name] = within(context, call(torch_attention, **theirs))
-        if mods is not None:
-            calls["flex"] = call(torch.compile(flex_attention), score_mod=mods)
+        if flex is not None:
+            calls["flex"] = call(torch.compile(flex_attention), **flex())
         return calls
 
     flops = 4.0 * batch * heads * length**2 * columns * (3.5 if train else 1)

@@ -22,9 +22,11 @@ namespace {
 using namespace lect11ext;
 using namespace lect11ext::on_gpu;
 
-// Padding: a bool of keys, the last quarter of which is barred. Bool: of queries and keys, a tenth barred. Bias: what
-// is added, of queries and keys. Sequences: those of the batch one behind the other.
-enum class Option { None, Padding, Bool, Bias, Alibi, Softcap, Dropout, Sequences };
+// Padding: a bool of keys, the last quarter of which is barred. Nan: likewise, and NaN in its values and keys, so that
+// the kernels for all devices take over. Bool: of queries and keys, a tenth barred. Bias: what is added, of queries and
+// keys, a tenth of it −∞. Sequences: those of the batch one behind the other.
+enum class Option { None, Padding, Nan, Bool, Bias, Alibi, Softcap, Dropout, Sequences };
+inline bool pads(Option option) { return option == Option::Padding || option == Option::Nan; }
 
 struct Case {
   const char* name;
@@ -42,9 +44,9 @@ struct Given {
   Device<int64_t> key, query_starts, key_starts;
 
   Given(const Case& c, std::mt19937& random, Attention& args)
-      : barred(c.option == Option::Padding ? c.keys
-               : c.option == Option::Bool  ? c.queries * c.keys
-                                           : 0),
+      : barred(pads(c.option)             ? c.keys
+               : c.option == Option::Bool ? c.queries * c.keys
+                                          : 0),
         bias(c.option == Option::Bias ? c.queries * c.keys : 0),
         slopes(c.heads),
         key(2),
@@ -52,9 +54,11 @@ struct Given {
         key_starts(c.batch + 1) {
     std::vector<uint8_t> seen(barred.count);
     for (size_t i = 0; i < seen.size(); ++i) {
-      seen[i] = c.option == Option::Padding ? static_cast<int64_t>(4 * i) < 3 * c.keys : random() % 10 != 0;
+      seen[i] = pads(c.option) ? static_cast<int64_t>(4 * i) < 3 * c.keys : random() % 10 != 0;
     }
     bias.draw(random);
+    std::vector<S> added = bias.read();
+    for (size_t i = 0; i < added.size(); i += 10) added[i] = __float2bfloat16(-INFINITY);
     std::vector<float> slope(c.heads);
     for (int64_t h = 0; h < c.heads; ++h) slope[h] = std::exp2(-8.0f * static_cast<float>(h + 1) / c.heads);
     const int64_t words[2] = {1234567, 0};
@@ -62,6 +66,7 @@ struct Given {
       cuda::check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copy");
     };
     copy(barred.data, seen.data(), seen.size());
+    copy(bias.data, added.data(), added.size() * sizeof(S));
     copy(slopes.data, slope.data(), slope.size() * sizeof(float));
     copy(key.data, words, sizeof(words));
     std::vector<int64_t> starts[2];
@@ -69,7 +74,8 @@ struct Given {
     copy(query_starts.data, starts[0].data(), starts[0].size() * sizeof(int64_t));
     copy(key_starts.data, starts[1].data(), starts[1].size() * sizeof(int64_t));
     switch (c.option) {
-      case Option::Padding: args.mask = {barred.data, MaskType::Bool, {0, 0, 0, 1}}; break;
+      case Option::Padding:
+      case Option::Nan: args.mask = {barred.data, MaskType::Bool, {0, 0, 0, 1}}; break;
       case Option::Bool: args.mask = {barred.data, MaskType::Bool, {0, 0, c.keys, 1}}; break;
       case Option::Bias: args.mask = {bias.data, MaskType::Storage, {0, 0, c.keys, 1}}; break;
       case Option::Alibi: args.alibi_slopes = slopes.data, args.alibi_strides[1] = 1; break;
@@ -109,6 +115,12 @@ void compare(const Case& c) {
   common.scale = 1 / std::sqrt(static_cast<double>(c.columns));
   common.window_left = c.window, common.window_right = c.causal ? 0 : kOpen;
   const Given given(c, random, common);
+  if (c.option == Option::Nan) {  // of the last sequence's last key
+    for (Device<S>* t : {&key, &value}) {
+      const size_t last = t->count - static_cast<size_t>(c.kv_heads * c.columns);
+      cuda::check(cudaMemset(t->data + last, 0xFF, (t->count - last) * sizeof(S)), "fill");
+    }
+  }
   AttentionForward forward{common, out.data, a, lse.data};
   backward.out = {out.data, a}, backward.lse = lse.data, backward.grad_out = {grad_out.data, a};
   backward.grad_query = grad_query.data, backward.grad_query_strides = a;
@@ -193,7 +205,9 @@ int main() {
       {"D 128, 64/8, causal", 1, 64, 8, 16384, 16384, 128, true},
       {"D 64, bool, odd", 1, 2, 2, 200, 301, 64, false, kOpen, Option::Bool},
       {"D 128, bias, small", 1, 4, 2, 200, 300, 128, true, kOpen, Option::Bias},
-      {"D 128, dropout, small", 2, 4, 2, 200, 300, 128, true, 100, Option::Dropout},
+      {"D 128, dropout, small", 2, 4, 2, 200, 300, 128, true, 101, Option::Dropout},
+      {"D 64, bool, window", 2, 4, 2, 300, 300, 64, true, 101, Option::Bool},
+      {"D 128, NaN, small", 1, 4, 2, 200, 300, 128, false, kOpen, Option::Nan},
       {"D 128, padding", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Padding},
       {"D 128, bool", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Bool},
       {"D 128, bias", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Bias},

@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
 
 #include "attention/dot_product_describe.h"
@@ -167,7 +168,7 @@ Tensor dropout_mask_cpu(const Tensor& key, c10::SymIntArrayRef size, double p) {
   const Tensor dense = key.contiguous();
   const auto seed = static_cast<uint64_t>(dense.const_data_ptr<int64_t>()[0]);
   uint64_t counter = static_cast<uint64_t>(dense.const_data_ptr<int64_t>()[1]);
-  const auto threshold = static_cast<uint32_t>(std::min(p * 0x1p32, 0x1p32 - 1));
+  const auto threshold = static_cast<uint32_t>(std::min(std::ceil(p * 0x1p32), 0x1p32 - 1));
   const int64_t columns = mask.size(-1), rows = columns == 0 ? 0 : mask.numel() / columns;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < columns; j += 4, ++counter) {

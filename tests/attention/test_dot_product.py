@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lect11ext.reference.random import philox_words
+
 from .cases import KEY, Sizes, bool_mask, compare, float_mask, operands, plain_sdpa, sdpa
 
 # Around the kernel's steps: 64 keys a panel, 256 a block, 96 queries a tile, 16 and 32 columns, 512 keys a part.
@@ -236,6 +238,18 @@ def test_dropout_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
         expected = plain_sdpa(query, key, eye, dropout_p=p, dropout_key=KEY)
         assert torch.equal(got != 0, expected != 0)
         assert abs((got != 0).double().mean().item() - (1 - p)) < 0.02
+
+
+@pytest.mark.parametrize("between", [-0.5, 0.0, 0.5])
+def test_dropout_compares_whole_words(between: float) -> None:
+    """A word is kept if it is at least dropout_p · 2³², be that a whole number or not."""
+    words = philox_words(*KEY.tolist(), 2)  # of a query's eight keys
+    word = int(words[3])
+    out = sdpa(
+        *(torch.zeros(1, 1, n, 4) for n in (1, 8)), torch.eye(8).view(1, 1, 8, 8), dropout_key=KEY,
+        dropout_p=(word + between) / 2**32,
+    )  # fmt: skip
+    assert (out[0, 0, 0] != 0).tolist() == [int(w) >= word + between for w in words]
 
 
 def test_dropout_of_everything() -> None:

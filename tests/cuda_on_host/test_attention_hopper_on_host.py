@@ -97,6 +97,22 @@ def test_huge_scores(hopper: Kernels, size: float, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("size", [1e2, 1e6, 1e12])
+def test_the_backward_makes_the_weights_that_the_forward_had(
+    hopper: Kernels, size: float, alibi: bool, dim: int
+) -> None:
+    """However large scores are, and though they are rounded: those of a query sum to one."""
+    case = make(dim, dtype=BF16, queries=40, keys=250, alibi=alibi, **ONE)
+    case.tensors["key"] *= size
+    case.tensors["grad_out"].fill_(1.0)
+    grads = case.backward(hopper, saved=case.forward(hopper))
+    assert all(g.isfinite().all() for g in grads.values())
+    total = grads["value"][0, 0].double().sum(0)
+    torch.testing.assert_close(total, torch.full_like(total, case.queries), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 def test_a_maximum_that_stays_changes_nothing(hopper: Kernels, dim: int) -> None:
     """All keys weigh alike, those of the first tile and of the last, though a product of the score is rounded."""
     case = make(dim, dtype=BF16, queries=20, keys=30 * 128, scale=0.3003, **ONE)

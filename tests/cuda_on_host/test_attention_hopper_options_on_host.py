@@ -67,6 +67,27 @@ def test_backward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> N
     check_backward(hopper, make(dim, dtype=dtype, **OPTIONS[name]), grad_mask=None)
 
 
+@pytest.mark.parametrize("left", [99, 100, 101, 102])
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"mask": "bool"}, {"mask": "storage"}], ids=str)
+def test_windows_that_begin_anywhere(hopper: Kernels, options: dict[str, Any], left: int) -> None:
+    """Dropout draws for four keys at a time, and masks are read by pairs, wherever the first key that is seen is."""
+    case = make(64, dtype=BF16, queries=200, keys=200, window=(left, 0), **ONE, **options)
+    if "mask" in options:
+        case.tensors["mask"] = case.tensors["mask"].contiguous()
+    check_forward(hopper, case)
+    check_backward(hopper, case, grad_mask=None)
+
+
+def test_one_key_of_queries_that_lie_anyhow(hopper: Kernels) -> None:
+    """Of a single query that sees the key, no stride is looked at."""
+    case = make(64, dtype=BF16, mask="bool", queries=20, keys=1, window=CAUSAL, bottom_right=True, **ONE)
+    memory = torch.zeros(1, 1, 20, 67, dtype=BF16)
+    memory[..., :64] = case.tensors["query"]
+    case.tensors["query"] = memory[..., :64]
+    check_forward(hopper, case)
+    check_backward(hopper, case)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_softcap(hopper: Kernels, dim: int) -> None:
     case = make(dim, dtype=BF16, **SOFTCAP)

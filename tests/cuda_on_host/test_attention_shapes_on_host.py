@@ -88,6 +88,14 @@ def test_what_a_mask_bars_may_be_nan(kernels: Kernels, mask: str, dims: tuple[in
     check(case, case.backward(kernels, saved=case.forward(kernels)), expected)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("softcap", [1e-3, 1.0, 256.0, 257.0, 1e5, 1e9])
+def test_softcaps_of_any_size(kernels: Kernels, softcap: float, dtype: torch.dtype) -> None:
+    case = make((64, 64), dtype=dtype, softcap=softcap, queries=20, keys=70)
+    check_forward(kernels, case)
+    check_gradients(kernels, case)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_distances_that_a_float_does_not_hold(kernels: Kernels, dtype: torch.dtype) -> None:
     """ALiBi beyond 2^24 positions: the backward makes the weights that the forward had, which sum to one."""

@@ -160,7 +160,7 @@ class Dropout {
     if (!acts_) return;
     offset_ = static_cast<uint64_t>(args.dropout_key[1]);
     // Words are 32 bits, so that p = 1 drops what no word is: all of them by a factor of zero.
-    threshold_ = static_cast<uint32_t>(std::min(args.dropout_p * 0x1p32, 0x1p32 - 1));
+    threshold_ = static_cast<uint32_t>(std::min(std::ceil(args.dropout_p * 0x1p32), 0x1p32 - 1));
     kept_ = args.dropout_p < 1 ? static_cast<C>(1 / (1 - args.dropout_p)) : C(0);
   }
 

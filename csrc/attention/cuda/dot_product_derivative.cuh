@@ -104,10 +104,8 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
     const int first_key = kKeysAreRows ? spot.first_row : first_column, keys = kKeysAreRows ? kRows : kCols;
     uint32_t bits[kRowTiles][2];
     seen = ~0u;
-    const bool whole = args_.mask.type == MaskType::None && first_key + keys <= sequence.keys &&
-                       first_query + queries <= sequence.queries &&
-                       first_key + keys - 1 <= first_query + sequence.diagonal + sequence.right &&
-                       first_key >= first_query + queries - 1 + sequence.diagonal - sequence.left;
+    const bool whole = args_.mask.type == MaskType::None && first_query + queries <= sequence.queries &&
+                       all_see(sequence, first_query, queries, first_key, keys);
     if (!whole) seen = 0;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {

@@ -10,7 +10,7 @@
 
 namespace lect11ext::cuda {
 
-inline constexpr int64_t kFlagBytes = 16;  // of the scratch: an int, and room to the next aligned place
+inline constexpr int64_t kFlagBytes = 256;  // of the scratch: an int, and room to where the allocator would begin
 
 namespace {
 
@@ -45,6 +45,7 @@ void find_non_finite(std::initializer_list<ScannedRows> all, int* flag, void* st
   launch(clear_flag_kernel, 1, 1, 0, stream, flag);
   for (const ScannedRows& rows : all) {
     const int64_t count = rows.batch * rows.heads * rows.positions * rows.pieces;
+    if (count == 0) continue;
     launch(non_finite_kernel<S>, grid_stride_blocks(count, kScanThreads), kScanThreads, 0, stream, rows, flag);
   }
 }

@@ -1,5 +1,6 @@
 #include "attention/cuda/dot_product_forward.cuh"
 
+#include "attention/cuda/dot_product_finite.cuh"
 #include "attention/cuda/dot_product_hopper.h"
 
 namespace lect11ext::cuda {
@@ -17,9 +18,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 }
 
 // A warp a row: out = Σ e^(m_s − m) · out_s / Σ e^(m_s − m) · l_s over the splits, in their order.
-template <class S, class Plan>
+template <class S>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ Plan plan) {
+    merge_kernel(const __grid_constant__ AttentionForward args, const __grid_constant__ ForwardSettings plan) {
   using C = Compute<S>;
   if (plan.only_if != nullptr && *plan.only_if == 0) return;
   const Lane lane;
@@ -85,7 +86,7 @@ typename ForwardShape<S, kWidth, kPlain>::Plan make_plan(const AttentionForward&
   plan.key_aligned = is_aligned<S>(args.key);
   plan.value_aligned = is_aligned<S>(args.value);
   plan.pairs_aligned = pairs_are_aligned<S>(args.out, args.out_strides);
-  plan.mask_pairs = mask_pairs(args.mask, 3, args.keys, mask_bytes(args));
+  plan.mask_pairs = mask_pairs(args, 3);
 
   // Blocks that the device holds at a time, by registers and by shared memory. A split has a few tiles at least, and
   // the keys are cut only where that gives twice the blocks.
@@ -151,7 +152,7 @@ void attention_forward(const AttentionForward& args, void* scratch, void* stream
   if (args.batch == 0 || args.heads == 0 || args.queries == 0) return;
   const HopperRun hopper = hopper_forward(args, scratch, stream);
   if (hopper.started && hopper.flag == nullptr) return;
-  if (hopper.started) scratch = static_cast<char*>(scratch) + hopper_scratch(args);
+  if (hopper.started) scratch = static_cast<char*>(scratch) + kFlagBytes;
   with_kernel(args, [&](auto* type, auto width, auto plain) {
     using S = std::remove_pointer_t<decltype(type)>;
     using C = Compute<S>;
@@ -163,8 +164,7 @@ void attention_forward(const AttentionForward& args, void* scratch, void* stream
     plan.partial_out = static_cast<C*>(scratch) + 2 * plan.splits * rows;
     run<S, width, plain>(args, plan, stream);
     if (plan.splits > 1) {
-      launch(merge_kernel<S, decltype(plan)>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream,
-             args, plan);
+      launch(merge_kernel<S>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);
     }
   });
 }

@@ -10,24 +10,27 @@
 
 namespace lect11ext::cuda {
 
-// kDim: a bound of head_dim and value_dim, or 0.
-template <int kDim>
-struct ForwardPlan {
+struct ForwardSettings {
   RowTiles tiles;
   int packed;              // heads in a tile; a row is a query position and a head of these
   int64_t splits, chunks;  // of the keys; of the value's columns
   int warps;
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
   bool mask_pairs;
-  const int* only_if;          // null, or it says whether there is anything to do
-  TileShape<kDim> row, value;  // of queries and keys, and of values
+  const int* only_if;  // null, or it says whether there is anything to do
   size_t shared_bytes;
   double unit;  // of what rows compare: the scale where these are products, else 1
   // Of splits, where there are several; C [splits, batch, heads, queries], and of sums of values [value_dim] more.
   void *partial_out, *partial_largest, *partial_sum;
 };
 
-// Rows for a warp, keys in a tile, chosen so that sums stay in registers.
+// kDim: a bound of head_dim and value_dim, or 0.
+template <int kDim>
+struct ForwardPlan : ForwardSettings {
+  TileShape<kDim> row, value;  // of queries and keys, and of values
+};
+
+// Rows for a warp, keys in a tile: what registers hold, but for some that are not used in the products.
 // kPlain: without mask, ALiBi, softcap and dropout, and with a positive scale.
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
@@ -153,9 +156,8 @@ class Forward {
       copy_wait<0>();
       __syncthreads();  // the keys are there, and nobody reads the values before
       load_values(number);
-      tile.whole = (kPlain || args_.mask.type == MaskType::None) && tile.first_key + kKeys <= sequence.keys &&
-                   tile.first_key + kKeys - 1 <= low + sequence.diagonal + sequence.right &&
-                   tile.first_key >= high + sequence.diagonal - sequence.left;
+      tile.whole = (kPlain || args_.mask.type == MaskType::None) &&
+                   all_see(sequence, low, high - low + 1, tile.first_key, kKeys);
       tile.any = low < sequence.queries;
       if (tile.any && !tile.whole) find_seen(tile, scores, own, lane);
       if (tile.any) {

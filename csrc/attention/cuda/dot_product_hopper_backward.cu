@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kSideThreads)
     const int64_t number = unit * args.queries + query;
     const float lse = there ? static_cast<const float*>(args.lse)[number] : -INFINITY;
     if (there && args.grad_lse != nullptr) sum -= static_cast<const float*>(args.grad_lse)[number];
-    scratch.shifts[row] = lse == -INFINITY ? INFINITY : kPlain ? lse * static_cast<float>(kLog2E) : lse;
+    scratch.lses[row] = lse == -INFINITY ? INFINITY : lse;
     scratch.corrections[row] = sum * static_cast<float>(args.scale);
   }
 }
@@ -115,14 +115,14 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   if (needs_finite(args)) {
     // Of barred keys and queries that see nothing scores and weights are selected away, but not what these multiply.
     result.flag = static_cast<int*>(scratch);
-    find_non_finite<S>({scanned(args, args.query, args.heads, args.queries, args.head_dim),
-                        scanned(args, args.grad_out, args.heads, args.queries, args.value_dim),
-                        scanned(args, args.key, args.kv_heads, args.keys, args.head_dim)},
+    find_non_finite<S>({scanned(args, args.query, args.heads, args.head_dim, queries),
+                        scanned(args, args.grad_out, args.heads, args.value_dim, queries),
+                        scanned(args, args.key, args.kv_heads, args.head_dim, keys)},
                        static_cast<int*>(scratch), stream);
   }
   plan.first_query = static_cast<int>(queries.first);
   plan.first_key = static_cast<int>(keys.first);
-  plan.mask_pairs = mask_pairs(args.mask, 2, args.queries, mask_bytes(args));
+  plan.mask_pairs = mask_pairs(args, 2);
   plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes);
   plan.tiles = {args.key_starts, args.key_starts == nullptr ? 1 : args.sequences, args.keys, Kernel::kKeys, 1};
   plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,

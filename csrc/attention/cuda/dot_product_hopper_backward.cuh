@@ -113,7 +113,7 @@ struct HopperBackward {
   __device__ uint32_t half_at(int n, int which, int half) const {
     return queries_at(n, which) + half * kHalf * QueryTile::kRowBytes;
   }
-  // Shifts, 0, and corrections, 1.
+  // What is known of queries: their lse, 0, and corrections, 1.
   __device__ int numbers_at(int n, int which) const { return kNumbersAt + (2 * ring.stage(n) + which) * kNumbersBytes; }
   __device__ const float* numbers(int n, int which, int half) const {
     return reinterpret_cast<const float*>(shared.data + numbers_at(n, which)) + half * kHalf;
@@ -135,7 +135,7 @@ struct HopperBackward {
       ring.wait_empty(n);
       barrier_arrive_expecting(full, kStageBytes);
       QueryTile::load(queries_at(n, 0), plan.query, full, position, head, batch);
-      load_bytes(shared.address + numbers_at(n, 0), plan.scratch.shifts + first, full, kNumbersBytes);
+      load_bytes(shared.address + numbers_at(n, 0), plan.scratch.lses + first, full, kNumbersBytes);
       QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, head, batch);
       load_bytes(shared.address + numbers_at(n, 1), plan.scratch.corrections + first, full, kNumbersBytes);
     }
@@ -163,6 +163,11 @@ struct HopperBackward {
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
+  // Of a score less its row's lse.
+  __device__ static float weight_of(float excess) {
+    return power_of_two(at_most(excess, kMostExcess) * static_cast<float>(kLog2E));
+  }
+
   // Of a thread's 2 × 16 elements of 64 × 64: which of them count, row by row, and which are kept, tile by tile.
   struct Marks {
     uint32_t seen = ~0u, kept = ~0u;
@@ -178,7 +183,7 @@ struct HopperBackward {
     const int query = query_of(n, half), head = head_of(n), key = first_key + own_row;
     const bool whole = args.mask.type == MaskType::None && query + kHalf <= sequence.queries &&
                        all_see(sequence, query, kHalf, key, kGroupRows);
-    const float* const shifts = numbers(n, 0, half) + 2 * lane.q;
+    const float* const lses = numbers(n, 0, half) + 2 * lane.q;
     if (!whole) marks.seen = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -187,11 +192,9 @@ struct HopperBackward {
       if (!whole) marks.seen |= bits << (16 * r);
       const auto element = [&](int i) -> float& { return scores[i / 2][2 * r + i % 2]; };
       options.template finish<kTiles>(row, bits, element, [](int, float) {});
-      constexpr float kLog = static_cast<float>(kLog2E);
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        const float excess = element(i) - shifts[i / 2 * 8 + i % 2];
-        const float weight = power_of_two(at_most(excess, kMostBinaryExcess / kLog) * kLog);
+        const float weight = weight_of(element(i) - lses[i / 2 * 8 + i % 2]);
         element(i) = (bits >> i & 1) != 0 ? weight : 0.0f;
       }
     }
@@ -220,14 +223,26 @@ struct HopperBackward {
     }
   }
 
-  // Scores become weights. Queries beyond the last have weight zero by their shift. A score exceeds its row's lse only
-  // by what that was rounded, which of a huge one would be a factor of any size.
+  // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but where
+  // an lse is so large that these would lose its digits: there they are differences, as of the options' kernel.
   __device__ void weigh(float (&scores)[kTiles][4], int n, int half, const GroupLane& lane) const {
-    const float* const shifts = numbers(n, 0, half) + 2 * lane.q;
+    const float* const lses = numbers(n, 0, half) + 2 * lane.q;
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) largest = std::fmax(largest, std::abs(lses[i / 2 * 8 + i % 2]));
+    if (__any_sync(~0u, largest > kLargeExponent)) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        const float score = rounded_product(scores[i / 4][i % 4], scale());
+        scores[i / 4][i % 4] = weight_of(score - lses[i / 4 * 8 + i % 2]);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& score = scores[i / 4][i % 4];
-      score = power_of_two(at_most(std::fma(score, unit(), -shifts[i / 4 * 8 + i % 2]), kMostBinaryExcess));
+      const float shift = lses[i / 4 * 8 + i % 2] * static_cast<float>(kLog2E);
+      score = power_of_two(at_most(std::fma(score, unit(), -shift), kMostBinaryExcess));
     }
   }
 

@@ -36,11 +36,11 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   if (needs_finite(args)) {
     // Of keys that nobody sees scores are selected away.
     result.flag = static_cast<int*>(scratch);
-    find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.keys, args.value_dim)},
-                       static_cast<int*>(scratch), stream);
+    find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.value_dim, keys)}, static_cast<int*>(scratch),
+                       stream);
   }
   plan.first_key = static_cast<int>(keys.first);
-  plan.mask_pairs = mask_pairs(args.mask, 3, args.keys, mask_bytes(args));
+  plan.mask_pairs = mask_pairs(args, 3);
   plan.order = BlockOrder::of(args, tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
   reserve_shared(hopper_forward_kernel<S, kColumns, kPlain>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));

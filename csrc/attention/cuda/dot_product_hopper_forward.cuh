@@ -90,8 +90,11 @@ struct HopperForward {
     const Sequence sequence = sequence_of(work);
     const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
     const Range range = keys_seen(sequence, work.first_query, last_query);
-    work.tiles = range.empty() ? 0 : (range.last - range.first + kKeys - 1) / kKeys;
-    work.key = range.first + (work.tiles - 1) * kKeys;
+    // Masks are read by pairs of keys, and dropout draws for four at a time.
+    constexpr int kTogetherKeys = 8;
+    const int first = range.first / kTogetherKeys * kTogetherKeys;
+    work.tiles = range.empty() ? 0 : (range.last - first + kKeys - 1) / kKeys;
+    work.key = first + (work.tiles - 1) * kKeys;
     return true;
   }
 

@@ -42,12 +42,6 @@ inline bool needs_finite(const Attention& args) {
 // Columns of tiles, of which operands fill the first ones: TMA makes zeros of the rest.
 inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
 
-// Of rows that TMA takes.
-inline ScannedRows scanned(const Attention& args, const AttentionOperand& operand, int64_t heads, int64_t positions,
-                           int64_t columns) {
-  return {operand, args.batch, heads, positions, columns / kVector<__half>};
-}
-
 // Calls f with a null pointer of the storage type, the columns, and whether the kernel is the plain one.
 template <class F>
 void with_hopper_kernel(const Attention& args, F f) {
@@ -83,6 +77,13 @@ inline Span queries_of_use(const Attention& args) {
   const int64_t diagonal = args.bottom_right ? args.keys - args.queries : 0;
   const int64_t first = std::clamp<int64_t>(-diagonal - args.window_right, 0, args.queries);
   return {first, std::clamp<int64_t>(args.keys - diagonal + args.window_left, first, args.queries)};
+}
+
+// What TMA takes of an operand.
+inline ScannedRows scanned(const Attention& args, const AttentionOperand& operand, int64_t heads, int64_t columns,
+                           const Span& span) {
+  const auto* const first = static_cast<const __half*>(operand.data) + span.first * operand.strides.position;
+  return {{first, operand.strides}, args.batch, heads, span.size(), columns / kVector<__half>};
 }
 
 inline bool map_operand(CUtensorMap& map, const Attention& args, const AttentionOperand& operand, int64_t heads,

@@ -9,12 +9,12 @@ namespace lect11ext::cuda {
 // What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head; of
 // sequences one behind the other the tiles are numbered as RowTiles does.
 struct HopperBackwardScratch {
-  float* sums;                  // of queries' gradients: a tile as put() below lays it
-  float *shifts, *corrections;  // of each query: what scores lose before they are weights, in binary logarithms (of the
-                                // plain kernel, else natural ones), +∞ for one that sees nothing; D · scale
-  int *counts, *taken;          // of each tile, the tiles of keys that have been added; numbers that blocks have taken
-  int64_t tiles, units;         // of a head; heads of all batches
-  RowTiles order;               // of the tiles of a head
+  float* sums;  // of queries' gradients: a tile as put() below lays it
+  float *lses,
+      *corrections;      // of each query: lse, +∞ for one that sees nothing, which makes its weights zero; D · scale
+  int *counts, *taken;   // of each tile, the tiles of keys that have been added; numbers that blocks have taken
+  int64_t tiles, units;  // of a head; heads of all batches
+  RowTiles order;        // of the tiles of a head
 
   static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
     const int64_t columns = hopper_columns(args);
@@ -23,8 +23,8 @@ struct HopperBackwardScratch {
                queries_of_tile(columns), 1};
     s.tiles = s.order.count(), s.units = args.batch * args.heads;
     s.sums = static_cast<float*>(data);
-    s.shifts = s.sums + s.rows(columns) * columns;
-    s.corrections = s.shifts + s.rows(columns);
+    s.lses = s.sums + s.rows(columns) * columns;
+    s.corrections = s.lses + s.rows(columns);
     s.counts = reinterpret_cast<int*>(s.corrections + s.rows(columns));
     s.taken = s.counts + s.units * s.tiles;
     return s;

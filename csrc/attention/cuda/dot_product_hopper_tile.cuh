@@ -137,12 +137,6 @@ struct AlignedShared {
   }
 };
 
-// Whether all of `queries` from `query` on see all of `keys` from `key` on. Queries beyond the last count as others do.
-__device__ inline bool all_see(const Sequence& sequence, int query, int queries, int key, int keys) {
-  return key + keys <= sequence.keys && key + keys - 1 <= query + sequence.diagonal + sequence.right &&
-         key >= query + queries - 1 + sequence.diagonal - sequence.left;
-}
-
 // Of the columns 0 … kTiles · 8 − 1 of a row those stay that lie between two bounds, both included; others become
 // `other`. Bounds count from the lane's first column on.
 template <int kTiles>

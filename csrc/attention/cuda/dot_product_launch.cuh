@@ -83,8 +83,7 @@ PlanOf<S, kPart, kBound> make_plan(const DerivativeArgs& args) {
   plan.rows_shared = true;
   plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None && args.alibi_slopes == nullptr &&
                args.softcap == 0 && args.dropout_p <= 0;
-  plan.mask_pairs =
-      mask_pairs(args.mask, P::kKeysAreRows ? 2 : 3, P::kKeysAreRows ? args.queries : args.keys, mask_bytes(args));
+  plan.mask_pairs = mask_pairs(args, P::kKeysAreRows ? 2 : 3);
   for (int kind = 0; kind < kKinds; ++kind) {
     plan.query_side_aligned[kind] = is_aligned<S>(P::query_side(args, kind));
     plan.key_side_aligned[kind] = is_aligned<S>(P::key_side(args, kind));
@@ -137,10 +136,10 @@ inline int64_t mask_numel(const DerivativeSettings& plan) {
   return plan.mask_sizes[0] * plan.mask_sizes[1] * plan.mask_sizes[2] * plan.mask_sizes[3];
 }
 
-// Calls f with the kBound for sums of `columns`.
+// Calls f with the kBound for sums of `columns`; the mask's kernel has none.
 template <class S, Part kPart, class F>
 void with_bound(const DerivativeArgs& args, int64_t columns, F f) {
-  constexpr bool kWide = kIsHalf<S> || (sizeof(S) == 4 && kPart != Part::KeyTangent);
+  constexpr bool kWide = kIsHalf<S> || (sizeof(S) == 4 && kPart != Part::KeyTangent && !Pairs<S, kPart>::kOfMask);
   if constexpr (kIsHalf<S>) columns = std::max(args.head_dim, args.value_dim);
   if constexpr (kIsHalf<S>) {
     if (columns > 128) return f(std::integral_constant<int, 256>{});
@@ -166,12 +165,6 @@ void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, F
     launch(derivative_kernel<S, kPart, kBound>, dim3(grid_size(blocks), static_cast<unsigned>(plan.chunks)),
            dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
   });
-}
-
-// Calls f with the kBound of the mask's kernel, which sums no columns.
-template <class S, Part kPart, class F>
-void with_mask_bound(const DerivativeArgs& args, F f) {
-  with_bound<S, kPart>(args, kIsHalf<S> ? args.head_dim : 0, f);
 }
 
 template <class S, Part kPart, int kBound>
@@ -203,7 +196,7 @@ struct BackwardRun {
       using S = std::remove_pointer_t<decltype(type)>;
       int64_t numbers = rows(args) * (kTangent ? 2 : 1);
       if (args.grad_mask != nullptr) {
-        with_mask_bound<S, kMask>(args, [&](auto bound) {
+        with_bound<S, kMask>(args, 0, [&](auto bound) {
           const auto plan = make_mask_plan<S, kMask, bound>(args);
           if (plan.splits > 1) numbers += plan.splits * mask_numel(plan);
         });
@@ -253,7 +246,7 @@ struct BackwardRun {
         });
       }
       if (args.grad_mask != nullptr) {
-        with_mask_bound<S, kMask>(args, [&](auto bound) {
+        with_bound<S, kMask>(args, 0, [&](auto bound) {
           auto plan = make_mask_plan<S, kMask, bound>(args);
           fill(plan);
           run_mask<S, kMask, bound>(args, plan, stream);

@@ -95,12 +95,9 @@ struct Pairs {
   static __device__ void weigh(const DerivativeArgs& args, const Known& known, C kept, C capped, C mask_t, C& first,
                                C& second, C& first_t, C& second_t, C& lse_t) {
     const C scale = C(args.scale);
-    // The score exceeds the lse only by what it was rounded otherwise where that was found, which of a huge score would
-    // be a factor of any size. NaN stays.
-    constexpr C kMostExcess = C(0.5);
     const C excess = first - known.lse;
-    const C p = power_of_two((excess > kMostExcess ? kMostExcess : excess) * C(kLog2E));
-    const C slope = C(1) - capped * capped;  // of u over s
+    const C p = power_of_two((excess > C(kMostExcess) ? C(kMostExcess) : excess) * C(kLog2E));  // NaN stays
+    const C slope = C(1) - capped * capped;                                                     // of u over s
     const C inner = kept * second - known.correction, grad = p * inner;
     C u_t = 0, t_t = 0;
     if constexpr (kTangents) {

@@ -25,8 +25,10 @@ __device__ inline double rounded_product(double a, double b) { return __dmul_rn(
 // are spared the subtraction below.
 inline constexpr float kLargeExponent = 64;
 
-// That a score exceeds its row's lse by, at most, in binary logarithms: by what the lse was rounded.
-inline constexpr float kMostBinaryExcess = 0.5f * static_cast<float>(kLog2E);
+// That a score exceeds its row's lse by, at most: by what it was rounded otherwise where the lse was found, which of a
+// huge score would be a factor of any size. The second in binary logarithms.
+inline constexpr float kMostExcess = 0.5f;
+inline constexpr float kMostBinaryExcess = kMostExcess * static_cast<float>(kLog2E);
 
 // NaN stays.
 __device__ inline float at_most(float x, float bound) {
@@ -39,25 +41,26 @@ __device__ inline float at_most(float x, float bound) {
 #endif
 }
 
-// tanh for scores of 16 bits, whose error it stays far below: of the difference from 1, so that a small one has less
-// than a float's digits.
-template <class S>
-__device__ inline Compute<S> cap(Compute<S> x) {
-  if constexpr (kIsHalf<S>) return 1.0f - 2.0f * reciprocal(1.0f + power_of_two(x * static_cast<float>(2 * kLog2E)));
-  else return std::tanh(x);
-}
-
-// Whether neighbouring elements along `step` may be read as one, if they begin at an even place.
-inline bool mask_pairs(const AttentionMask& mask, int along, int64_t size, int64_t bytes) {
-  bool pairs = mask.type != MaskType::None && mask.strides[along] == 1 && size % 2 == 0 &&
-               reinterpret_cast<uintptr_t>(mask.data) % static_cast<uintptr_t>(2 * bytes) == 0;
-  for (int d = 0; d < 4; ++d) pairs = pairs && (d == along || mask.strides[d] % 2 == 0);
-  return pairs;
+// tanh, of the difference from 1: its error is 1e-7, however small the result. Times a softcap of no more than
+// kQuickSoftcap that is far below what a score of 16 bits is rounded to.
+inline constexpr double kQuickSoftcap = 256;
+__device__ inline float quick_tanh(float x) {
+  return 1.0f - 2.0f * reciprocal(1.0f + power_of_two(x * static_cast<float>(2 * kLog2E)));
 }
 
 inline int64_t mask_bytes(const Attention& args) {
   if (args.mask.type == MaskType::Bool) return 1;
   return args.mask.type == MaskType::Float ? 4 : args.dtype == DType::Float ? 4 : args.dtype == DType::Double ? 8 : 2;
+}
+
+// Whether neighbouring elements of the mask along dimension `along` may be read as one, if the first is an even one.
+inline bool mask_pairs(const Attention& args, int along) {
+  const AttentionMask& mask = args.mask;
+  const int64_t size = along == 2 ? args.queries : args.keys;
+  bool pairs = mask.type != MaskType::None && mask.strides[along] == 1 && size % 2 == 0 &&
+               reinterpret_cast<uintptr_t>(mask.data) % static_cast<uintptr_t>(2 * mask_bytes(args)) == 0;
+  for (int d = 0; d < 4; ++d) pairs = pairs && (d == along || mask.strides[d] % 2 == 0);
+  return pairs;
 }
 
 // What a lane has of a row of a tile: elements n, e of column 8n + e, counted from the lane's first one. The row is a
@@ -148,12 +151,16 @@ struct Scores {
     for (int i = 0; i < 2 * kTiles; ++i) element(i) = rounded_product(element(i), C(args.scale));
     if (args.softcap != 0) {
       const C limit = C(args.softcap), inverse = C(1) / limit;
+      const auto cap = [&](auto capped_of) {
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const C capped = cap<S>(kIsHalf<S> ? element(i) * inverse : element(i) / limit);
-        keep(i, capped);
-        element(i) = rounded_product(limit, capped);
-      }
+        for (int i = 0; i < 2 * kTiles; ++i) {
+          const C capped = capped_of(element(i));
+          keep(i, capped);
+          element(i) = rounded_product(limit, capped);
+        }
+      };
+      if (kIsHalf<S> && args.softcap <= kQuickSoftcap) cap([&](C x) { return C(quick_tanh(x * inverse)); });
+      else cap([&](C x) { return std::tanh(x / limit); });
     }
     if (args.alibi_slopes != nullptr) {
       constexpr int kExact = 1 << 24;  // floats hold smaller integers

@@ -75,6 +75,12 @@ __device__ inline Range queries_seen(const Sequence& sequence, int first_key, in
           std::min(sequence.queries, last_key - sequence.diagonal + sequence.left + 1)};
 }
 
+// Whether all of `queries` from `query` on see all of `keys` from `key` on. Queries beyond the last count as others do.
+__device__ inline bool all_see(const Sequence& sequence, int query, int queries, int key, int keys) {
+  return key + keys <= sequence.keys && key + keys - 1 <= query + sequence.diagonal + sequence.right &&
+         key >= query + queries - 1 + sequence.diagonal - sequence.left;
+}
+
 inline void check_positions(const Attention& args) {
   if (args.queries > kMostPositions || args.keys > kMostPositions) {
     throw std::runtime_error("attention on CUDA takes at most 2^29 queries and keys.");
@@ -252,8 +258,8 @@ struct SharedRows {
 
 // sums += rows · tileᵀ for 8 · kTiles rows of a tile. kMirrored: as in multiply.
 //
-// A row that fills its room is one straight line of code, in which what is multiplied next is loaded ahead; else a
-// branch after every kDepth columns keeps loads from passing products.
+// A row that fills its room is one straight line of code, in which what is multiplied next is loaded ahead; else loads
+// do not pass a branch, which comes after two steps.
 template <bool kMirrored, int kDim, class S, class Rows, int kRowTiles, int kTiles>
 __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], const Rows (&rows)[kRowTiles],
                                      const S* tile, const TileShape<kDim>& shape, const Lane& lane) {
