@@ -243,7 +243,7 @@ def test_dropout_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("between", [-0.5, 0.0, 0.5])
 def test_dropout_compares_whole_words(between: float) -> None:
     """A word is kept if it is at least dropout_p · 2³², be that a whole number or not."""
-    words = philox_words(*KEY.tolist(), 2)  # of a query's eight keys
+    words = philox_words(*KEY.tolist(), 2).reshape(-1)  # of a query's eight keys
     word = int(words[3])
     out = sdpa(
         *(torch.zeros(1, 1, n, 4) for n in (1, 8)), torch.eye(8).view(1, 1, 8, 8), dropout_key=KEY,
