@@ -30,7 +30,10 @@ def check_type(name: str, value: object, types: tuple[type, ...]) -> None:
 
 
 def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NUMBER) -> None:
-    """Raises unless it is a number and finite; an int may be larger than any float."""
+    """Raises unless it is a number and finite; an int may be larger than any float. A symbolic one has no value yet:
+    the op looks at it when it has."""
+    if torch.compiler.is_compiling() or isinstance(number, torch.SymFloat):
+        return
     check_type(name, number, types)
     try:
         finite = math.isfinite(number)

@@ -25,13 +25,14 @@ using namespace additive_op;
 struct Terms {
   Tensor weight, value;  // in the type of the arithmetic; rows of values that no query may attend to are zero
   Tensor tanh, attention;
+  Tensor sees;  // [..., L, 1], whether a query may attend to any key; undefined without a mask
 };
 
 Tensor or_zero(const Tensor& condition, const Tensor& x) { return at::where(condition, x, at::zeros_like(x)); }
 
 Terms composite_terms(const Inputs& in) {
   const auto type = in.compute_dtype();
-  Terms t{in.score_weight.to(type), in.value.to(type), {}, {}};
+  Terms t{in.score_weight.to(type), in.value.to(type), {}, {}, {}};
   Tensor sum = in.query.to(type).unsqueeze(-2) + in.key.to(type).unsqueeze(-3);
   if (!in.masked()) {
     t.tanh = at::tanh(sum);
@@ -48,7 +49,8 @@ Terms composite_terms(const Inputs& in) {
   Tensor scores = at::matmul(t.tanh, t.weight);
   if (in.additive()) scores = scores + or_zero(open, mask.to(type));
   // The scores of a query without keys are zeros, so that its softmax is finite; its weights are selected away.
-  const Tensor closed = open.logical_not().logical_and(open.any(-1, /*keepdim=*/true));
+  t.sees = open.any(-1, /*keepdim=*/true);
+  const Tensor closed = open.logical_not().logical_and(t.sees);
   t.attention = or_zero(open, scores.masked_fill(closed, kBarred).softmax(-1));
   return t;
 }
@@ -60,7 +62,8 @@ Tensor composite_forward(const Inputs& in) {
 
 Gradients composite_backward(const Tensor& grad_output, const Inputs& in, const Wanted& wanted) {
   const Terms t = composite_terms(in);
-  const Tensor grad = grad_output.to(in.compute_dtype());
+  Tensor grad = grad_output.to(in.compute_dtype());
+  if (t.sees.defined()) grad = or_zero(t.sees, grad);
   const Tensor to_attention = at::matmul(grad, t.value.mT());
   const Tensor scores = t.attention * (to_attention - (t.attention * to_attention).sum(-1, /*keepdim=*/true));
   const Tensor each = scores.unsqueeze(-1);

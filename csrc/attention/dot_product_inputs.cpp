@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <cmath>
+#include <limits>
 
 #include "common/random_ops.h"
 #include "common/tensors.h"
@@ -111,9 +112,12 @@ void Inputs::check() const {
   check_probability("dropout_p", dropout_p);
   TORCH_CHECK_VALUE(dropout_p == 0 || autograd::defined(dropout_key), "dropout_key must be given with a dropout_p");
   if (dropout_p > 0) check_key(*dropout_key, query.device(), "dropout_key");
-  TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), "scale must be finite, but got ", *scale);
-  TORCH_CHECK_VALUE(!softcap.has_value() || (*softcap > 0 && std::isfinite(*softcap)),
-                    "softcap must be positive and finite, but got ", *softcap);
+  // Beyond it a float has no room for its product with anything.
+  const double most = compute_type() == at::kDouble ? std::numeric_limits<double>::max() : 1e30;
+  TORCH_CHECK_VALUE(!scale.has_value() || std::abs(*scale) <= most, "scale must be from ", -most, " to ", most,
+                    " for a query of ", query.scalar_type(), ", but got ", *scale);
+  TORCH_CHECK_VALUE(!softcap.has_value() || (*softcap > 0 && *softcap <= most), "softcap must be positive and at most ",
+                    most, " for a query of ", query.scalar_type(), ", but got ", *softcap);
   for (const auto& [name, side] : {std::pair("window_left", window_left), std::pair("window_right", window_right)}) {
     TORCH_CHECK_VALUE(!side.has_value() || *side >= 0, name, " must be nonnegative, but got ", *side);
   }

@@ -151,13 +151,14 @@ def _with_heads(
         if key_heads != value_heads:
             key, value = (x.repeat_interleave(heads // x.size(-3), -3) for x in (key, value))
         return query, key, value, heads
-    sizes = {heads, key_heads, value_heads} - {1}
-    if len(sizes) > 1:
+    # Compared one by one: under tracing they are tensors.
+    sizes = [n for n in (heads, key_heads, value_heads) if n != 1]
+    if any(n != sizes[0] for n in sizes):
         raise ValueError(
             f"key and {third} must have as many heads as query, {heads}, or one, but got {key_heads} and "
             f"{value_heads}; enable_gqa lets neighbouring heads of query share one"
         )
-    heads = sizes.pop()
+    heads = sizes[0]
     query = _expand(query, -3, heads)
     if key_heads != value_heads:
         key, value = _expand(key, -3, heads), _expand(value, -3, heads)

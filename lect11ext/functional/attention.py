@@ -99,7 +99,8 @@ def scaled_dot_product_attention(
     """
     # The plain case first, in few steps: what is checked here is all that the general way would check.
     if (
-        attn_mask is None
+        not torch.compiler.is_compiling()
+        and attn_mask is None
         and dropout_p == 0.0
         and window is None
         and alibi_slopes is None
@@ -109,7 +110,6 @@ def scaled_dot_product_attention(
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and causal_alignment == "top_left"
         and type(is_causal) is type(enable_gqa) is bool
-        and not torch.compiler.is_compiling()
         and not is_overridden(query, key, value)
         and _fit(query, key, value, enable_gqa)
     ):

@@ -35,8 +35,7 @@ def merged_masks(
         _check_mask("key_padding_mask", key_padding_mask, query, shape)
         masks.append(key_padding_mask.reshape(batch, 1, 1, keys))
     if attn_mask is not None:
-        whole = (batch * heads, queries, keys)
-        _check_mask("attn_mask", attn_mask, query, (queries, keys), whole)
+        check_attn_mask(attn_mask, query, keys)
         masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else torch.unflatten(attn_mask, 0, (batch, heads)))
     if band is not None:
         left, right = band
@@ -59,8 +58,15 @@ def merged_masks(
     return added if bars is None else torch.where(bars, -math.inf, added)
 
 
-def _check_mask(name: str, mask: Tensor, query: Tensor, *shapes: tuple[int, ...]) -> None:
+def check_attn_mask(mask: Tensor | None, query: Tensor, keys: int) -> None:
+    """``query`` is ``[N, H, L, D]``."""
+    batch, heads, queries, _ = query.shape
+    _check_mask("attn_mask", mask, query, (queries, keys), (batch * heads, queries, keys))
+
+
+def _check_mask(name: str, mask: Tensor | None, query: Tensor, *shapes: tuple[int, ...]) -> None:
     check_type(name, mask, TENSOR)
+    assert mask is not None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating-point, but got {mask.dtype}")
     if not any(_same(mask.shape, shape) for shape in shapes):

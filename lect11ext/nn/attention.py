@@ -20,6 +20,7 @@ from ._attention_inputs import (
     LEAST_BASE,
     MOST_BASE,
     batch_first,
+    check_attn_mask,
     merged_masks,
     one_sequence,
     padded,
@@ -228,6 +229,7 @@ class MultiheadAttention(nn.Module):
 
         hint = is_causal and attn_mask is not None
         if hint and key_padding_mask is None and not need_weights:
+            check_attn_mask(attn_mask, q, keys)
             attn_mask = None
         elif hint:
             is_causal = False

@@ -140,6 +140,11 @@ def test_a_query_without_keys_gives_zeros(dtype: torch.dtype, device: str) -> No
             grads = torch.autograd.grad(out.sum(), wanted, retain_graph=True, create_graph=create_graph)
             assert all(g.isfinite().all() for g in grads)
             assert (grads[0][0, 4] == 0).all() and (grads[0][1, 0] == 0).all()
+            # What comes back to it goes nowhere, be it NaN.
+            back = torch.ones_like(out)
+            back[0, 4] = back[1, 0] = torch.nan
+            again = torch.autograd.grad(out, wanted, back, retain_graph=True, create_graph=create_graph)
+            assert all(torch.equal(a, g) for a, g in zip(again, grads, strict=True))
         check_both([*args, mask])
 
 

@@ -144,7 +144,7 @@ X, STARTS = torch.zeros(7, 4, 8), torch.tensor([0, 3, 7])
             ValueError,
             "dropout_key must be given where dropout_p is not 0",
         ),
-        (lambda: functional.kernel_attention(Q, K, V, 0), ValueError, "width must be finite and at least 5.5e-20.* 0"),
+        (lambda: functional.kernel_attention(Q, K, V, 0), ValueError, "width must be finite and at least 7.5e-155.* 0"),
         (lambda: functional.kernel_attention(Q, K, V, "1"), TypeError, "width must be a float or an int or a Tensor"),
         (lambda: functional.kernel_attention(Q, K[..., :3], V, 1.0), ValueError, "key must have as many columns as"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lect11ext import functional
 from tests.attention.test_functional import operands
@@ -68,6 +69,43 @@ def test_traced_without_a_warning() -> None:
     traced = torch.jit.trace(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), (query, key, value))
     args = operands((1, 4, 9, 8), (1, 2, 6, 8), (1, 2, 6, 3), grad=False)
     torch.testing.assert_close(traced(*args), sdpa(*args, is_causal=True, enable_gqa=True))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_traced_with_one_head_of_keys() -> None:
+    args = operands((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 3), grad=False)
+    torch.testing.assert_close(torch.jit.trace(lambda *x: sdpa(*x), args)(*args), sdpa(*args))
+
+
+class Scaled(torch.nn.Module):
+    """Numbers that differ from instance to instance: torch.compile makes symbols of them."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Any:
+        return (
+            sdpa(x, x, x, scale=self.number),
+            sdpa(x, x, x, softcap=self.number),
+            functional.kernel_attention(x, x, x, self.number),
+        )
+
+
+def test_compiled_with_symbolic_numbers() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(2, 2, 7, 8)
+    for number in (0.5, 0.7, 1.1):
+        got = torch.compile(Scaled(number), fullgraph=True, backend="aot_eager")(x)
+        for a, b in zip(got, Scaled(number)(x), strict=True):
+            torch.testing.assert_close(a, b)
+    compiled = torch.compile(lambda q: sdpa(q, q, q, scale=q.size(-1) ** -0.5), fullgraph=True, dynamic=True,
+                             backend="aot_eager")  # fmt: skip
+    for columns in (8, 12, 16):
+        q = torch.randn(2, 2, 7, columns)
+        torch.testing.assert_close(compiled(q), sdpa(q, q, q))
+    symbolic = make_fx(lambda q: sdpa(q, q, q, scale=q.size(-1) ** -0.5), tracing_mode="symbolic")(x)
+    torch.testing.assert_close(symbolic(x), sdpa(x, x, x))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])

@@ -150,6 +150,22 @@ def jagged(*lengths: int) -> Any:
             RuntimeError,
             f"on the same device, but attn_mask is on meta and query on {HERE}",
         ),
+        # Also where the hint lets the mask be left out.
+        (
+            lambda m: m(X, X, X, attn_mask="m", is_causal=True, need_weights=False),
+            TypeError,
+            "attn_mask must be a Tensor",
+        ),
+        (
+            lambda m: m(X, X, X, attn_mask=torch.ones(L, L).int(), is_causal=True, need_weights=False),
+            TypeError,
+            "attn_mask must be bool or floating-point, but got torch.int32",
+        ),
+        (
+            lambda m: m(X, X, X, attn_mask=torch.ones(L + 1, L), is_causal=True, need_weights=False),
+            ValueError,
+            "attn_mask must have shape",
+        ),
         (lambda m: m(X, jagged(3, 1, 2), X), ValueError, "query, key and value must all be nested tensors, or none"),
         (lambda m: m(X, X, jagged(3, 1, 2)), ValueError, "query, key and value must all be nested tensors, or none"),
         (

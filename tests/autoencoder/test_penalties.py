@@ -205,6 +205,8 @@ def test_sparse_activation(dtype: torch.dtype) -> None:
         torch.testing.assert_close(*grads)
     code, kl = functional.sparse_activation(torch.full((6, 3), -math.log(9.0)), "sigmoid", penalty="kl", target=0.1)
     assert kl.shape == () and kl.abs() < 1e-6 and torch.allclose(code, torch.tensor(0.1))
+    _, kl = functional.sparse_activation(torch.full((8, 1000), -math.log(19.0)), "sigmoid", penalty="kl")
+    assert 0 <= kl < 1e-9  # of a thousand units, each at the target
     _, kl = functional.sparse_activation(torch.full((6, 3), -200.0), "sigmoid", penalty="kl")
     assert kl.isfinite() and kl > 1
 

@@ -3,6 +3,7 @@
 // adds up for keys and values lies in memory of its own, which a last kernel adds in order.
 #include "attention/additive.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -257,6 +258,10 @@ void backward(const AdditiveBackward& args, int64_t begin, int64_t end) {
       const void* const from = matrix_of(args, args.grad_output, index, first);
       for (int64_t i = 0; i < rows; ++i) {
         load_row(from, args.dtype, i * args.grad_output.row, args.columns, grads + i * grad_width);
+        // A query that sees no key passes no gradient on, be it NaN.
+        const T *const row = weights + i * args.keys, *const end = row + args.keys;
+        if (std::all_of(row, end, [](T weight) { return weight == 0; }))
+          std::fill_n(grads + i * grad_width, grad_width, T(0));
       }
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t key = block * kKeyBlock;

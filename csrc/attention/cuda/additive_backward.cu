@@ -141,7 +141,7 @@ void additive_backward(const AdditiveBackward& args, void* stream) {
                 (rows * kLanesOfWarp + kRowThreads - 1) / kRowThreads, kRowThreads, stream, args);
   if (args.grad_value != nullptr) {
     multiply({args.batches, transposed(weights), grad_output, args.grad_value, args.grad_value_dtype, args.keys,
-              args.columns, args.queries, /*skips_zeros=*/false},
+              args.columns, args.queries, /*skips_zeros=*/true},
              compute, stream);
   }
   if (args.grad_query != nullptr || args.grad_score_weight != nullptr) {

@@ -28,10 +28,13 @@ def _penalized(input: Tensor, scale: Tensor | None, activation: str, penalty: st
 
 
 def _kl_sparsity(mean: Tensor, target: float) -> Tensor:
-    """The Bernoulli's negative log-likelihood of the target at the means, less what it is at best."""
+    """The Bernoulli's negative log-likelihood of the target at the means, less what it is at best: in float64, since
+    near the best the two are alike. There is one mean a unit."""
     entropy = -target * math.log(target) - (1 - target) * math.log1p(-target)
-    wanted = mean.new_full((), target).expand_as(mean)
-    return reconstruction_loss(torch.logit(mean, KL_FLOOR), wanted, reduction="sum") - mean.numel() * entropy
+    wide = mean.double()
+    wanted = wide.new_full((), target).expand_as(wide)
+    loss = reconstruction_loss(torch.logit(wide, KL_FLOOR), wanted, reduction="sum") - mean.numel() * entropy
+    return loss.to(mean.dtype)
 
 
 def sparse_activation(
