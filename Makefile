@@ -3,6 +3,7 @@ TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
 PYTHON ?= python3
 ARGS ?=
+TESTS ?= tests
 
 BIN := .venv/bin
 PIP := -m pip --quiet --disable-pip-version-check
@@ -13,7 +14,7 @@ CXX := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 # Stamps carry what was asked for in their names, so that another torch or another linter is another set-up.
 tag = $(shell echo '$(1)' | tr -cs '[:alnum:].\n' -)
 TOOLS := .venv/tools-$(call tag,$(TORCH))
-BUILT := .venv/built-$(call tag,$(TORCH))
+BUILT := .venv/built-$(call tag,$(TORCH) $(LECT11EXT_CUDA) $(LECT11EXT_CUDA_ARCHITECTURES) $(LECT11EXT_CPU_BUILDS))
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -35,6 +36,7 @@ $(TOOLS): Makefile
 $(BUILT): $(TOOLS) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	PYTHONWARNINGS=ignore $(BIN)/python $(PIP) install --no-build-isolation --editable '.[test,bench,examples]'
+	rm -f .venv/built-*
 	touch $@
 
 $(LINTERS): $(TOOLS)
@@ -54,13 +56,13 @@ autoencoders: $(BUILT)  ## the lecture's autoencoders on digits, each beside wha
 	$(BIN)/python examples/digits_autoencoders.py $(ARGS)
 
 # Several processes of two threads each. Idle ones sleep: spinning, they would take the cores from one another.
-PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-test: $(BUILT)  ## the tests (ARGS="-k lstm" for some)
-	$(PYTEST) tests -m 'not slow' $(ARGS)
+test: $(BUILT)  ## the tests (ARGS="-k lstm" or TESTS=tests/attention for some)
+	$(PYTEST) $(TESTS) -m 'not slow' $(ARGS)
 
 nightly: $(BUILT)  ## the long sweeps
-	$(PYTEST) tests -m slow $(ARGS)
+	$(PYTEST) $(TESTS) -m slow $(ARGS)
 
 bench: $(BUILT)  ## all benchmarks and one table of ratios
 	$(BIN)/python -m bench $(ARGS)

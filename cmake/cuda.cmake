@@ -18,6 +18,13 @@ if(TORCH_CUDA STREQUAL "none" OR NOT NVCC)
   return()
 endif()
 
+execute_process(COMMAND "${NVCC}" --version OUTPUT_VARIABLE NVCC_VERSION)
+string(REGEX MATCH "release ([0-9]+)" NVCC_VERSION "${NVCC_VERSION}")
+set(NVCC_MAJOR "${CMAKE_MATCH_1}")
+if(NOT TORCH_CUDA MATCHES "^${NVCC_MAJOR}\\.")
+  message(WARNING "nvcc is of CUDA ${NVCC_MAJOR} and torch ${TORCH_VERSION} of CUDA ${TORCH_CUDA}: the module may not load")
+endif()
+
 # Real code for the architectures in use, and PTX of a plain one last, which any later GPU can translate.
 set(ARCHITECTURES "$ENV{LECT11EXT_CUDA_ARCHITECTURES}")
 if(NOT ARCHITECTURES)

@@ -36,7 +36,8 @@ def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = Non
 
     Args:
         like: names the device; its values are not read.
-        numel: how many normals will be drawn with the key; one of float64 counts twice.
+        numel: how many normals will be drawn with the key; one of float64 counts twice. For the dropout of an attention
+            ``4 * B * H * L * ceil(S / 4)``.
         generator: a generator of that device, by default the device's default one.
 
     Example::

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,22 @@ def test_types_are_shipped() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_without_the_compiled_module_the_import_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("built", "words"),
+    [
+        (False, ["there is no compiled module in", "source folder, which hides the installed package", "make demo"]),
+        (True, ["lect11ext's compiled module does not load with torch", "pip install --no-build-isolation"]),
+    ],
+)
+def test_without_a_module_that_loads_the_import_says_what_to_do(tmp_path: Path, built: bool, words: list[str]) -> None:
     shutil.copytree(PACKAGE, tmp_path / "lect11ext", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    if built:  # of another torch, or cut off
+        (tmp_path / "lect11ext" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     # The copy comes first on the path of -c; -S keeps out the finder of an editable install, which knows the module.
     done = run("-S", "-c", f"import sys; sys.path += {sys.path!r}; import lect11ext", cwd=tmp_path)
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
-    assert "lect11ext's compiled module does not load with torch" in message
-    assert "pip install --no-build-isolation" in message
+    assert all(word in message for word in words), message
 
 
 def test_without_torch_the_build_stops_with_one_sentence(tmp_path: Path) -> None:

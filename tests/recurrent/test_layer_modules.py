@@ -120,12 +120,13 @@ def test_no_steps_and_no_rows(kind: str) -> None:
 
 
 @pytest.mark.cpu  # cuDNN draws otherwise
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_draws_torchs_mask(kind: str, bidirectional: bool) -> None:
-    """Time first, torch.nn draws for ``[T, B, H]`` of every layer but the last, in its order, and so does ours."""
-    ours, torchs = make(kind, F, H, 3, dropout=0.4, bidirectional=bidirectional)
-    x = torch.randn(T, B, F)
+def test_dropout_draws_torchs_mask(kind: str, bidirectional: bool, batch_first: bool) -> None:
+    """torch.nn draws for ``[T, B, H]`` of every layer but the last, whatever comes first, and so does ours."""
+    ours, torchs = make(kind, F, H, 3, dropout=0.4, bidirectional=bidirectional, batch_first=batch_first)
+    x = torch.randn(B, T, F) if batch_first else torch.randn(T, B, F)
     for training in (True, False):
         results = []
         for layer in (ours.train(training), torchs.train(training)):

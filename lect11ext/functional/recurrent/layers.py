@@ -328,6 +328,16 @@ def _tensors(
     }  # fmt: skip
 
 
+def _dropped(x: Tensor, p: float, batch_first: bool, generator: torch.Generator | None) -> Tensor:
+    """Without a generator as torch.nn drops between layers, whose masks are drawn with time first."""
+    if generator is not None:
+        return x * dropout_mask(x, p, generator)
+    if not batch_first or x.dim() < 3:
+        return drop(x, p)
+    mask = drop(torch.ones_like(x.transpose(0, 1), memory_format=torch.contiguous_format), p)
+    return x * mask.transpose(0, 1)
+
+
 def _in_order(layer: Layer, item: int, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return layer(x, states, item, False)
 
@@ -384,8 +394,8 @@ def _stack(
         over_time, last_states = wave(layers, input, first_states, 1 if batch_first else 0, (input, *reads))
         return over_time, tuple(torch.stack(s) for s in zip(*last_states, strict=True))
     for first in range(0, items, directions):
-        if first > 0 and dropout > 0:  # without a generator the mask is the one that torch.nn draws
-            input = drop(input, dropout) if generator is None else input * dropout_mask(input, dropout, generator)
+        if first > 0 and dropout > 0:
+            input = _dropped(input, dropout, batch_first, generator)
         calls = [
             partial(layer, input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)
         ]
