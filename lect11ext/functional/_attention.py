@@ -154,9 +154,12 @@ def _with_heads(
     # Compared one by one: under tracing they are tensors.
     sizes = [n for n in (heads, key_heads, value_heads) if n != 1]
     if any(n != sizes[0] for n in sizes):
+        names, got = (
+            (f"key and {third}", f"{key_heads} and {value_heads}") if third != "key" else ("key", f"{key_heads}")
+        )
         raise ValueError(
-            f"key and {third} must have as many heads as query, {heads}, or one, but got {key_heads} and "
-            f"{value_heads}; enable_gqa lets neighbouring heads of query share one"
+            f"{names} must have as many heads as query, {heads}, or one, but got {got}; enable_gqa lets neighbouring "
+            "heads of query share one"
         )
     heads = sizes[0]
     query = _expand(query, -3, heads)

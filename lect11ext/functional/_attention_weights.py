@@ -79,14 +79,14 @@ def attention_weights(
     q, k, _, shape = common.canonical(query, key, key, enable_gqa, "key")
     if dropout_key is not None:
         common.check_dropout_key(dropout_key, query)
-    try:
-        lse = lse.expand(*shape.batch, shape.heads, shape.queries)
-        lse = lse if len(shape.batch) == 1 else lse.flatten(0, -3)
-    except RuntimeError:
-        raise ValueError(
-            f"lse must have shape {list((*shape.batch, shape.heads, shape.queries)[-shape.rank + 1 :])}, but got "
-            f"{list(lse.shape)}"
-        ) from None
+    if not lse.is_floating_point():
+        raise TypeError(f"lse must be floating-point, but got {lse.dtype}")
+    whole = (*shape.batch, shape.heads, shape.queries)
+    expected = whole[-shape.rank + 1 :]
+    if len(lse.shape) != len(expected) or any(a != b for a, b in zip(lse.shape, expected, strict=True)):
+        raise ValueError(f"lse must have shape {list(expected)}, but got {list(lse.shape)}")
+    lse = lse.expand(*whole)
+    lse = lse if len(shape.batch) == 1 else lse.flatten(0, -3)
     mask = common.canonical_mask(attn_mask, shape)
     slopes = common.canonical_slopes(alibi_slopes, shape)
     if q.device.type in _OP_DEVICES and not is_traceable_wrapper_subclass(q):  # DTensor has no rule for the op

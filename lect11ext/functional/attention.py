@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import TENSOR, check_type
+from .._errors import TENSOR, check_type, wrong_type
 from .._load import _C
 from . import _attention as common
 from ._attention import Window
@@ -101,6 +101,7 @@ def scaled_dot_product_attention(
     if (
         not torch.compiler.is_compiling()
         and attn_mask is None
+        and type(dropout_p) is float
         and dropout_p == 0.0
         and window is None
         and alibi_slopes is None
@@ -113,9 +114,12 @@ def scaled_dot_product_attention(
         and not is_overridden(query, key, value)
         and _fit(query, key, value, enable_gqa)
     ):
-        out = _C.attention(
-            query, key, value, None, None, None, None, None, 0.0, scale, None, 0 if is_causal else None, False, None
-        )
+        try:
+            out = _C.attention(
+                query, key, value, None, None, None, None, None, 0.0, scale, None, 0 if is_causal else None, False, None
+            )
+        except TypeError as error:  # of what has the sizes, and is no tensor
+            raise wrong_type(error, query=(query, TENSOR), key=(key, TENSOR), value=(value, TENSOR)) from None
         return out if return_lse else out[0]
     if getattr(query, "is_nested", False):
         return _jagged(
@@ -271,6 +275,8 @@ def varlen_attention(
             f"cu_seqlens_k must have as many items as cu_seqlens_q, {cu_seqlens_q.size(0)}, but got "
             f"{cu_seqlens_k.size(0)}"
         )
+    if value.size(0) != key.size(0):  # here, since its sizes are about to be exchanged
+        raise ValueError(f"value must have as many positions as key, {key.size(0)}, but got shape {list(value.shape)}")
     q, k, v, shape = common.canonical(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), enable_gqa)
     slopes = common.canonical_slopes(alibi_slopes, shape)
     if slopes is not None and (slopes.dim() != 1 or common.has_derivative(slopes)):

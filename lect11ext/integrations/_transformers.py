@@ -53,7 +53,7 @@ def transformers() -> str:
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"transformers must be installed, 5.24 or newer, with its attention interface, but: {error}; "
-            "pip install lect11ext[transformers]"
+            "pip install 'transformers>=5.24'"
         ) from error
     functions.register(NAME, _attention)
     masks.register(NAME, masking.sdpa_mask)  # a boolean mask, or None where is_causal says all

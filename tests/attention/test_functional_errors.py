@@ -59,6 +59,9 @@ Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 7,
         ({"softcap": 10**400}, ValueError, "softcap must be finite, but got 1000"),
         ({"softcap": 1e39}, ValueError, "softcap must be in float32's range, from 1.18e-38 to 3.4e.38, but got 1e.39"),
         ({"softcap": 1e-300}, ValueError, "softcap must be in float32's range, .* but got 1e-300"),
+        ({"dropout_p": torch.zeros(2)}, TypeError, "dropout_p must be a float or an int, but got Tensor"),
+        ({"dropout_p": False}, TypeError, "dropout_p must be a float or an int, but got bool"),
+        ({"value": V.cpu().numpy()}, TypeError, "value must be a Tensor, but got ndarray"),
         ({"scale": "1"}, TypeError, "scale must be a float or an int or None, but got str"),
         ({"softcap": 0}, ValueError, "softcap must be positive, or None for none, but got 0"),
         ({"window": 3}, TypeError, r"window must be \(left, right\), numbers of keys or None, but got 3"),
@@ -146,6 +149,29 @@ X, STARTS = torch.zeros(7, 4, 8), torch.tensor([0, 3, 7])
         ),
         (lambda: functional.kernel_attention(Q, K, V, 0), ValueError, "width must be finite and at least 7.5e-155.* 0"),
         (lambda: functional.kernel_attention(Q, K, V, "1"), TypeError, "width must be a float or an int or a Tensor"),
+        (
+            lambda: functional.kernel_attention(Q, K.to("meta"), V, 1.0),
+            RuntimeError,
+            f"same device, but key is on meta and query on {HERE}",
+        ),
+        (lambda: functional.attention_weights(Q, K, torch.zeros(3)), ValueError, "lse must have shape .* but got .3."),
+        (
+            lambda: functional.attention_weights(Q, K, torch.zeros(Q.shape[:-1]).long()),
+            TypeError,
+            "lse must be floating-point, but got torch.int64",
+        ),
+        (
+            lambda: functional.attention_weights(Q, K[:, :3], torch.zeros(Q.shape[:-1])),
+            ValueError,
+            "^key must have as many heads as query, 4, or one, but got 3; enable_gqa",
+        ),
+        (
+            lambda: functional.varlen_attention(
+                *(torch.zeros(n, 2, 8) for n in (7, 7, 5)), *[torch.tensor([0, 7])] * 2
+            ),
+            ValueError,
+            r"value must have as many positions as key, 7, but got shape \[5, 2, 8\]",
+        ),
         (lambda: functional.kernel_attention(Q, K[..., :3], V, 1.0), ValueError, "key must have as many columns as"),
     ],
 )

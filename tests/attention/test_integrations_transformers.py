@@ -271,7 +271,9 @@ def test_dropout_goes_into_output_and_weights_alike() -> None:
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.modeling_utils", None)
-    with pytest.raises(ImportError, match=r"transformers must be installed, 5.24 or newer.*lect11ext\[transformers\]"):
+    with pytest.raises(
+        ImportError, match=r"transformers must be installed, 5.24 or newer.*pip install 'transformers>=5.24'"
+    ):
         lect11ext.integrations.transformers()
 
 

@@ -54,7 +54,7 @@ def pack_bits(input: Tensor, threshold: float = 0.5) -> Tensor:
     Args:
         input: ``[*, bits]``, any strides: float32, float64, bfloat16, float16, bool, uint8 or a signed integer.
         threshold: rounded to the type of ``input`` where that is a floating-point one; integers are compared with it
-            exactly; of bool the bits are the elements themselves.
+            as a float64, exactly up to 2**53; of bool the bits are the elements themselves.
 
     Returns:
         uint8, ``[*, ceil(bits / 8)]``. NaN is above no threshold: its bit is zero. No gradient (:func:`binarize` has

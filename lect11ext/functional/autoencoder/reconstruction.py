@@ -44,7 +44,8 @@ def reconstruction_loss(
         logvar: of the Gaussian, broadcast to the shape of ``input`` (a learned scalar, one a feature, or the decoder's
             own); default 0, a variance of one.
         weight: of every element, broadcast to the shape of ``input``; a bool mask too. Where it is zero the element
-            does not count, be it NaN. No reduction divides by the weights.
+            does not count, be it NaN; its gradients are zeros then, and have no derivative by that weight, whose own
+            gradient is the element's loss. No reduction divides by the weights.
         reduction: ``"sum_features"`` sums over the last dimension (of images, flatten the others into it first),
             ``"batchmean"`` sums everything and divides by ``input.size(0)`` (an empty batch gives 0), ``"sum"`` sums
             everything, ``"none"`` leaves the elements.

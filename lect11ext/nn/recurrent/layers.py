@@ -201,8 +201,9 @@ class LSTM(_Layers):
         recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
 
     Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``(h, c)``,
-    zeros where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, (h_n, c_n))``; with
-    ``return_cells=True`` ``(output, (h_n, c_n), cells)``, the last layer's c at every step in output's form.
+    zeros where missing, and for padded input ``lengths=``, whose values are not checked, and ``reset=``. Outputs:
+    ``(output, (h_n, c_n))``; with ``return_cells=True`` ``(output, (h_n, c_n), cells)``, the last layer's c at every
+    step in output's form.
 
     Example::
 
@@ -321,7 +322,8 @@ class GRU(_Layers):
         recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
 
     Inputs: ``input`` ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` or a PackedSequence, ``h``, zeros
-    where missing, and for padded input ``lengths=`` and ``reset=``. Outputs: ``(output, h_n)``.
+    where missing, and for padded input ``lengths=``, whose values are not checked, and ``reset=``. Outputs:
+    ``(output, h_n)``.
 
     Example::
 
