@@ -31,7 +31,7 @@ constexpr std::array<const char*, kCapabilities> kNames{"default", "avx2", "avx5
 }
 
 Capability detect() {
-#if defined(__x86_64__) && !defined(LECT11EXT_DEFAULT_ALONE)
+#if LECT11EXT_X86_BUILDS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

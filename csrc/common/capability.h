@@ -27,7 +27,14 @@ bool prefers_float_products();
 
 }  // namespace lect11ext
 
+// Whether there are builds for x86's capabilities.
 #if defined(__x86_64__) && !defined(LECT11EXT_DEFAULT_ALONE)
+#define LECT11EXT_X86_BUILDS 1
+#else
+#define LECT11EXT_X86_BUILDS 0
+#endif
+
+#if LECT11EXT_X86_BUILDS
 #define LECT11EXT_BUILDS(name) {DEFAULT::name, AVX2::name, AVX512::name, AVX512_BF16::name, AVX512_BF16::name}
 #else
 #define LECT11EXT_BUILDS(name) {DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name, DEFAULT::name}

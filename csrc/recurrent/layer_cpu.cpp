@@ -52,7 +52,7 @@ Kernel* build_of(Kernel* best, Kernel* without_dots, at::ScalarType type, const 
   return as_float ? without_dots : best;
 }
 
-#if defined(__x86_64__)
+#if LECT11EXT_X86_BUILDS
 namespace without_dots = AVX512;
 #else
 namespace without_dots = DEFAULT;
