@@ -253,6 +253,15 @@ def test_noise_saturates_the_code() -> None:
     assert unrounded(2.0) < 0.5 * unrounded(0.0)
 
 
+@pytest.mark.parametrize("bits", [9, 16])
+def test_what_stands_behind_the_last_bit_does_not_count(bits: int) -> None:
+    index, full = nn.HammingIndex(bits), torch.full((1, 2), 255, dtype=torch.uint8)
+    index.add(full)
+    for query, expected in ((torch.zeros(1, 2, dtype=torch.uint8), bits), (full, 0), (torch.ones(1, bits), 0)):
+        assert index.search(query, 1)[0].item() == expected
+        assert index.within(query, bits)[1].item() == expected
+
+
 def test_index() -> None:
     index = nn.HammingIndex(20)
     values = torch.rand(30, 20)

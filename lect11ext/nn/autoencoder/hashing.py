@@ -84,8 +84,8 @@ class HammingIndex(nn.Module):
 
     Buffer: ``codes``, uint8 ``[len(index), ceil(num_bits / 8)]``. ``load_state_dict`` takes any number of codes.
 
-    Codes are given packed (uint8, ``[n, ceil(num_bits / 8)]``, zeros behind the last bit, as
-    :func:`lect11ext.functional.pack_bits` makes them) or as values of any other type, ``[n, num_bits]``, whose bits are
+    Codes are given packed (uint8, ``[n, ceil(num_bits / 8)]``, as :func:`lect11ext.functional.pack_bits` makes them;
+    what stands behind the last bit does not count) or as values of any other type, ``[n, num_bits]``, whose bits are
     set where they are above one half.
 
     Source: Salakhutdinov & Hinton 2009.
@@ -137,6 +137,9 @@ class HammingIndex(nn.Module):
                 f"{name} must have shape [n, {columns}] ({'packed codes' if packed else 'one value a bit'}), but got "
                 f"{list(values.shape)}"
             )
+        spare = -self.num_bits % 8
+        if packed and spare:
+            return torch.cat([values[:, :-1], values[:, -1:] & (0xFF << spare & 0xFF)], 1)
         return values if packed else pack_bits(values)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
