@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -34,14 +34,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "window ahead": {"queries": 150, "keys": 310, "window": (-3, 150), **ONE},
     "large": {"queries": 70, "keys": 200, "spread": 6.0, "scale": 1.0, **ONE},
 }
-F16_SIZES = ("plain", "groups", "causal", "window")  # the other type is another instruction, and no other logic
-CASES = [
-    (name, dim, dtype)
-    for name in SIZES
-    for dim in (64, 128)
-    for dtype in (BF16, F16)
-    if dtype == BF16 or name in F16_SIZES
-]
+
+
+def every_type(names: Iterable[str], of_float16: tuple[str, ...]) -> list[tuple[str, int, torch.dtype]]:
+    """Name, columns and type; of float16 some: it is another instruction, and no other logic."""
+    return [
+        (name, dim, dtype)
+        for name in names
+        for dim in (64, 128)
+        for dtype in (BF16, F16)
+        if dtype == BF16 or name in of_float16
+    ]
+
+
+CASES = every_type(SIZES, ("plain", "groups", "causal", "window"))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from attention_case import Attention
-from cell_operands import BF16, F16
+from cell_operands import BF16
 from host_kernels import Kernels
 from test_attention_derivatives_on_host import check
-from test_attention_hopper_on_host import ONE, check_backward, hopper, make, right_device
+from test_attention_hopper_on_host import ONE, check_backward, every_type, hopper, make, right_device
 from test_attention_on_host import CAUSAL, check_forward, near
 
 __all__ = ["hopper", "right_device"]  # fixtures
@@ -47,14 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SOFTCAP = {"softcap": 1.5, "queries": 70, "keys": 140, "alibi": True, "mask": "bool", "window": CAUSAL}
-F16_OPTIONS = ("bool", "storage", "dropout", "sequences")
-CASES = [
-    (name, dim, dtype)
-    for name in OPTIONS
-    for dim in (64, 128)
-    for dtype in (BF16, F16)
-    if dtype == BF16 or name in F16_OPTIONS
-]
+CASES = every_type(OPTIONS, ("bool", "storage", "dropout", "sequences"))
 
 
 @pytest.mark.parametrize(("name", "dim", "dtype"), CASES)

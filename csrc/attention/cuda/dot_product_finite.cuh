@@ -39,15 +39,18 @@ __global__ void __launch_bounds__(kScanThreads) non_finite_kernel(const __grid_c
   if (found) *flag = 1;  // all who write write the same
 }
 
-// *flag = whether one of the rows, whose columns are a multiple of sixteen bytes, is not finite.
+// Has the flag at the beginning of `scratch`, which it returns, say whether one of the rows, whose columns are a
+// multiple of sixteen bytes, is not finite.
 template <class S>
-void find_non_finite(std::initializer_list<ScannedRows> all, int* flag, void* stream) {
+const int* find_non_finite(std::initializer_list<ScannedRows> all, void* scratch, void* stream) {
+  int* const flag = static_cast<int*>(scratch);
   launch(clear_flag_kernel, 1, 1, 0, stream, flag);
   for (const ScannedRows& rows : all) {
     const int64_t count = rows.batch * rows.heads * rows.positions * rows.pieces;
     if (count == 0) continue;
     launch(non_finite_kernel<S>, grid_stride_blocks(count, kScanThreads), kScanThreads, 0, stream, rows, flag);
   }
+  return flag;
 }
 
 }  // namespace

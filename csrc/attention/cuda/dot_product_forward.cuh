@@ -221,13 +221,8 @@ class Forward {
       update_rows(state, tile.sums[m], m);
       if constexpr (!kPlain) {
         if (args_.dropout_p > 0) {
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            const uint32_t keep = dropout.keep_of_queries(own[m][0].head, own[m][0].query, own[m][1].head,
-                                                          own[m][1].query, tile.first_key + 8 * n, lane);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) tile.sums[m][n][e] = keep >> e & 1 ? tile.sums[m][n][e] : C(0);
-          }
+          drop_weights(tile.sums[m], dropout, own[m][0].head, own[m][0].query, own[m][1].head, own[m][1].query,
+                       tile.first_key, lane);
         }
       }
     }

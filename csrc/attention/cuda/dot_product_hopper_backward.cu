@@ -114,17 +114,16 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   result.started = true;
   if (needs_finite(args)) {
     // Of barred keys and queries that see nothing scores and weights are selected away, but not what these multiply.
-    result.flag = static_cast<int*>(scratch);
-    find_non_finite<S>({scanned(args, args.query, args.heads, args.head_dim, queries),
-                        scanned(args, args.grad_out, args.heads, args.value_dim, queries),
-                        scanned(args, args.key, args.kv_heads, args.head_dim, keys)},
-                       static_cast<int*>(scratch), stream);
+    result.flag = find_non_finite<S>({scanned(args, args.query, args.heads, args.head_dim, queries),
+                                      scanned(args, args.grad_out, args.heads, args.value_dim, queries),
+                                      scanned(args, args.key, args.kv_heads, args.head_dim, keys)},
+                                     scratch, stream);
   }
   plan.first_query = static_cast<int>(queries.first);
   plan.first_key = static_cast<int>(keys.first);
   plan.mask_pairs = mask_pairs(args, 2);
   plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes);
-  plan.tiles = {args.key_starts, args.key_starts == nullptr ? 1 : args.sequences, args.keys, Kernel::kKeys, 1};
+  plan.tiles = tiles_of_head(args, args.key_starts, args.keys, Kernel::kKeys);
   plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
   const int64_t rows = plan.scratch.rows(kColumns);
@@ -157,12 +156,10 @@ int64_t hopper_scratch(const AttentionBackward& args) {
 }
 
 HopperRun hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {
-  HopperRun result{};
-  if (!takes(args)) return result;
-  with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
-    result = run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
+  if (!takes(args)) return {};
+  return with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
+    return run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
   });
-  return result;
 }
 
 }  // namespace lect11ext::cuda

@@ -163,11 +163,6 @@ struct HopperBackward {
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
-  // Of a score less its row's lse.
-  __device__ static float weight_of(float excess) {
-    return power_of_two(at_most(excess, kMostExcess) * static_cast<float>(kLog2E));
-  }
-
   // Of a thread's 2 × 16 elements of 64 × 64: which of them count, row by row, and which are kept, tile by tile.
   struct Marks {
     uint32_t seen = ~0u, kept = ~0u;

@@ -21,8 +21,7 @@ template <class S, int kColumns, bool kPlain>
 HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   using Kernel = HopperForward<S, kColumns, kPlain>;
   HopperForwardPlan plan{};
-  plan.tiles = {args.query_starts, args.query_starts == nullptr ? 1 : args.sequences, args.queries, Kernel::kQueries,
-                1};
+  plan.tiles = tiles_of_head(args, args.query_starts, args.queries, Kernel::kQueries);
   const int64_t tiles = plan.tiles.count(), units = args.batch * args.heads;
   HopperRun result{};
   if (is_cut(args, tiles * units)) return result;
@@ -35,9 +34,7 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   result.started = true;
   if (needs_finite(args)) {
     // Of keys that nobody sees scores are selected away.
-    result.flag = static_cast<int*>(scratch);
-    find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.value_dim, keys)}, static_cast<int*>(scratch),
-                       stream);
+    result.flag = find_non_finite<S>({scanned(args, args.value, args.kv_heads, args.value_dim, keys)}, scratch, stream);
   }
   plan.first_key = static_cast<int>(keys.first);
   plan.mask_pairs = mask_pairs(args, 3);
@@ -58,12 +55,10 @@ bool takes(const AttentionForward& args) {
 int64_t hopper_scratch(const AttentionForward& args) { return takes(args) && needs_finite(args) ? kFlagBytes : 0; }
 
 HopperRun hopper_forward(const AttentionForward& args, void* scratch, void* stream) {
-  HopperRun result{};
-  if (!takes(args)) return result;
-  with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
-    result = run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
+  if (!takes(args)) return {};
+  return with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
+    return run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
   });
-  return result;
 }
 
 }  // namespace lect11ext::cuda

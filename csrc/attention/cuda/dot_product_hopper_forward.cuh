@@ -173,18 +173,6 @@ struct HopperForward {
     }
   }
 
-  // What is dropped becomes zero.
-  __device__ void drop(float (&weights)[kTiles][4], const Dropout& dropout, const Work& work, int query) const {
-    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
-    const int low = query + lane.row;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const uint32_t keep = dropout.keep_of_queries(work.head, low, work.head, low + 8, work.key + 8 * n, lane);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) weights[n][e] = keep >> e & 1 ? weights[n][e] : 0.0f;
-    }
-  }
-
   // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become weights; `shrink` is what
   // has been summed to be multiplied by.
   __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], const Work& work,
@@ -197,7 +185,11 @@ struct HopperForward {
       const Sequence sequence = sequence_of(work);
       finish_scores(scores, sequence, work, query);
       to_weights_of_rows(scores, rows, shrink);
-      if (args.dropout_p > 0) drop(scores, Dropout(args, sequence), work, query);
+      if (args.dropout_p > 0) {
+        const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+        const int low = query + lane.row;
+        drop_weights(scores, Dropout(args, sequence), work.head, low, work.head, low + 8, work.key, lane);
+      }
     }
   }
 

@@ -42,19 +42,24 @@ inline bool needs_finite(const Attention& args) {
 // Columns of tiles, of which operands fill the first ones: TMA makes zeros of the rest.
 inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
 
-// Calls f with a null pointer of the storage type, the columns, and whether the kernel is the plain one.
+// Returns f of a null pointer of the storage type, the columns, and whether the kernel is the plain one.
 template <class F>
-void with_hopper_kernel(const Attention& args, F f) {
+HopperRun with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
     const auto with_plain = [&](auto columns) {
-      if (is_plain(args) && args.query_starts == nullptr) f(type, columns, std::true_type{});
-      else f(type, columns, std::false_type{});
+      if (is_plain(args) && args.query_starts == nullptr) return f(type, columns, std::true_type{});
+      return f(type, columns, std::false_type{});
     };
-    if (hopper_columns(args) == 64) with_plain(std::integral_constant<int, 64>{});
-    else with_plain(std::integral_constant<int, 128>{});
+    if (hopper_columns(args) == 64) return with_plain(std::integral_constant<int, 64>{});
+    return with_plain(std::integral_constant<int, 128>{});
   };
-  if (args.dtype == DType::BFloat16) with_columns(static_cast<__nv_bfloat16*>(nullptr));
-  else with_columns(static_cast<__half*>(nullptr));
+  if (args.dtype == DType::BFloat16) return with_columns(static_cast<__nv_bfloat16*>(nullptr));
+  return with_columns(static_cast<__half*>(nullptr));
+}
+
+// Tiles of the rows of a head: of one sequence, whose batch is found otherwise, or of those one behind the other.
+inline RowTiles tiles_of_head(const Attention& args, const int64_t* starts, int64_t rows, int64_t size) {
+  return {starts, starts == nullptr ? 1 : args.sequences, rows, size, 1};
 }
 
 // Positions from `first` to `last` − 1.

@@ -19,8 +19,7 @@ struct HopperBackwardScratch {
   static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
     const int64_t columns = hopper_columns(args);
     HopperBackwardScratch s{};
-    s.order = {args.query_starts, args.query_starts == nullptr ? 1 : args.sequences, args.queries,
-               queries_of_tile(columns), 1};
+    s.order = tiles_of_head(args, args.query_starts, args.queries, queries_of_tile(columns));
     s.tiles = s.order.count(), s.units = args.batch * args.heads;
     s.sums = static_cast<float*>(data);
     s.lses = s.sums + s.rows(columns) * columns;

@@ -95,9 +95,8 @@ struct Pairs {
   static __device__ void weigh(const DerivativeArgs& args, const Known& known, C kept, C capped, C mask_t, C& first,
                                C& second, C& first_t, C& second_t, C& lse_t) {
     const C scale = C(args.scale);
-    const C excess = first - known.lse;
-    const C p = power_of_two((excess > C(kMostExcess) ? C(kMostExcess) : excess) * C(kLog2E));  // NaN stays
-    const C slope = C(1) - capped * capped;                                                     // of u over s
+    const C p = weight_of(first - known.lse);
+    const C slope = C(1) - capped * capped;  // of u over s
     const C inner = kept * second - known.correction, grad = p * inner;
     C u_t = 0, t_t = 0;
     if constexpr (kTangents) {

@@ -31,6 +31,7 @@ inline constexpr float kMostExcess = 0.5f;
 inline constexpr float kMostBinaryExcess = kMostExcess * static_cast<float>(kLog2E);
 
 // NaN stays.
+__device__ inline double at_most(double x, double bound) { return x > bound ? bound : x; }
 __device__ inline float at_most(float x, float bound) {
 #if defined(__CUDA_ARCH__)
   float least;
@@ -39,6 +40,12 @@ __device__ inline float at_most(float x, float bound) {
 #else
   return x > bound ? bound : x;
 #endif
+}
+
+// Of a score less its row's lse.
+template <class C>
+__device__ inline C weight_of(C excess) {
+  return power_of_two(at_most(excess, C(kMostExcess)) * C(kLog2E));
 }
 
 // tanh, of the difference from 1: its error is 1e-7, however small the result. Times a softcap of no more than
@@ -269,6 +276,18 @@ inline bool is_plain(const Attention& args) {
   constexpr double kLeastScale = 1e-30;  // one that a float holds
   return args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0 &&
          args.scale > kLeastScale;
+}
+
+// What is dropped of weights becomes zero: rows are queries, as keep_of_queries has them.
+template <int kTiles, class C, class Lane>
+__device__ inline void drop_weights(C (&weights)[kTiles][4], const Dropout& dropout, int low_head, int low,
+                                    int high_head, int high, int first_key, const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const uint32_t keep = dropout.keep_of_queries(low_head, low, high_head, high, first_key + 8 * n, lane);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) weights[n][e] = keep >> e & 1 ? weights[n][e] : C(0);
+  }
 }
 
 // What a kept weight is multiplied by.
