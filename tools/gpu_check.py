@@ -20,13 +20,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.shards import BEGUN, DONE, read  # noqa: E402
+
 STEPS = ["build", "kernels", "tests", "general", "sanitize", "bench"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 PROGRAMS_BUILT = ROOT / "out" / "programs"
@@ -34,7 +39,8 @@ PEERS = ROOT / "out" / "peers"  # packages that are measured against, where `mak
 TAIL = 4000  # characters of a command's output that are kept in the JSON; all of it goes to a file
 RESERVE = 15.0  # seconds at the end
 GRACE = 8.0  # seconds to say what has been done
-MOST_WORKERS = 10  # of pytest: more take longer to come up than they save
+MOST_SHARDS = 14  # processes of pytest
+MOST_RESTARTS = 8  # of one of them, behind a test that took its process along
 GENERAL = {"LECT11EXT_ATTENTION_HOPPER": "0"}  # without attention's kernels of sm_90a
 # Programs that need no torch, each with the kernels that it tries.
 PROGRAMS = {
@@ -63,6 +69,7 @@ class Run:
     only: str
     ends: float
     report: dict[str, Any] = field(default_factory=dict)
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     def left(self) -> float:
         return self.ends - time.monotonic()
@@ -81,14 +88,16 @@ class Run:
             except OSError as error:
                 file.write(f"{error}\n")
                 status = 127
-        self.report[name] = {
-            "status": status,
-            "seconds": round(time.monotonic() - begin, 1),
-            "tail": log.read_text(errors="replace")[-TAIL:],
-        }
-        print(f"{name}: status {status} after {self.report[name]['seconds']} s", flush=True)
-        (self.out / "gpu-check.json").write_text(json.dumps(self.report, indent=1))
+        seconds = round(time.monotonic() - begin, 1)
+        tail = log.read_text(errors="replace")[-TAIL:]
+        print(f"{name}: status {status} after {seconds} s", flush=True)
+        with self.writing:
+            self.report[name] = {"status": status, "seconds": seconds, "tail": tail}
+            self.write()
         return status
+
+    def write(self) -> None:
+        (self.out / "gpu-check.json").write_text(json.dumps(self.report, indent=1))
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> int:
@@ -136,18 +145,46 @@ def kernels(run: Run) -> None:
 
 
 def tests(run: Run, name: str = "tests", pattern: str = "**/test_*.py", **environment: str) -> None:
-    """The tests with their tensors on the GPU; by several processes, and none for ever, where pytest's plugins are."""
+    """The tests with their tensors on the GPU, by several processes (tests/shards.py); none waits for ever where
+    pytest-timeout is."""
     files = [f.relative_to(ROOT) for f in sorted((ROOT / "tests").glob(pattern)) if "cuda_on_host" not in f.parts]
     files = [f for f in files if run.only in str(f)]
-    arguments = ["-q", "-m", "not slow and not cpu", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rfE"]
-    arguments += ["--device", "cuda", f"--junitxml={run.out / name}.xml"]
+    if not files:
+        return
+    shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 2) - 2))
+    arguments = ["-q", "-m", "not slow and not cpu", "-p", "no:cacheprovider", "-p", "tests.shards", "--no-header"]
+    arguments += ["--tb=short", "--device", "cuda", "--shards", str(shards)]
     if importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
+        arguments += ["-p", "no:xdist"]
     if importlib.util.find_spec("pytest_timeout"):
-        arguments += ["--timeout", "60", "--timeout-method", "thread"]
-    if files:
-        run.command(name, python("-m", "pytest", *map(str, files), *arguments), 0.75,
-                    OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", **environment)  # fmt: skip
+        arguments += ["--timeout", "45", "--timeout-method", "thread"]
+    ends, folder = time.monotonic() + 0.75 * (run.left() - RESERVE), run.out / name
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier session's records
+    folder.mkdir()
+
+    def one(shard: int) -> dict[str, str]:
+        record = folder / f"{shard}.txt"
+        for restart in range(MOST_RESTARTS):
+            own = ["--shard", str(shard), "--record", str(record)]
+            run.command(f"{name}/{shard}-{restart}", python("-m", "pytest", *map(str, files), *arguments, *own),
+                        (ends - time.monotonic()) / max(1.0, run.left() - RESERVE),
+                        OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", **environment)  # fmt: skip
+            if DONE in read(record) or time.monotonic() >= ends:
+                break
+        return read(record)
+
+    with ThreadPoolExecutor(shards) as pool:
+        records = list(pool.map(one, range(shards)))
+    finished = all(DONE in record for record in records)
+    outcomes = {test: outcome for record in records for test, outcome in record.items() if test != DONE}
+    failed = sorted(test for test, outcome in outcomes.items() if outcome in ("failed", BEGUN))
+    run.report[name] = {
+        "status": 0 if finished and not failed else 1,
+        **Counter(outcomes.values()),
+        "failed or broken off": failed,
+        "all were begun": finished,
+    }
+    print(f"{name}: {dict(Counter(outcomes.values()))}{'' if finished else ', and not all were begun'}", flush=True)
 
 
 def general(run: Run) -> None:
@@ -216,7 +253,7 @@ def main() -> int:
         step(run)
     failed = [n for n, r in run.report.items() if isinstance(r, dict) and r.get("status", 0) != 0]
     run.report["failed"] = failed
-    (run.out / "gpu-check.json").write_text(json.dumps(run.report, indent=1))
+    run.write()
     print(f"written to {run.out / 'gpu-check.json'}; failed: {failed or 'nothing'}")
     return 1 if failed else 0
 

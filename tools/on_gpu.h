@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "common/cuda/launch.h"
@@ -21,6 +23,7 @@ struct Device {
   size_t count = 0;
   explicit Device(size_t count) : count(count) { cuda::check(cudaMalloc(&data, count * sizeof(T) + 16), "allocate"); }
   ~Device() { cudaFree(data); }
+  Device(Device&& other) noexcept : data(std::exchange(other.data, nullptr)), count(other.count) {}
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
   void clear() { cuda::check(cudaMemset(data, 0, count * sizeof(T)), "fill"); }
@@ -31,12 +34,21 @@ struct Device {
     cuda::check(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "copy");
     return host;
   }
+  Device copy() const {
+    Device other(count);
+    cuda::check(cudaMemcpy(other.data, data, count * sizeof(T), cudaMemcpyDeviceToDevice), "copy");
+    return other;
+  }
   void draw(std::mt19937& random, float spread = 1) {
     constexpr size_t kDrawn = 1000003;  // repeated, since drawing takes longer than all the rest
     std::normal_distribution<float> normal(0, spread);
-    std::vector<T> host(count);
-    for (size_t i = 0; i < count; ++i) host[i] = i < kDrawn ? T(__float2bfloat16(normal(random))) : host[i - kDrawn];
-    cuda::check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "copy");
+    std::vector<T> host(std::min(count, kDrawn));
+    for (T& x : host) x = T(__float2bfloat16(normal(random)));
+    cuda::check(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
+    for (size_t done = host.size(); done < count; done *= 2) {
+      const size_t more = std::min(done, count - done);
+      cuda::check(cudaMemcpy(data + done, data, more * sizeof(T), cudaMemcpyDeviceToDevice), "copy");
+    }
   }
 };
 
@@ -55,6 +67,41 @@ double difference(const std::vector<T>& a, const std::vector<T>& b) {
     most = std::max(most, std::abs(x - y));
   }
   return most / largest;
+}
+
+// The same of what lies on the GPU, where large results are compared in no time. Bits of floats that are not negative
+// have their order.
+struct Extremes {
+  unsigned largest, most, one_is_nan;
+};
+
+template <class T>
+__global__ void extremes_kernel(const T* a, const T* b, size_t count, Extremes* extremes) {
+  float largest = 0, most = 0;
+  bool one_is_nan = false;
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
+    const float x = static_cast<float>(a[i]), y = static_cast<float>(b[i]);
+    if (x == y) continue;
+    one_is_nan |= isnan(x) != isnan(y);
+    if (isfinite(y)) largest = fmaxf(largest, fabsf(y));
+    most = fmaxf(most, fabsf(x - y));
+  }
+  atomicMax(&extremes->largest, __float_as_uint(largest));
+  atomicMax(&extremes->most, __float_as_uint(most));
+  if (one_is_nan) extremes->one_is_nan = 1;
+}
+
+template <class T>
+double difference(const Device<T>& a, const Device<T>& b) {
+  Device<Extremes> found(1);
+  found.clear();
+  extremes_kernel<<<1024, 256>>>(a.data, b.data, a.count, found.data);
+  const Extremes read = found.read()[0];
+  if (read.one_is_nan) return NAN;
+  float largest, most;
+  std::memcpy(&largest, &read.largest, sizeof(float));
+  std::memcpy(&most, &read.most, sizeof(float));
+  return most == 0 ? 0 : most / std::max(largest, 1e-30f);
 }
 
 // Of one run; the slower it is, the fewer there are, since a GPU's minutes are.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shards import BEGUN, DONE, read
+
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +46,24 @@ def test_what_fails_is_reported(tmp_path: Path) -> None:
     assert done.returncode == 1 and report["cases"]["status"] == 0
     assert {"sanitize: memcheck", "sanitize: racecheck, general"} < set(report["failed"])
     assert report["sanitize: memcheck"]["status"] == 127
+
+
+def test_shards_go_on_behind_what_broke_off(tmp_path: Path) -> None:
+    """Three shards have every test once; one that ends its process is known, and not begun again."""
+    lines = ["import os"] + [
+        f"def test_{i}(): assert {i} != 7 and {i} != 5 or {i} != 7 and os._exit(3)" for i in range(20)
+    ]
+    (tmp_path / "test_them.py").write_text("\n".join(lines))
+    outcomes: dict[str, str] = {}
+    for shard in range(3):
+        record = tmp_path / f"{shard}.txt"
+        arguments = ["-p", "tests.shards", "--shards", "3", "--shard", str(shard), "--record", str(record)]
+        for _ in range(2):
+            run("-m", "pytest", str(tmp_path / "test_them.py"), "-p", "no:cacheprovider", "-p", "no:xdist", *arguments)
+        found = read(record)
+        assert found.pop(DONE) == DONE and not outcomes.keys() & found.keys()
+        outcomes |= {name.rsplit("_", 1)[1]: outcome for name, outcome in found.items()}
+    assert outcomes == {str(i): {5: BEGUN, 7: "failed"}.get(i, "passed") for i in range(20)}
 
 
 def test_unknown_steps_are_refused() -> None:
