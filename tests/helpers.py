@@ -22,8 +22,13 @@ def default_generator() -> torch.Generator:
 
 
 def same_products(a: Tensor, b: Tensor) -> bool:
-    """The same bits; on a GPU nearly, since cuBLAS has other kernels for other layouts."""
-    return torch.equal(a, b) if HERE == "cpu" else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    """The same bits; on a GPU nearly, since cuBLAS has other kernels for other layouts, which sum in other orders."""
+    return torch.equal(a, b) if HERE == "cpu" else nearly(a, b)
+
+
+def nearly(a: Tensor, b: Tensor) -> bool:
+    """Sums of float32 in another order: where they cancel, the largest says what an error is."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * b.abs().max().clamp_min(1))
 
 
 def room(elements: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
-from .._errors import TENSOR, check_type
+from .._errors import TENSOR, check_device, check_type
 from . import _attention as common
 from ._attention import Options, Window
 from .attention import scaled_dot_product_attention
@@ -96,6 +96,7 @@ def attention_weights(
         drop = dropout_key if dropout_p > 0 else None
         weights = common.call_weights(q, k, lse, mask, slopes, drop, options, average_heads)
         return _restored(weights, shape, average_heads)
+    _check(q, k, lse, mask, slopes, options)
     with _without_autocast(query):
         plain = _Weights(q, k, lse, mask, slopes, dropout_key, options)
         weights = plain.mean() if average_heads else plain.of_rows(0, None)
@@ -140,10 +141,34 @@ def _restored(weights: Tensor, shape: common.Shape, averaged: bool) -> Tensor:
     return common.restored(weights, shape, 2)
 
 
-def _without_autocast(like: Tensor) -> Any:
+def _check(
+    query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, slopes: Tensor | None, options: Options
+) -> None:
+    """What the op refuses, where there is none."""
+    for name, x in (("key", key), ("lse", lse), ("attn_mask", mask), ("alibi_slopes", slopes)):
+        if x is not None:
+            check_device(name, x, query)
+    dtype = query.dtype
+    if not query.is_floating_point():
+        raise TypeError(f"query must be floating-point, but got {dtype}")
+    if not _is_autocast(query):  # which makes them one type
+        if key.dtype != dtype:
+            raise TypeError(f"key must have the type of query, {dtype}, but got {key.dtype}")
+        wide = mask is not None and mask.dtype == torch.float32 and dtype != torch.float64
+        if mask is not None and mask.dtype not in (torch.bool, dtype) and not wide:
+            raise TypeError(f"attn_mask must be bool, float32 or of query's type, {dtype}, but got {mask.dtype}")
+    common.check_softcap(options.softcap, query)
+    if options.scale is not None and dtype != torch.float64 and not -1e30 <= options.scale <= 1e30:
+        raise ValueError(f"scale must be from -1e+30 to 1e+30 for a query of {dtype}, but got {options.scale}")
+
+
+def _is_autocast(like: Tensor) -> bool:
     device = like.device.type
-    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(like: Tensor) -> Any:
+    return torch.autocast(like.device.type, enabled=False) if _is_autocast(like) else nullcontext()
 
 
 class _Weights:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import ONE_STEP, assert_within_rule, flat
+from tests.helpers import HERE, ONE_STEP, assert_within_rule, flat
 
 sdpa = functional.scaled_dot_product_attention
 plain_sdpa = reference.scaled_dot_product_attention
@@ -60,6 +60,16 @@ def judge(
     for triple in zip(got, plain, exact, strict=True):
         assert not triple[0].isnan().any()
         assert_within_rule(*triple, low_slack if triple[0].dtype.itemsize == 2 else ONE_STEP * terms.bit_length())
+
+
+def same_of_any_layout(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """The same bits. Of 16-bit inputs on a GPU nearly: sm_90a has kernels of its own, which leave what is broadcast,
+    misaligned or not finite behind a mask to the others. Both round the weights and the result once."""
+    if HERE == "cpu" or dtype.itemsize > 2:
+        return torch.equal(a, b)
+    if a.dtype == torch.float32:
+        return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    return a.shape == b.shape and bool((a - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max())
 
 
 def finite(outs: Any) -> list[Tensor]:

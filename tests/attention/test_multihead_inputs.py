@@ -63,11 +63,11 @@ class Masked(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         if self.kind == "padding":
-            masks = {"key_padding_mask": torch.arange(length).expand(batch, length) > 3}
+            masks = {"key_padding_mask": torch.arange(length, device=x.device).expand(batch, length) > 3}
         elif self.kind == "made":
-            masks = {"attn_mask": torch.ones(length, length, dtype=torch.bool).triu(1)}
+            masks = {"attn_mask": torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)}
         elif self.kind == "for each head":
-            masks = {"attn_mask": torch.zeros(batch * H, length, length)}
+            masks = {"attn_mask": torch.zeros(batch * H, length, length, device=x.device)}
         else:
             masks = {"attn_mask": self.mask[:length, :length]}
         return self.attention(x, x, x, **masks)[0]

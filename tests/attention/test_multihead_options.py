@@ -374,7 +374,12 @@ def test_checkpoints_drop_the_same_again() -> None:
     module = nn.MultiheadAttention(E, H, dropout=0.5)
     x = torch.randn(L, N, E)
     grads = []
-    for call in (lambda m: m(x, x, x)[0], lambda m: checkpoint(lambda: m(x, x, x)[0], use_reentrant=False)):
+
+    def call(x: Tensor) -> Tensor:
+        return module(x, x, x)[0]
+
+    # A checkpoint keeps the generators of the devices on which its arguments are.
+    for function in (call, lambda x: checkpoint(call, x, use_reentrant=False)):
         torch.manual_seed(0)
-        grads.append(torch.autograd.grad(call(module).square().sum(), module.in_proj_weight)[0])
+        grads.append(torch.autograd.grad(function(x).square().sum(), module.in_proj_weight)[0])
     assert torch.equal(*grads)

@@ -259,6 +259,40 @@ def test_wrong_calls(change: dict[int, Any], kind: type[Exception], message: str
         ops.attention_weights_backward(grad, *arguments, [True, True, True, False])
 
 
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ()], ids=["op", "plain"])
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"query": torch.zeros(2, 4, 5, 8).long()}, TypeError, "query must be float"),
+        (
+            {"key": torch.zeros(2, 4, 7, 8).double()},
+            TypeError,
+            "key must have the type of query, (Float|torch.float32)",
+        ),
+        ({"key": torch.zeros(2, 4, 7, 8).to("meta")}, RuntimeError, "same device, but key is on meta"),
+        ({"lse": torch.zeros(2, 4, 5).to("meta")}, RuntimeError, "same device, but lse is on meta"),
+        ({"attn_mask": torch.ones(5, 7).int()}, TypeError, "attn_mask must be bool, float32 or of query's type"),
+        ({"attn_mask": torch.ones(5, 7).double()}, TypeError, "attn_mask must be bool, float32 or of query's type"),
+        ({"attn_mask": torch.ones(5, 7).to("meta")}, RuntimeError, "same device, but attn_mask is on meta"),
+        ({"alibi_slopes": torch.ones(4).to("meta")}, RuntimeError, "same device, but alibi_slopes is on meta"),
+        ({"softcap": 1e39}, ValueError, "softcap must be in float32's range"),
+        ({"softcap": 1e-39}, ValueError, "softcap must be in float32's range"),
+        ({"scale": -1e31}, ValueError, r"scale must be from -1e\+30 to 1e\+30 for a query of"),
+    ],
+)
+def test_both_ways_refuse_the_same(
+    change: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    devices: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lect11ext.functional._attention_weights._OP_DEVICES", devices)
+    query, key, lse = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 5)
+    with pytest.raises(kind, match=message):
+        weights_of(**{"query": query, "key": key, "lse": lse, **change})
+
+
 def test_a_gradient_of_another_shape_is_refused() -> None:
     query, lse = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5)
     with pytest.raises(ValueError, match=r"grad must have the weights' shape, \[2, 5, 5\], but got \[2, 4, 5, 5\]"):

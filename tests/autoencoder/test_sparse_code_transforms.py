@@ -255,4 +255,5 @@ def test_module_learns() -> None:
         optimizer.step()
         model.normalize_decoder_()
         losses.append(error.item())
-    assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+    # Of twenty seeds 0.12 to 0.27; 0.5 and more where the encoder or the dictionary stays as it was.
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])

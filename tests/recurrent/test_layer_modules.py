@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -38,6 +38,11 @@ def flat(result: Any) -> list[Tensor]:
 
 def plain(layer: Any, x: Any, hx: Any) -> Any:
     return layer(x, hx)
+
+
+def dense(states: Iterable[Tensor]) -> Any:
+    """As torch.nn needs them where it is cuDNN; ours takes any strides."""
+    return pack_states(tuple(s.contiguous() for s in states))
 
 
 def states_of(layer: Any, batch: int = B, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -100,9 +105,13 @@ def test_every_argument(kind: str, bidirectional: bool, layers: int, dtype: torc
 @pytest.mark.parametrize("kind", KINDS)
 def test_unbatched(kind: str, batch_first: bool) -> None:
     ours, torchs = make(kind, F, H, 2, batch_first=batch_first, bidirectional=True)
+
+    def with_dense_states(layer: Any, x: Tensor, hx: Any) -> Any:
+        return layer(x, hx if hx is None else dense(hx if isinstance(hx, tuple) else (hx,)))
+
     x = torch.randn(T, F, requires_grad=True)
     for states in ([], [s.detach()[:, 0].requires_grad_() for s in states_of(ours)]):
-        compare(ours, torchs, x, states)
+        compare(ours, torchs, x, states, plain, with_dense_states)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,7 +246,7 @@ def in_episodes(layer: Any, x: Tensor, states: tuple[Tensor, ...], reset: Tensor
     outputs, last = [], []
     for row in range(x.size(1)):
         starts = [0, *[t for t in range(1, x.size(0)) if reset[t, row]], x.size(0)]
-        hx = None if reset[0, row] else pack_states(tuple(s[:, row] for s in states))
+        hx = None if reset[0, row] else dense(s[:, row] for s in states)
         pieces = []
         for begin, end in itertools.pairwise(starts):
             output, final = layer(x[begin:end, row], hx)

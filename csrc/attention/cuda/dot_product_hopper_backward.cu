@@ -5,44 +5,60 @@ namespace {
 
 constexpr int kSideThreads = 256;
 
-// Before: what is known of every query, and zeros where blocks count.
+// Before: what is known of every query, a block for a tile of them, and zeros where blocks count.
 template <class S, int kColumns, bool kPlain>
 __global__ void __launch_bounds__(kSideThreads)
     hopper_prepare_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
   constexpr int kElements = 8, kLanes = kColumns / kElements;  // of sixteen bytes, of a row
-  const int64_t first = int64_t{blockIdx.x} * kSideThreads + threadIdx.x, step = int64_t{gridDim.x} * kSideThreads;
-  for (int64_t i = first; i <= scratch.units * scratch.tiles; i += step) scratch.counts[i] = 0;
-  const int64_t padded = scratch.tiles * HopperBackwardScratch::queries_of_tile(kColumns);
-  for (int64_t i = first; i < scratch.units * padded * kLanes; i += step) {
-    const int64_t row = i / kLanes, unit = divide(row, padded), place = row - unit * padded;
-    const int64_t batch = divide(unit, args.heads), head = unit - batch * args.heads;
-    constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns);
-    int64_t query = place;
-    bool there = query < args.queries;
-    if (!kPlain && args.query_starts != nullptr) {
-      const HopperBackwardScratch::Queries queries = scratch.queries_of(args, place / kQueries);
-      query = queries.first + place % kQueries;
-      there = place % kQueries < queries.count;
-    }
-    float sum = 0;
-    if (there && i % kLanes < args.value_dim / kElements) {
-      const auto piece = [&](const AttentionOperand& operand) {
-        const S* const from = static_cast<const S*>(operand.data) + batch * operand.strides.batch +
-                              head * operand.strides.head + query * operand.strides.position;
-        return __ldg(reinterpret_cast<const uint4*>(from) + i % kLanes);
-      };
-      const uint4 a = piece(args.out), b = piece(args.grad_out);
-      const S *x = reinterpret_cast<const S*>(&a), *y = reinterpret_cast<const S*>(&b);
+  constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns), kRows = kSideThreads / kLanes;
+  constexpr int kLses = HopperBackwardScratch::lses_of_tile(kColumns);
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *scratch.taken = 0;
+  for (int64_t tile = blockIdx.x; tile < scratch.units * scratch.tiles; tile += gridDim.x) {
+    const int64_t unit = divide(tile, scratch.tiles), batch = divide(unit, args.heads);
+    const int64_t head = unit - batch * args.heads;
+    const HopperBackwardScratch::Queries queries = scratch.queries_of(args, tile - unit * scratch.tiles);
+    float lses[kQueries / kRows], corrections[kQueries / kRows];
+    bool large = !kPlain;
 #pragma unroll
-      for (int k = 0; k < kElements; ++k) sum += from_storage<float>(x[k]) * from_storage<float>(y[k]);
+    for (int n = 0; n < kQueries / kRows; ++n) {
+      const int place = n * kRows + static_cast<int>(threadIdx.x) / kLanes;
+      const int64_t query = queries.first + place;
+      const bool there = place < queries.count;
+      float sum = 0;
+      if (there && lane < args.value_dim / kElements) {
+        const auto piece = [&](const AttentionOperand& operand) {
+          const S* const from = static_cast<const S*>(operand.data) + batch * operand.strides.batch +
+                                head * operand.strides.head + query * operand.strides.position;
+          return __ldg(reinterpret_cast<const uint4*>(from) + lane);
+        };
+        const uint4 a = piece(args.out), b = piece(args.grad_out);
+        const S *x = reinterpret_cast<const S*>(&a), *y = reinterpret_cast<const S*>(&b);
+#pragma unroll
+        for (int k = 0; k < kElements; ++k) sum += from_storage<float>(x[k]) * from_storage<float>(y[k]);
+      }
+#pragma unroll
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+      const int64_t number = unit * args.queries + query;
+      const float lse = there ? static_cast<const float*>(args.lse)[number] : -INFINITY;
+      if (there && args.grad_lse != nullptr) sum -= static_cast<const float*>(args.grad_lse)[number];
+      lses[n] = lse == -INFINITY ? INFINITY : lse;
+      corrections[n] = sum * static_cast<float>(args.scale);
+      large |= lse != -INFINITY && !(std::abs(lse) <= kLargeExponent);
     }
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (i % kLanes != 0) continue;
-    const int64_t number = unit * args.queries + query;
-    const float lse = there ? static_cast<const float*>(args.lse)[number] : -INFINITY;
-    if (there && args.grad_lse != nullptr) sum -= static_cast<const float*>(args.grad_lse)[number];
-    scratch.lses[row] = lse == -INFINITY ? INFINITY : lse;
-    scratch.corrections[row] = sum * static_cast<float>(args.scale);
+    const bool exact = __syncthreads_count(large) > 0;
+    if (lane == 0) {
+#pragma unroll
+      for (int n = 0; n < kQueries / kRows; ++n) {
+        const int place = HopperBackwardScratch::place_of(n * kRows + static_cast<int>(threadIdx.x) / kLanes);
+        scratch.lses[tile * kLses + place] = exact ? lses[n] : lses[n] * static_cast<float>(kLog2E);
+        scratch.corrections[tile * kQueries + place] = corrections[n];
+      }
+    }
+    if (threadIdx.x == 0) {
+      scratch.lses[tile * kLses + kQueries] = exact ? 1.0f : 0.0f;
+      scratch.counts[tile] = 0;
+    }
   }
 }
 
@@ -127,7 +143,7 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
   const int64_t rows = plan.scratch.rows(kColumns);
-  launch(hopper_prepare_kernel<S, kColumns, kPlain>, grid_stride_blocks(rows * kColumns / 8, kSideThreads),
+  launch(hopper_prepare_kernel<S, kColumns, kPlain>, grid_stride_blocks(plan.scratch.units * plan.scratch.tiles, 1),
          kSideThreads, 0, stream, args, plan.scratch);
   reserve_shared(hopper_backward_kernel<S, kColumns, kPlain>);
   launch(hopper_backward_kernel<S, kColumns, kPlain>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream,

@@ -45,12 +45,14 @@ struct HopperBackward {
   using HalfTile = SlabTile<kHalf, kColumns>;
   using GradTile = SlabTile<kKeys, kHalf>;  // derivatives of scores
   static_assert(kHalves == 1 || QueryTile::kSlabs == 1);
-  static constexpr int kNumbersBytes = kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kStageBytes = 2 * (QueryTile::kBytes + kNumbersBytes);
+  // What is known of queries: lses, with a word behind them, and corrections.
+  static constexpr int kLsesBytes = 4 * HopperBackwardScratch::lses_of_tile(kColumns);
+  static constexpr int kNumbersBytes = kLsesBytes + 4 * kQueries;
+  static constexpr int kStageBytes = 2 * QueryTile::kBytes + kNumbersBytes;
   static constexpr int kQueriesAt = 2 * KeyTile::kBytes, kGradsAt = kQueriesAt + 2 * kStages * QueryTile::kBytes;
   static constexpr int kSumsAt = kGradsAt + kHalves * GradTile::kBytes, kSumsBytes = 4 * kSums;
   static constexpr int kNumbersAt = kSumsAt + 2 * kSumsBytes;
-  static constexpr int kBarriersAt = kNumbersAt + 2 * kStages * kNumbersBytes;
+  static constexpr int kBarriersAt = kNumbersAt + kStages * kNumbersBytes;
   static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 * kStages + 1 + 4);
 
   const AttentionBackward& args;
@@ -96,12 +98,20 @@ struct HopperBackward {
     steps = tiles * static_cast<int>(args.heads / args.kv_heads);
   }
 
-  // Of step n.
-  __device__ int head_of(int n) const { return kv_head * static_cast<int>(args.heads / args.kv_heads) + n / tiles; }
-  __device__ int tile_of(int n) const { return first_tile + tiles - 1 - n % tiles; }
-  __device__ int query_of(int n, int half) const { return tile_of(n) * kQueries + half * kHalf; }
-  __device__ int64_t tile_of_all(int n) const {
-    return (sequence.batch * args.heads + head_of(n)) * plan.scratch.tiles + first_of_all + tile_of(n);
+  // What comes by, in its order: of every head the tiles of queries from the last one on.
+  struct Step {
+    int head, tile;
+  };
+  __device__ Step first_step() const {
+    return {kv_head * static_cast<int>(args.heads / args.kv_heads), first_tile + tiles - 1};
+  }
+  __device__ Step after(const Step& step) const {
+    const bool last = step.tile == first_tile;
+    return {step.head + (last ? 1 : 0), last ? first_tile + tiles - 1 : step.tile - 1};
+  }
+  __device__ int query_of(const Step& step, int half) const { return step.tile * kQueries + half * kHalf; }
+  __device__ int64_t tile_of_all(const Step& step) const {
+    return (sequence.batch * args.heads + step.head) * plan.scratch.tiles + first_of_all + step.tile;
   }
 
   __device__ uint32_t keys_at() const { return shared.address; }
@@ -113,10 +123,22 @@ struct HopperBackward {
   __device__ uint32_t half_at(int n, int which, int half) const {
     return queries_at(n, which) + half * kHalf * QueryTile::kRowBytes;
   }
-  // What is known of queries: their lse, 0, and corrections, 1.
-  __device__ int numbers_at(int n, int which) const { return kNumbersAt + (2 * ring.stage(n) + which) * kNumbersBytes; }
-  __device__ const float* numbers(int n, int which, int half) const {
-    return reinterpret_cast<const float*>(shared.data + numbers_at(n, which)) + half * kHalf;
+  __device__ int lses_at(int n) const { return kNumbersAt + ring.stage(n) * kNumbersBytes; }
+  __device__ int corrections_at(int n) const { return lses_at(n) + kLsesBytes; }
+  // Those of them that a lane has: of queries 8t + 2q and the next in elements 2t and 2t + 1.
+  __device__ const float* numbers(int at, int half, const GroupLane& lane) const {
+    return reinterpret_cast<const float*>(shared.data + at) + half * kHalf + 2 * kTiles * lane.q;
+  }
+  using Numbers = float[2 * kTiles];
+  __device__ static void read(Numbers& numbers, const float* from) {
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(from)[i];
+      numbers[4 * i] = four.x, numbers[4 * i + 1] = four.y, numbers[4 * i + 2] = four.z, numbers[4 * i + 3] = four.w;
+    }
+  }
+  __device__ bool is_exact(int n) const {
+    return *reinterpret_cast<const float*>(shared.data + lses_at(n) + 4 * kQueries) != 0;
   }
   __device__ uint32_t grads_at(int half) const { return shared.address + kGradsAt + half * GradTile::kBytes; }
   __device__ int sums_at(int n) const { return kSumsAt + sums.stage(n) * kSumsBytes; }
@@ -128,25 +150,28 @@ struct HopperBackward {
     barrier_arrive_expecting(keys_full, 2 * KeyTile::kBytes);
     KeyTile::load(keys_at(), plan.key, keys_full, own_keys, kv_head, batch);
     KeyTile::load(values_at(), plan.value, keys_full, own_keys, kv_head, batch);
-    for (int n = 0; n < steps; ++n) {
-      const int position = first_query + query_of(n, 0), head = head_of(n);
-      const int64_t first = tile_of_all(n) * kQueries;
+    Step step = first_step();
+    for (int n = 0; n < steps; ++n, step = after(step)) {
+      const int position = first_query + query_of(step, 0);
+      const int64_t tile = tile_of_all(step);
       const uint32_t full = ring.full_barrier(n);
       ring.wait_empty(n);
       barrier_arrive_expecting(full, kStageBytes);
-      QueryTile::load(queries_at(n, 0), plan.query, full, position, head, batch);
-      load_bytes(shared.address + numbers_at(n, 0), plan.scratch.lses + first, full, kNumbersBytes);
-      QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, head, batch);
-      load_bytes(shared.address + numbers_at(n, 1), plan.scratch.corrections + first, full, kNumbersBytes);
+      QueryTile::load(queries_at(n, 0), plan.query, full, position, step.head, batch);
+      load_bytes(shared.address + lses_at(n), plan.scratch.lses + tile * (kLsesBytes / 4), full, kLsesBytes);
+      QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, step.head, batch);
+      load_bytes(shared.address + corrections_at(n), plan.scratch.corrections + tile * kQueries, full, 4 * kQueries);
     }
   }
 
   // Adds to memory what has come of queries' gradients, of every other step: two threads take turns, since one waits
   // longer for memory than a step takes.
   __device__ void add(int which) const {
-    for (int n = which; n < steps; n += 2) {
-      const int64_t tile = tile_of_all(n);
-      const int first = std::max(0, tile_of(n) * kQueries + sequence.diagonal - sequence.left) / kKeys;
+    Step step = first_step();
+    for (int n = 0; n < steps; ++n, step = after(step)) {
+      if (n % 2 != which) continue;
+      const int64_t tile = tile_of_all(step);
+      const int first = std::max(0, step.tile * kQueries + sequence.diagonal - sequence.left) / kKeys;
       const int before = first_key / kKeys - first;  // tiles of keys that these queries see
       float* const to = plan.scratch.sums + tile * kSums;
       if (before > 0) count_wait(plan.scratch.counts + tile, before);
@@ -172,13 +197,12 @@ struct HopperBackward {
   };
 
   // Products become weights, zero where a query does not see the key.
-  __device__ void weigh_by_options(float (&scores)[kTiles][4], Marks& marks, int n, int half, int own_row,
-                                   const GroupLane& lane) const {
+  __device__ void weigh_by_options(float (&scores)[kTiles][4], Marks& marks, const float* lses, const Step& step,
+                                   int half, int own_row, const GroupLane& lane) const {
     const Scores<S, true> options{args, sequence, plan.mask_pairs};
-    const int query = query_of(n, half), head = head_of(n), key = first_key + own_row;
+    const int query = query_of(step, half), head = step.head, key = first_key + own_row;
     const bool whole = args.mask.type == MaskType::None && query + kHalf <= sequence.queries &&
                        all_see(sequence, query, kHalf, key, kGroupRows);
-    const float* const lses = numbers(n, 0, half) + 2 * lane.q;
     if (!whole) marks.seen = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -189,7 +213,7 @@ struct HopperBackward {
       options.template finish<kTiles>(row, bits, element, [](int, float) {});
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        const float weight = weight_of(element(i) - lses[i / 2 * 8 + i % 2]);
+        const float weight = weight_of(element(i) - lses[i]);
         element(i) = (bits >> i & 1) != 0 ? weight : 0.0f;
       }
     }
@@ -207,48 +231,41 @@ struct HopperBackward {
 
   // The same as `derive` below; of what does not count, nothing stays.
   __device__ void derive_by_options(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], const Marks& marks,
-                                    int n, int half, const GroupLane& lane) const {
-    const float* const corrections = numbers(n, 1, half) + 2 * lane.q;
+                                    const float* corrections) const {
     const float factor = scale() * kept();
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& grad = grads[i / 4][i % 4];
-      const float inner = std::fma(marks.keeps(i) ? grad : 0.0f, factor, -corrections[i / 4 * 8 + i % 2]);
+      const float inner = std::fma(marks.keeps(i) ? grad : 0.0f, factor, -corrections[i / 4 * 2 + i % 2]);
       grad = marks.counts(i) ? scores[i / 4][i % 4] * inner : 0.0f;
     }
   }
 
-  // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but where
-  // an lse is so large that these would lose its digits: there they are differences, as of the options' kernel.
-  __device__ void weigh(float (&scores)[kTiles][4], int n, int half, const GroupLane& lane) const {
-    const float* const lses = numbers(n, 0, half) + 2 * lane.q;
-    float largest = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) largest = std::fmax(largest, std::abs(lses[i / 2 * 8 + i % 2]));
-    if (__any_sync(~0u, largest > kLargeExponent)) {
+  // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but of a
+  // tile with an lse so large that these would lose its digits: there they are differences, as of the options' kernel.
+  __device__ void weigh(float (&scores)[kTiles][4], const Numbers& lses, bool exact) const {
+    if (__builtin_expect(exact, 0)) {
 #pragma unroll
       for (int i = 0; i < 4 * kTiles; ++i) {
         const float score = rounded_product(scores[i / 4][i % 4], scale());
-        scores[i / 4][i % 4] = weight_of(score - lses[i / 4 * 8 + i % 2]);
+        scores[i / 4][i % 4] = weight_of(score - lses[i / 4 * 2 + i % 2]);
       }
       return;
     }
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& score = scores[i / 4][i % 4];
-      const float shift = lses[i / 4 * 8 + i % 2] * static_cast<float>(kLog2E);
-      score = power_of_two(at_most(std::fma(score, unit(), -shift), kMostBinaryExcess));
+      score = power_of_two(std::fma(score, unit(), -lses[i / 4 * 2 + i % 2]));
     }
   }
 
   // The weights' derivatives become the scores', of weights in `scores`.
-  __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], int n, int half,
-                         const GroupLane& lane) const {
-    const float* const corrections = numbers(n, 1, half) + 2 * lane.q;
+  __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4],
+                         const Numbers& corrections) const {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& grad = grads[i / 4][i % 4];
-      grad = scores[i / 4][i % 4] * std::fma(grad, scale(), -corrections[i / 4 * 8 + i % 2]);
+      grad = scores[i / 4][i % 4] * std::fma(grad, scale(), -corrections[i / 4 * 2 + i % 2]);
     }
   }
 
@@ -269,14 +286,14 @@ struct HopperBackward {
     wgmma_commit();
   }
 
-  // Derivatives of scores to shared memory, as they are: keys as rows.
+  // Derivatives of scores to shared memory, as they are: keys as rows. Sixteen rows and columns at a time.
   __device__ void keep(const uint32_t (&derivatives)[kTiles / 2][4], int half, int own_row,
                        const GroupLane& lane) const {
     unsigned char* const tile = shared.data + kGradsAt + half * GradTile::kBytes;
+    const int row = own_row + 16 * lane.warp + lane.lane % 16;
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const int row = own_row + lane.row + i % 2 * 8, column = 8 * (i / 2) + 2 * lane.q;
-      *reinterpret_cast<uint32_t*>(tile + GradTile::offset(row, column)) = derivatives[i / 4][i % 4];
+    for (int part = 0; part < kTiles / 2; ++part) {
+      store_matrices(tile + GradTile::offset(row, 16 * part + lane.lane / 16 * 8), derivatives[part]);
     }
   }
 
@@ -301,7 +318,9 @@ struct HopperBackward {
     for (int i = 0; i < 8; ++i) {
       to[i * kWarpgroup + 32 * lane.warp + lane.lane] = make_float4(part[i][0], part[i][1], part[i][2], part[i][3]);
     }
-    shared_is_written();
+  }
+  // After shared_is_written, which waits long if it comes at once.
+  __device__ void tell(int n, const GroupLane& lane) const {
     __syncwarp();
     if (lane.lane == 0) barrier_arrive(sums.full_barrier(n));
   }
@@ -309,23 +328,35 @@ struct HopperBackward {
   // Of a warpgroup's 64 keys, over one step at least. Products are started in this order, and end in it: of a half, the
   // weights' derivatives, the values' sums, the keys'; then the queries' part, and the next scores, which come while
   // the part is put away. No product is left to end in the next turn of the loop: ptxas would make all of them wait.
+  // What is read of shared memory is read ahead of a wait: products keep that memory busy.
   __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], int group,
                       const GroupLane& lane) const {
     const int own_row = group * kGroupRows;
     float all[kHalves][kTiles][4];
+    Numbers lses[kHalves];
+    bool exact = false;
+    const auto read_lses = [&](int n) {
+      if (!kPlain) return;  // for want of registers
+      exact = is_exact(n);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) read(lses[half], numbers(lses_at(n), half, lane));
+    };
     ring.wait_full(0);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) start_scores_of(all[half], 0, half, own_row);
+    read_lses(0);
     wgmma_wait<0>();
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) pin(all[half]);
+    Step step = first_step();
 #pragma unroll 1
     for (int n = 0; n < steps; ++n) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        const int query = query_of(n, half);
-        const bool whole = all_see(sequence, query, kHalf, first_key + own_row, kGroupRows);
+        const int query = query_of(step, half);
+        const bool whole = unknown(all_see(sequence, query, kHalf, first_key + own_row, kGroupRows)) != 0;
         float grads[kTiles][4];
+        Numbers corrections;
         auto& scores = all[half];
         uint32_t weights[kTiles / 2][4], derivatives[kTiles / 2][4];
         wgmma_fence();
@@ -333,10 +364,10 @@ struct HopperBackward {
         wgmma_commit();
         Marks marks;
         if constexpr (kPlain) {
-          weigh(scores, n, half, lane);
+          weigh(scores, lses[half], exact);
           if (!whole) cut(scores, query, own_row, lane);
         } else {
-          weigh_by_options(scores, marks, n, half, own_row, lane);
+          weigh_by_options(scores, marks, numbers(lses_at(n), half, lane), step, half, own_row, lane);
         }
         if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
         if constexpr (kPlain) to_weights<S>(weights, scores);
@@ -346,13 +377,14 @@ struct HopperBackward {
         wgmma_fence();
         start_columns<S, HalfTile>(value_sums, weights, half_at(n, 1, half));
         wgmma_commit();
+        if (kPlain) read(corrections, numbers(corrections_at(n), half, lane));
         wgmma_wait<1>();
         pin(grads);
         if constexpr (kPlain) {
-          derive(grads, scores, n, half, lane);
+          derive(grads, scores, corrections);
           if (!whole) cut(grads, query, own_row, lane);
         } else {
-          derive_by_options(grads, scores, marks, n, half, lane);
+          derive_by_options(grads, scores, marks, numbers(corrections_at(n), half, lane));
         }
         to_weights<S>(derivatives, grads);
         if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups
@@ -367,11 +399,13 @@ struct HopperBackward {
       named_barrier_wait(1, kGroups * kWarpgroup);
       float part[8][4];
       start_sums(part, group);
+      if (n > 0) tell(n - 1, lane);
       wgmma_wait<1>();
       pin(value_sums);
       pin(key_sums);
       ring.release(n, lane);
       const int next = std::min(n + 1, steps - 1);  // after the last step its own once more, for nothing
+      step = after(step);
       ring.wait_full(next);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) start_scores_of(all[half], next, half, own_row);
@@ -379,10 +413,13 @@ struct HopperBackward {
       pin(part);
       if (lane.lane == 0) barrier_arrive(grads_read);
       put(part, n, group, lane);
+      read_lses(next);
       wgmma_wait<0>();
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) pin(all[half]);
     }
+    shared_is_written();
+    tell(steps - 1, lane);
   }
 
   __device__ void compute(int group) const {

@@ -146,9 +146,9 @@ struct HopperForward {
     }
   }
 
-  // What a thread carries along the keys, of its two rows.
+  // What a thread carries along the keys, of its two rows: what exponents are counted from, and the sum of weights.
   struct Rows {
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    float base[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   };
 
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
@@ -173,24 +173,27 @@ struct HopperForward {
     }
   }
 
-  // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become weights; `shrink` is what
-  // has been summed to be multiplied by.
-  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2], const Work& work,
-                        int own_row) const {
+  // Whether all of a warpgroup's queries see all of a tile's keys; asked for ahead of the scores.
+  __device__ bool sees_all(const Work& work, int own_row) const {
+    return kPlain && unknown(all_see(first_sequence, work.first_query + own_row, kGroupRows, work.key, kKeys)) != 0;
+  }
+
+  // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become scores.
+  __device__ void score(float (&scores)[kTiles][4], const Work& work, int own_row, bool whole) const {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
-      if (!all_see(first_sequence, query, kGroupRows, work.key, kKeys)) cut(scores, query, work.key);
-      to_weights_of_rows(scores, rows, shrink);
+      if (!whole) cut(scores, query, work.key);
     } else {
-      const Sequence sequence = sequence_of(work);
-      finish_scores(scores, sequence, work, query);
-      to_weights_of_rows(scores, rows, shrink);
-      if (args.dropout_p > 0) {
-        const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
-        const int low = query + lane.row;
-        drop_weights(scores, Dropout(args, sequence), work.head, low, work.head, low + 8, work.key, lane);
-      }
+      finish_scores(scores, sequence_of(work), work, query);
     }
+  }
+
+  // Of weights.
+  __device__ void drop(float (&scores)[kTiles][4], const Work& work, int own_row) const {
+    if (kPlain || args.dropout_p == 0) return;
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const int low = work.first_query + own_row + lane.row;
+    drop_weights(scores, Dropout(args, sequence_of(work)), work.head, low, work.head, low + 8, work.key, lane);
   }
 
   // Keys outside of a query's window get −∞.
@@ -205,34 +208,89 @@ struct HopperForward {
     }
   }
 
-  __device__ void to_weights_of_rows(float (&scores)[kTiles][4], Rows& rows, float (&shrink)[2]) const {
+  // How a tile's scores become weights: powers of score · unit − shift; sums of tiles before are to be multiplied by
+  // `shrink`, where `moved`, as the warp agrees, says that it is not 1.
+  struct Powers {
+    float shift[2], shrink[2];
+    bool moved;
+  };
+
+  // Exponents are counted from a score of the row that no other exceeds by more than kSlack: so it moves in the first
+  // tiles only, mostly, and what has been summed stays as it is (as in FlashAttention-4, 2025). Weights reach 2^kSlack,
+  // which is far from all that 16 bits can hold.
+  __device__ Powers find_powers(float (&scores)[kTiles][4], Rows& rows) const {
+    constexpr float kSlack = 8;
+    constexpr int kChains = 4;  // of maxima, since each waits for the one before
     const float unit = unit_of_scores();
+    float largest[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = rows.largest[half];
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) largest = std::fmax(largest, scores[i / 2][2 * half + i % 2]);
-      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = std::fmax(largest, __shfl_xor_sync(~0u, largest, 2));
-      // As long as a row has seen nothing its maximum is −∞, from which nothing can be subtracted.
-      const float base = largest == -INFINITY ? 0.0f : largest;
-      // Of the difference: it is 1 where the maximum stays, whatever the product below is rounded to.
-      shrink[half] = power_of_two((rows.largest[half] - base) * unit);
-      float shift = base * unit;
-      if (!(std::abs(shift) <= kLargeExponent)) {
-        shift = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] -= base;
-      }
-      float sums[2] = {};  // two, since each addition waits for the one before
+      float chains[kChains];
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        float& score = scores[i / 2][2 * half + i % 2];
-        score = power_of_two(std::fma(score, unit, -shift));
-        sums[i % 2] += score;
+        const float score = scores[i / 2][2 * half + i % 2];
+        chains[i % kChains] = i < kChains ? score : std::fmax(chains[i % kChains], score);
       }
-      rows.largest[half] = largest;
-      rows.sum[half] = std::fma(rows.sum[half], shrink[half], sums[0] + sums[1]);
+      largest[half] = std::fmax(std::fmax(chains[0], chains[1]), std::fmax(chains[2], chains[3]));
+    }
+#pragma unroll
+    for (int distance = 1; distance <= 2; ++distance) {
+#pragma unroll
+      for (float& x : largest) x = std::fmax(x, __shfl_xor_sync(~0u, x, distance));
+    }
+    Powers powers;
+    bool moves = false, large = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& base = rows.base[half];
+      // As long as a row has seen nothing its base is −∞, from which nothing can be subtracted.
+      const bool moved = largest[half] != -INFINITY && !((largest[half] - base) * unit <= kSlack);
+      powers.shrink[half] = power_of_two(moved ? (base - largest[half]) * unit : 0.0f);
+      if (moved) base = largest[half];
+      powers.shift[half] = base == -INFINITY ? 0.0f : base * unit;
+      moves |= moved;
+      large |= !(std::abs(powers.shift[half]) <= kLargeExponent);
+    }
+    powers.moved = __any_sync(~0u, moves) != 0;
+    if (__builtin_expect(__any_sync(~0u, large), 0)) {  // a row at a time, whatever its neighbours are
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool row_is = !(std::abs(powers.shift[half]) <= kLargeExponent);
+        const float from = row_is ? rows.base[half] : 0.0f;
+        if (row_is) powers.shift[half] = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] -= from;
+      }
+    }
+    return powers;
+  }
+
+  // Of tiles kFirst to kLast − 1 of eight columns: scores become weights, and are summed, by two sums a row, since each
+  // addition waits for the one before.
+  template <int kFirst, int kLast>
+  __device__ void weigh(float (&scores)[kTiles][4], float (&sums)[1][4], const Powers& powers) const {
+    const float unit = unit_of_scores();
+#pragma unroll
+    for (int i = 4 * kFirst; i < 4 * kLast; ++i) {
+      const int half = i % 4 / 2;
+      float& score = scores[i / 4][i % 4];
+      score = power_of_two(std::fma(score, unit, -powers.shift[half]));
+      sums[0][i % 4] += score;
+    }
+  }
+
+  // Scores become weights, by way of `between`, half of them before it.
+  template <class Between>
+  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, const Powers& powers, Between between) const {
+    float sums[1][4] = {};
+    weigh<0, kTiles / 2>(scores, sums, powers);
+    pin<kTiles / 2>(scores);
+    pin(sums);
+    between();
+    weigh<kTiles / 2, kTiles>(scores, sums, powers);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows.sum[half] = std::fma(rows.sum[half], powers.shrink[half], sums[0][2 * half] + sums[0][2 * half + 1]);
     }
   }
 
@@ -252,10 +310,9 @@ struct HopperForward {
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         static_cast<float*>(args.lse)[first + query] =
-            sum == 0
-                ? -INFINITY
-                : (kPlain ? rounded_product(rows.largest[half], static_cast<float>(args.scale)) : rows.largest[half]) +
-                      std::log(sum);
+            sum == 0 ? -INFINITY
+                     : (kPlain ? rounded_product(rows.base[half], static_cast<float>(args.scale)) : rows.base[half]) +
+                           std::log(sum);
       }
     }
     const AttentionStrides& strides = args.out_strides;
@@ -302,40 +359,43 @@ struct HopperForward {
   template <class Blank>
   __device__ void attend(Work work, int round, int group, const GroupLane& lane, Blank blank) const {
     const int own_row = group * kGroupRows;
-    float out[kOutTiles][4] = {}, scores[kTiles][4], shrink[2];
+    float out[kOutTiles][4] = {}, scores[kTiles][4];
     uint32_t weights[kTiles / 2][4];
     Rows rows;
     int now = round, n = 0, q = 0;  // the round of what is summed; tiles of keys and of queries so far
     queries.wait_full(q);
     keys.wait_full(n);
     start(scores, q, n, own_row);
+    bool whole = sees_all(work, own_row);
     wgmma_wait<0>();
     pin(scores);
     keys.release(n, lane);
     if (work.tiles == 1) queries.release(q, lane);
-    weigh(scores, rows, shrink, work, own_row);
+    score(scores, work, own_row, whole);
+    weigh(scores, rows, find_powers(scores, rows), [] {});
+    if (work.tiles > 1) keys.wait_full(n + 1);
+    drop(scores, work, own_row);
     to_weights<S>(weights, scores);
 #pragma unroll 1
     for (;; ++n) {
       now = round;
       const bool ends = !work.pass();  // then the next scores are other queries'
-      if (ends) {
+      if (__builtin_expect(ends, 0)) {
         if (!next(work, ++round, blank)) break;
         queries.wait_full(++q);
+        keys.wait_full(n + 1);
       }
-      keys.wait_full(n + 1);
       wait_turn(group);
       pin(out);
       pin(weights);
       start(scores, q, n + 1, own_row);
+      whole = sees_all(work, own_row);
       values.wait_full(n);
       start(out, weights, n);
       give_turn((group + 1) % kGroups);
       wgmma_wait<1>();
       pin(scores);
-      keys.release(n + 1, lane);
-      if (work.tiles == 1) queries.release(q, lane);
-      if (ends) {
+      if (__builtin_expect(ends, 0)) {
         wgmma_wait<0>();
         pin(out);
         finish(out, rows, found(now), own_row);
@@ -343,12 +403,21 @@ struct HopperForward {
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = Rows{};
       }
-      weigh(scores, rows, shrink, work, own_row);
-      wgmma_wait<0>();
-      pin(out);
-      values.release(n, lane);
+      score(scores, work, own_row, whole);
+      const Powers powers = find_powers(scores, rows);
+      keys.release(n + 1, lane);
+      if (work.tiles == 1) queries.release(q, lane);
+      weigh(scores, rows, powers, [&] {
+        // The next keys, and a branch, without which ptxas would have the next wait before the weights above.
+        if (work.tiles > 1) keys.wait_full(n + 2);
+        wgmma_wait<0>();
+        pin(out);
+        values.release(n, lane);
+        if (!powers.moved) return;
 #pragma unroll
-      for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= shrink[i % 4 / 2];
+        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= powers.shrink[i % 4 / 2];
+      });
+      drop(scores, work, own_row);
       to_weights<S>(weights, scores);
     }
     values.wait_full(n);

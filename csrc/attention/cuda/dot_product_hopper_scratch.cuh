@@ -10,8 +10,10 @@ namespace lect11ext::cuda {
 // sequences one behind the other the tiles are numbered as RowTiles does.
 struct HopperBackwardScratch {
   float* sums;  // of queries' gradients: a tile as put() below lays it
-  float *lses,
-      *corrections;      // of each query: lse, +∞ for one that sees nothing, which makes its weights zero; D · scale
+  // Of each query, in the order of place_of: its lse, +∞ for one that sees nothing, which makes its weights zero; and
+  // D · scale. Of a tile of the plain kernel in which all lses are small, these are binary logarithms. Behind every
+  // tile of them there is a word that says so, 0, or not.
+  float *lses, *corrections;
   int *counts, *taken;   // of each tile, the tiles of keys that have been added; numbers that blocks have taken
   int64_t tiles, units;  // of a head; heads of all batches
   RowTiles order;        // of the tiles of a head
@@ -23,7 +25,7 @@ struct HopperBackwardScratch {
     s.tiles = s.order.count(), s.units = args.batch * args.heads;
     s.sums = static_cast<float*>(data);
     s.lses = s.sums + s.rows(columns) * columns;
-    s.corrections = s.lses + s.rows(columns);
+    s.corrections = s.lses + s.units * s.tiles * lses_of_tile(columns);
     s.counts = reinterpret_cast<int*>(s.corrections + s.rows(columns));
     s.taken = s.counts + s.units * s.tiles;
     return s;
@@ -41,10 +43,15 @@ struct HopperBackwardScratch {
     return {sequence.first_query + first, std::max(0, std::min(size, sequence.queries - first))};
   }
   static __host__ __device__ constexpr int queries_of_tile(int64_t columns) { return columns == 64 ? 128 : 64; }
+  static __host__ __device__ constexpr int lses_of_tile(int64_t columns) { return queries_of_tile(columns) + 4; }
+  // Where a query's numbers are, of its tile's: those that a lane has of 64 scores lie one behind the other.
+  static __host__ __device__ constexpr int place_of(int query) {
+    return query / 64 * 64 + query % 8 / 2 * 16 + query % 64 / 8 * 2 + query % 2;
+  }
   int64_t rows(int64_t columns) const { return units * tiles * queries_of_tile(columns); }
   int64_t bytes(int64_t columns) const {
     constexpr auto kNumber = static_cast<int64_t>(sizeof(float));
-    return kNumber * (rows(columns) * (columns + 2) + units * tiles + 1);
+    return kNumber * (rows(columns) * (columns + 1) + units * tiles * (lses_of_tile(columns) + 1) + 1);
   }
 };
 

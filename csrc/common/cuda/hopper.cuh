@@ -110,6 +110,14 @@ __device__ inline void floats_read() {
 }
 __device__ inline void floats_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// Four matrices of 8 × 8 elements of 16 bits to shared memory, as load_matrices reads them: lane l gives the address of
+// row l % 8 of matrix l / 8, and has of matrix i in word i the elements [l / 4][2 · (l % 4)] and the next.
+__device__ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // What this thread has written to shared memory comes before what TMA and products read there after a barrier.
 __device__ inline void shared_is_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -177,10 +185,11 @@ __device__ inline void wgmma_wait() {
 
 // The compiler takes sums for known as soon as a product is started. This says that they change here: after a wait, so
 // that nothing that reads them is moved before it; and before a fence, so that what writes them is not moved behind it.
-template <int kTiles>
+// kPinned: the first of them only.
+template <int kPinned = 0, int kTiles>
 __device__ inline void pin(float (&sums)[kTiles][4]) {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
+  for (int i = 0; i < (kPinned == 0 ? kTiles : kPinned); ++i) {
     asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])::"memory");
   }
 }

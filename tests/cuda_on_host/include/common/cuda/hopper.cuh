@@ -68,6 +68,12 @@ inline void add_floats(float* to, uint32_t from, int count) { cuda_on_host::put_
 inline void floats_read() { cuda_on_host::floats_written(true); }
 inline void floats_written() { cuda_on_host::floats_written(false); }
 inline void shared_is_written() {}
+inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_on_host::fail("a row of a matrix is not aligned");
+  const auto rows = cuda_on_host::exchange_all(static_cast<uint32_t*>(row));
+  const int g = cuda_on_host::lane() / 4, q = cuda_on_host::lane() % 4;
+  for (int i = 0; i < 4; ++i) rows[8 * i + g][q] = words[i];
+}
 inline void prefetch_map(const CUtensorMap&) {}
 
 inline void count_wait(const int* counter, int least) { cuda_on_host::count_wait(counter, least); }
@@ -95,7 +101,7 @@ inline void wgmma_wait() {
   cuda_on_host::wgmma_wait(kGroups);
 }
 
-template <class T, int kParts>
+template <int kPinned = 0, class T, int kParts>
 inline void pin(T (&)[kParts][4]) {}
 inline int unknown(int x) { return x; }
 
