@@ -69,7 +69,7 @@ def same_of_any_layout(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
         return torch.equal(a, b)
     if a.dtype == torch.float32:
         return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-    return a.shape == b.shape and bool((a - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max())
+    return a.shape == b.shape and bool((a - b).abs().max() <= torch.finfo(dtype).eps * b.abs().max())
 
 
 def finite(outs: Any) -> list[Tensor]:

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
                       : T(0);
     }
     __syncthreads();
+    T tile[kProductSide][kProductSide] = {};  // short sums lose fewer digits
 #pragma unroll
     for (int step = 0; step < kProductDepth; ++step) {
 #pragma unroll
@@ -124,9 +125,14 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
         if (args.skips_zeros && factor == 0) continue;
 #pragma unroll
         for (int j = 0; j < kProductSide; ++j) {
-          sums[i][j] = std::fma(factor, b[step][x + j * (kProductTile / kProductSide)], sums[i][j]);
+          tile[i][j] = std::fma(factor, b[step][x + j * (kProductTile / kProductSide)], tile[i][j]);
         }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kProductSide; ++i) {
+#pragma unroll
+      for (int j = 0; j < kProductSide; ++j) sums[i][j] += tile[i][j];
     }
     __syncthreads();
   }

@@ -437,14 +437,13 @@ struct HopperBackward {
   __device__ void write(void* to, const AttentionStrides& strides, const float (&sums)[kOutTiles][4], float factor,
                         int which, int own_row, const GroupLane& lane) const {
     if (to == nullptr) return;
+    const int row = first_key + own_row + 16 * lane.warp;
     S* const first = static_cast<S*>(to) + sequence.batch * strides.batch + kv_head * strides.head +
-                     sequence.first_key * strides.position;
+                     (sequence.first_key + row) * strides.position;
     const float factors[2] = {factor, factor};
     const int columns = static_cast<int>(which == 0 ? args.head_dim : args.value_dim);
-    write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, columns, lane, [&](int i) {
-      const int row = first_key + own_row + i;
-      return row < sequence.keys ? first + row * strides.position : nullptr;
-    });
+    write_rows<S, KeyTile>(sums, factors, shared.data + which * KeyTile::kBytes, own_row, lane,
+                           OutRows<S>{first, strides.position, sequence.keys - row, columns / 8});
   }
 
   __device__ void run() const {

@@ -30,13 +30,16 @@ struct HopperForwardPlan {
 template <class S, int kColumns, bool kPlain>
 struct HopperForward {
   static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
-  static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128, kStages = 2;
+  static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128;
+  // What shared memory has room for. Keys, which are asked for later than values, wait longest for memory.
+  static constexpr int kQueryStages = 2, kKeyStages = kColumns == 64 ? 4 : 3, kValueStages = kColumns == 64 ? 4 : 2;
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
   using QueryTile = SlabTile<kQueries, kColumns>;
   using KeyTile = SlabTile<kKeys, kColumns>;
-  static constexpr int kKeysAt = kStages * QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
-  static constexpr int kOutAt = kValuesAt + kStages * KeyTile::kBytes, kBarriersAt = kOutAt + QueryTile::kBytes;
-  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * 6 * kStages;
+  static constexpr int kKeysAt = kQueryStages * QueryTile::kBytes, kValuesAt = kKeysAt + kKeyStages * KeyTile::kBytes;
+  static constexpr int kBarriersAt = kValuesAt + kValueStages * KeyTile::kBytes;
+  static constexpr int kBarriers = 2 * (kQueryStages + kKeyStages + kValueStages);
+  static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * kBarriers;
 
   // A tile of queries of a sequence, how many tiles of keys it still sees, and the first key of the next one. From the
   // last keys on: the first tile that a warpgroup takes is, where attention is causal, the cut one.
@@ -50,14 +53,20 @@ struct HopperForward {
   const HopperForwardPlan& plan;
   const Sequence first_sequence;
   AlignedShared shared;
-  Ring<kStages> queries, keys, values;
+  Ring<kQueryStages> queries;
+  Ring<kKeyStages> keys;
+  Ring<kValueStages> values;
 
   __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan)
       : args(args), plan(plan), first_sequence(args, 0), shared(dynamic_shared) {
-    const uint32_t barriers = shared.address + kBarriersAt;
-    queries = {barriers, barriers + 8 * kStages};
-    keys = {barriers + 16 * kStages, barriers + 24 * kStages};
-    values = {barriers + 32 * kStages, barriers + 40 * kStages};
+    uint32_t barrier = shared.address + kBarriersAt;
+    const auto take = [&](int stages) {
+      barrier += 8 * stages;
+      return barrier - 8 * stages;
+    };
+    queries.full = take(kQueryStages), queries.empty = take(kQueryStages);
+    keys.full = take(kKeyStages), keys.empty = take(kKeyStages);
+    values.full = take(kValueStages), values.empty = take(kValueStages);
   }
 
   // Of the plain kernel all sequences are alike but for their batch.
@@ -98,14 +107,6 @@ struct HopperForward {
     return true;
   }
 
-  // Again, since registers are few.
-  __device__ Work found(int round) const {
-    Work work;
-    bool over;
-    find(work, round, over);
-    return work;
-  }
-
   // Moves on, from `round` on, to what has keys; false: there is nothing more. What has none is given to `blank`.
   template <class Blank>
   __device__ bool next(Work& work, int& round, Blank blank) const {
@@ -135,7 +136,7 @@ struct HopperForward {
                       batch);
       for (bool more = true; more; more = work.pass(), ++n) {
         const int position = first_key + work.key;
-        const auto fill = [&](const Ring<kStages>& ring, const CUtensorMap& map, uint32_t to) {
+        const auto fill = [&](const auto& ring, const CUtensorMap& map, uint32_t to) {
           ring.wait_empty(n);
           barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
           KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, batch);
@@ -294,12 +295,25 @@ struct HopperForward {
     }
   }
 
-  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int own_row) const {
-    const GroupLane lane(
-        unknown(static_cast<int>(threadIdx.x)));  // places of output are not to take registers all along
+  // Of a warp's sixteen queries.
+  __device__ OutRows<S> rows_of(const Work& work, const Sequence& sequence, int first_row) const {
+    const AttentionStrides& strides = args.out_strides;
+    S* const to = static_cast<S*>(args.out) + sequence.batch * strides.batch + work.head * strides.head;
+    return {to + (sequence.first_query + first_row) * strides.position, strides.position, sequence.queries - first_row,
+            static_cast<int>(args.value_dim) / 8};
+  }
+  __device__ float* lses_of(const Work& work, const Sequence& sequence) const {
+    return static_cast<float*>(args.lse) + (sequence.batch * args.heads + work.head) * args.queries +
+           sequence.first_query;
+  }
+
+  // What has been summed becomes output, by way of the queries' part of shared memory number q. Places of output are
+  // not to take registers all along.
+  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int own_row,
+                         int q) const {
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const Sequence sequence = sequence_of(work);
     const int first_row = work.first_query + own_row;
-    const int64_t first = (sequence.batch * args.heads + work.head) * args.queries + sequence.first_query;
     float factors[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -309,20 +323,23 @@ struct HopperForward {
       factors[half] = sum == 0 ? 0.0f : (kPlain ? 1 : static_cast<float>(kept_weight(args))) / sum;
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
-        static_cast<float*>(args.lse)[first + query] =
+        const float base = rows.base[half];
+        lses_of(work, sequence)[query] =
             sum == 0 ? -INFINITY
-                     : (kPlain ? rounded_product(rows.base[half], static_cast<float>(args.scale)) : rows.base[half]) +
-                           std::log(sum);
+                     : (kPlain ? rounded_product(base, static_cast<float>(args.scale)) : base) + std::log(sum);
       }
     }
-    const AttentionStrides& strides = args.out_strides;
-    S* const to = static_cast<S*>(args.out) + sequence.batch * strides.batch + work.head * strides.head +
-                  sequence.first_query * strides.position;
-    write_rows<S, QueryTile>(out, factors, shared.data + kOutAt, own_row, static_cast<int>(args.value_dim), lane,
-                             [&](int i) {
-                               const int query = first_row + i;
-                               return query < sequence.queries ? to + query * strides.position : nullptr;
-                             });
+    unsigned char* const tile = shared.data + queries.stage(q) * QueryTile::kBytes;
+    write_rows<S, QueryTile>(out, factors, tile, own_row, lane, rows_of(work, sequence, first_row + 16 * lane.warp));
+  }
+
+  // The same of queries that see no key.
+  __device__ void blank(const Work& work, int own_row) const {
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const Sequence sequence = sequence_of(work);
+    const int first_row = work.first_query + own_row + 16 * lane.warp, query = first_row + lane.lane;
+    if (lane.lane < 16 && query < sequence.queries) lses_of(work, sequence)[query] = -INFINITY;
+    rows_of(work, sequence, first_row).template write<kOutTiles>(lane, [](int, int) { return uint4{0, 0, 0, 0}; });
   }
 
   // Turns: barrier 1 + g is where warpgroup g waits for the one before it. The last lets the first go at once, which at
@@ -341,28 +358,27 @@ struct HopperForward {
     wgmma_commit();
   }
 
+  __device__ bool go_on(Work& work, int& round, int group) const {
+    return next(work, round, [&](const Work& none) { blank(none, group * kGroupRows); });
+  }
+
   __device__ void compute(int group) const {
     const GroupLane lane;
-    const int own_row = group * kGroupRows;
-    const auto blank = [&](const Work& work) {
-      const float none[kOutTiles][4] = {};
-      finish(none, Rows{}, work, own_row);
-    };
     if (group == kGroups - 1) give_turn(0);
     Work work;
     int round = 0;
-    if (next(work, round, blank)) attend(work, round, group, lane, blank);
+    if (go_on(work, round, group)) attend(work, round, group, lane);
     if (group == 0) wait_turn(0);
   }
 
   // All that a warpgroup does, from its first tile of queries on.
-  template <class Blank>
-  __device__ void attend(Work work, int round, int group, const GroupLane& lane, Blank blank) const {
+  __device__ void attend(Work work, int round, int group, const GroupLane& lane) const {
     const int own_row = group * kGroupRows;
     float out[kOutTiles][4] = {}, scores[kTiles][4];
     uint32_t weights[kTiles / 2][4];
     Rows rows;
-    int now = round, n = 0, q = 0;  // the round of what is summed; tiles of keys and of queries so far
+    Work now = work;   // what is summed
+    int n = 0, q = 0;  // tiles of keys and of queries so far
     queries.wait_full(q);
     keys.wait_full(n);
     start(scores, q, n, own_row);
@@ -370,7 +386,6 @@ struct HopperForward {
     wgmma_wait<0>();
     pin(scores);
     keys.release(n, lane);
-    if (work.tiles == 1) queries.release(q, lane);
     score(scores, work, own_row, whole);
     weigh(scores, rows, find_powers(scores, rows), [] {});
     if (work.tiles > 1) keys.wait_full(n + 1);
@@ -378,10 +393,10 @@ struct HopperForward {
     to_weights<S>(weights, scores);
 #pragma unroll 1
     for (;; ++n) {
-      now = round;
       const bool ends = !work.pass();  // then the next scores are other queries'
       if (__builtin_expect(ends, 0)) {
-        if (!next(work, ++round, blank)) break;
+        now = work;
+        if (!go_on(work, ++round, group)) break;
         queries.wait_full(++q);
         keys.wait_full(n + 1);
       }
@@ -398,7 +413,10 @@ struct HopperForward {
       if (__builtin_expect(ends, 0)) {
         wgmma_wait<0>();
         pin(out);
-        finish(out, rows, found(now), own_row);
+        finish(out, rows, now, own_row, q - 1);
+        shared_is_written();
+        __syncwarp();
+        queries.release(q - 1, lane);
 #pragma unroll
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = Rows{};
@@ -406,7 +424,6 @@ struct HopperForward {
       score(scores, work, own_row, whole);
       const Powers powers = find_powers(scores, rows);
       keys.release(n + 1, lane);
-      if (work.tiles == 1) queries.release(q, lane);
       weigh(scores, rows, powers, [&] {
         // The next keys, and a branch, without which ptxas would have the next wait before the weights above.
         if (work.tiles > 1) keys.wait_full(n + 2);
@@ -427,7 +444,7 @@ struct HopperForward {
     wgmma_wait<0>();
     pin(out);
     values.release(n, lane);
-    finish(out, rows, found(now), own_row);
+    finish(out, rows, now, own_row, q);
   }
 
   __device__ void run() const {

@@ -149,29 +149,50 @@ __device__ inline void keep_between(float (&sums)[kTiles][4], int half, int low,
   }
 }
 
+// Where a warp's sixteen rows of an output lie, from which they are written piece by piece of sixteen bytes.
+template <class S>
+struct OutRows {
+  S* first;
+  int64_t distance;
+  int count, pieces;  // of rows, perhaps fewer than none; of a row
+
+  // f(row, piece) is what goes there; kPieces: of a whole row.
+  template <int kPieces, class F>
+  __device__ void write(const GroupLane& lane, F f) const {
+    constexpr int kRows = 32 / kPieces > 0 ? 32 / kPieces : 1;  // at a time
+    static_assert(kPieces * kRows == 32);
+    const int piece = lane.lane % kPieces;
+    S* to = first + lane.lane / kPieces * distance + piece * 8;
+#pragma unroll
+    for (int i = 0; i < 16; i += kRows, to += kRows * distance) {
+      const int row = i + lane.lane / kPieces;
+      const uint4 words = f(row, piece);
+      if (row < count && piece < pieces) __stwb(reinterpret_cast<uint4*>(to), words);
+    }
+  }
+};
+
 // Writes a warp's sixteen rows of sums, each multiplied by a factor, by way of its rows of a tile in shared memory that
-// nothing reads any more, so that memory is written in whole rows, of `columns`. row(i) is where the i-th of them goes,
-// null for none.
-template <class S, class Tile, int kTiles, class Row>
+// nothing reads any more, so that memory is written in whole rows.
+template <class S, class Tile, int kTiles>
 __device__ inline void write_rows(const float (&sums)[kTiles][4], const float (&factors)[2], unsigned char* tile,
-                                  int first_row, int columns, const GroupLane& lane, Row row) {
+                                  int first_row, const GroupLane& lane, const OutRows<S>& rows) {
+  const int own = first_row + 16 * lane.warp;
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const int t = i / 2, half = i % 2;
-    const uint32_t word = round_pair<S>(sums[t][2 * half] * factors[half], sums[t][2 * half + 1] * factors[half]);
-    *reinterpret_cast<uint32_t*>(tile + Tile::offset(first_row + lane.row + 8 * half, 8 * t + 2 * lane.q)) = word;
+  for (int part = 0; part < kTiles / 2; ++part) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const x = &sums[2 * part + i / 2][i % 2 * 2];
+      words[i] = round_pair<S>(x[0] * factors[i % 2], x[1] * factors[i % 2]);
+    }
+    store_matrices(tile + Tile::offset(own + lane.lane % 16, 16 * part + lane.lane / 16 * 8), words);
   }
   __syncwarp();
-  constexpr int kPieces = kTiles;  // of 16 bytes in a row
-#pragma unroll
-  for (int i = lane.lane; i < 16 * kPieces; i += 32) {
-    const int mine = i / kPieces, piece = i % kPieces;
-    S* const to = row(16 * lane.warp + mine);
-    const uint4 words =
-        *reinterpret_cast<const uint4*>(tile + Tile::offset(first_row + 16 * lane.warp + mine, 8 * piece));
-    if (to != nullptr && 8 * piece < columns) __stwb(reinterpret_cast<uint4*>(to) + piece, words);
-  }
+  rows.template write<kTiles>(lane, [&](int row, int piece) {
+    return *reinterpret_cast<const uint4*>(tile + Tile::offset(own + row, 8 * piece));
+  });
 }
 
 }  // namespace lect11ext::cuda
