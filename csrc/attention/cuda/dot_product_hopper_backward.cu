@@ -138,7 +138,9 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   plan.first_query = static_cast<int>(queries.first);
   plan.first_key = static_cast<int>(keys.first);
   plan.mask_pairs = mask_pairs(args, 2);
-  plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes);
+  plan.mask_tiles = MaskTiles::of(args, static_cast<char*>(scratch) + kFlagBytes);
+  find_mask_tiles<S>(args, plan.mask_tiles, stream);
+  plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes + plan.mask_tiles.bytes());
   plan.tiles = tiles_of_head(args, args.key_starts, args.keys, Kernel::kKeys);
   plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
@@ -168,7 +170,9 @@ bool takes(const AttentionBackward& args) {
 }  // namespace
 
 int64_t hopper_scratch(const AttentionBackward& args) {
-  return takes(args) ? kFlagBytes + HopperBackwardScratch::of(args, nullptr).bytes(hopper_columns(args)) : 0;
+  if (!takes(args)) return 0;
+  return kFlagBytes + MaskTiles::of(args, nullptr).bytes() +
+         HopperBackwardScratch::of(args, nullptr).bytes(hopper_columns(args));
 }
 
 HopperRun hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {

@@ -26,6 +26,7 @@ struct HopperBackwardPlan {
   RowTiles tiles;              // of keys, where sequences lie one behind the other
   int first_query, first_key;  // of those that are mapped
   bool mask_pairs;             // along the queries
+  MaskTiles mask_tiles;
   HopperBackwardScratch scratch;
 };
 
@@ -199,18 +200,30 @@ struct HopperBackward {
   // Products become weights, zero where a query does not see the key.
   __device__ void weigh_by_options(float (&scores)[kTiles][4], Marks& marks, const float* lses, const Step& step,
                                    int half, int own_row, const GroupLane& lane) const {
-    const Scores<S, true> options{args, sequence, plan.mask_pairs};
     const int query = query_of(step, half), head = step.head, key = first_key + own_row;
-    const bool whole = args.mask.type == MaskType::None && query + kHalf <= sequence.queries &&
+    const int state = args.mask.type == MaskType::None
+                          ? MaskTiles::kSeen
+                          : plan.mask_tiles.template state<1, 1>(sequence.batch, head, query, key);
+    const bool whole = state == MaskTiles::kSeen && query + kHalf <= sequence.queries &&
                        all_see(sequence, query, kHalf, key, kGroupRows);
     if (!whole) marks.seen = 0;
+    const bool none = (state & MaskTiles::kSeen) == 0, simple = none || (whole && args.alibi_slopes == nullptr);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const LaneRow row = options.row(head, query + 2 * lane.q, key + lane.row + 8 * r);
-      const uint32_t bits = whole ? ~0u : options.template seen<kTiles>(row);
-      if (!whole) marks.seen |= bits << (16 * r);
       const auto element = [&](int i) -> float& { return scores[i / 2][2 * r + i % 2]; };
-      options.template finish<kTiles>(row, bits, element, [](int, float) {});
+      uint32_t bits = none ? 0 : ~0u;
+      if (simple) {
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) element(i) = rounded_product(element(i), scale());
+      } else {
+        const Scores<S, true> options{args, sequence, plan.mask_pairs};
+        const LaneRow row = options.row(head, query + 2 * lane.q, key + lane.row + 8 * r);
+        if (!whole) {
+          bits = options.template seen<kTiles>(row);
+          marks.seen |= bits << (16 * r);
+        }
+        options.template finish<kTiles>(row, whole ? 0 : bits, element, [](int, float) {});
+      }
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         const float weight = weight_of(element(i) - lses[i]);
@@ -374,10 +387,10 @@ struct HopperBackward {
         else to_weights<S>(weights, scores, [&](int i) { return marks.keeps(i); });
         pin(weights);
         pin(value_sums);
+        if (kPlain) read(corrections, numbers(corrections_at(n), half, lane));
         wgmma_fence();
         start_columns<S, HalfTile>(value_sums, weights, half_at(n, 1, half));
         wgmma_commit();
-        if (kPlain) read(corrections, numbers(corrections_at(n), half, lane));
         wgmma_wait<1>();
         pin(grads);
         if constexpr (kPlain) {
@@ -407,13 +420,13 @@ struct HopperBackward {
       const int next = std::min(n + 1, steps - 1);  // after the last step its own once more, for nothing
       step = after(step);
       ring.wait_full(next);
+      read_lses(next);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) start_scores_of(all[half], next, half, own_row);
       wgmma_wait<kHalves>();
       pin(part);
       if (lane.lane == 0) barrier_arrive(grads_read);
       put(part, n, group, lane);
-      read_lses(next);
       wgmma_wait<0>();
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) pin(all[half]);

@@ -38,6 +38,8 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   }
   plan.first_key = static_cast<int>(keys.first);
   plan.mask_pairs = mask_pairs(args, 3);
+  plan.mask_tiles = MaskTiles::of(args, static_cast<char*>(scratch) + kFlagBytes);
+  find_mask_tiles<S>(args, plan.mask_tiles, stream);
   plan.order = BlockOrder::of(args, tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
   reserve_shared(hopper_forward_kernel<S, kColumns, kPlain>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
@@ -52,7 +54,9 @@ bool takes(const AttentionForward& args) {
 
 }  // namespace
 
-int64_t hopper_scratch(const AttentionForward& args) { return takes(args) && needs_finite(args) ? kFlagBytes : 0; }
+int64_t hopper_scratch(const AttentionForward& args) {
+  return takes(args) && needs_finite(args) ? kFlagBytes + MaskTiles::of(args, nullptr).bytes() : 0;
+}
 
 HopperRun hopper_forward(const AttentionForward& args, void* scratch, void* stream) {
   if (!takes(args)) return {};

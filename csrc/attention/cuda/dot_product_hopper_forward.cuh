@@ -19,6 +19,7 @@ struct HopperForwardPlan {
   BlockOrder order;
   int first_key;  // of those that are mapped
   bool mask_pairs;
+  MaskTiles mask_tiles;
 };
 
 // Registers: the sums of the output, of scores, and the weights before them: 160 a thread at 128 columns, for which two
@@ -41,12 +42,12 @@ struct HopperForward {
   static constexpr int kBarriers = 2 * (kQueryStages + kKeyStages + kValueStages);
   static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * kBarriers;
 
-  // A tile of queries of a sequence, how many tiles of keys it still sees, and the first key of the next one. From the
-  // last keys on: the first tile that a warpgroup takes is, where attention is causal, the cut one.
+  // A tile of queries of a sequence, and the first keys of a tile of keys that it sees, of the next one, kNone where
+  // there is none, and of all. From the last keys on: the first tile that a warpgroup takes is, where attention is
+  // causal, the cut one.
   struct Work {
-    int head, number, first_query, key, tiles;
-
-    __device__ bool pass() { return key -= kKeys, --tiles > 0; }
+    int head, number, first_query, key, after, first_key;
+    static constexpr int kNone = -1;
   };
 
   const AttentionForward& args;
@@ -80,7 +81,7 @@ struct HopperForward {
   // What the block does in a round, and whether there is anything; `over`: nothing, and that was all.
   __device__ bool find(Work& work, int round, bool& over) const {
     BlockOrder::Block block;
-    work.tiles = 0;
+    work.key = Work::kNone;
     if (!plan.order.in_round(round, block, over)) return false;
     int tiles = plan.order.tiles, tile = block.tile;
     if (!kPlain && args.query_starts != nullptr) {
@@ -99,11 +100,35 @@ struct HopperForward {
     const Sequence sequence = sequence_of(work);
     const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
     const Range range = keys_seen(sequence, work.first_query, last_query);
-    // Masks are read by pairs of keys, and dropout draws for four at a time.
-    constexpr int kTogetherKeys = 8;
-    const int first = range.first / kTogetherKeys * kTogetherKeys;
-    work.tiles = range.empty() ? 0 : (range.last - first + kKeys - 1) / kKeys;
-    work.key = first + (work.tiles - 1) * kKeys;
+    // Masks are read by pairs of keys and known by tiles, and dropout draws for four keys at a time.
+    constexpr int kTogetherKeys = kPlain ? 1 : MaskTiles::kSize;
+    work.first_key = range.first / kTogetherKeys * kTogetherKeys;
+    const int seen = range.empty() ? 0 : (range.last - work.first_key + kKeys - 1) / kKeys;
+    work.after = before(work, work.first_key + seen * kKeys);
+    pass(work);
+    return true;
+  }
+
+  // Of the tiles of keys before `key` the next one of which a mask lets something through.
+  __device__ int before(const Work& work, int key) const {
+    key -= kKeys;
+    if constexpr (!kPlain) {
+      const auto barred = [&] {
+        const int state = plan.mask_tiles.template state<kGroups, kKeys / MaskTiles::kSize>(work.number, work.head,
+                                                                                            work.first_query, key);
+        return (state & MaskTiles::kSeen) == 0;
+      };
+      if (plan.mask_tiles.states != nullptr) {
+        while (key >= work.first_key && barred()) key -= kKeys;
+      }
+    }
+    return key >= work.first_key ? key : Work::kNone;
+  }
+
+  __device__ bool pass(Work& work) const {
+    work.key = work.after;
+    if (work.key == Work::kNone) return false;
+    work.after = before(work, work.key);
     return true;
   }
 
@@ -112,7 +137,7 @@ struct HopperForward {
   __device__ bool next(Work& work, int& round, Blank blank) const {
     for (bool over = false; !over; ++round) {
       if (!find(work, round, over)) continue;
-      if (work.tiles > 0) return true;
+      if (work.key != Work::kNone) return true;
       blank(work);
     }
     return false;
@@ -134,7 +159,7 @@ struct HopperForward {
       barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
       QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), first_query + work.first_query, work.head,
                       batch);
-      for (bool more = true; more; more = work.pass(), ++n) {
+      for (bool more = true; more; more = pass(work), ++n) {
         const int position = first_key + work.key;
         const auto fill = [&](const auto& ring, const CUtensorMap& map, uint32_t to) {
           ring.wait_empty(n);
@@ -147,6 +172,8 @@ struct HopperForward {
     }
   }
 
+  enum class View { None, Some, All };
+
   // What a thread carries along the keys, of its two rows: what exponents are counted from, and the sum of weights.
   struct Rows {
     float base[2] = {-INFINITY, -INFINITY}, sum[2] = {};
@@ -156,36 +183,63 @@ struct HopperForward {
   __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
 
   // Products become scores, −∞ where a query does not see the key.
-  __device__ void finish_scores(float (&scores)[kTiles][4], const Sequence& sequence, const Work& work,
-                                int query) const {
+  __device__ void finish_scores(float (&scores)[kTiles][4], const Sequence& sequence, const Work& work, int query,
+                                View view) const {
+    if (view == View::None) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) scores[i / 4][i % 4] = -INFINITY;
+      return;
+    }
+    const bool whole = view == View::All;
+    if (whole && args.softcap == 0 && args.alibi_slopes == nullptr) {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        scores[i / 4][i % 4] = rounded_product(scores[i / 4][i % 4], static_cast<float>(args.scale));
+      }
+      return;
+    }
     const Scores<S> options{args, sequence, plan.mask_pairs};
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
-    const bool whole = args.mask.type == MaskType::None && query + kGroupRows <= sequence.queries &&
-                       all_see(sequence, query, kGroupRows, work.key, kKeys);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const LaneRow row = options.row(work.head, query + lane.row + 8 * half, work.key + 2 * lane.q);
       const uint32_t bits = whole ? ~0u : options.template seen<kTiles>(row);
       const auto element = [&](int i) -> float& { return scores[i / 2][2 * half + i % 2]; };
-      options.template finish<kTiles>(row, bits, element, [](int, float) {});
+      options.template finish<kTiles>(row, whole ? 0 : bits, element, [](int, float) {});
       if (whole) continue;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) element(i) = (bits >> i & 1) != 0 ? element(i) : -INFINITY;
     }
   }
 
-  // Whether all of a warpgroup's queries see all of a tile's keys; asked for ahead of the scores.
-  __device__ bool sees_all(const Work& work, int own_row) const {
-    return kPlain && unknown(all_see(first_sequence, work.first_query + own_row, kGroupRows, work.key, kKeys)) != 0;
+  // What a warpgroup's queries see of a tile's keys; asked for ahead of the scores.
+  __device__ View view_of(const Work& work, int own_row) const {
+    const int query = work.first_query + own_row;
+    const auto window = [&](const Sequence& sequence) {
+      return all_see(sequence, query, kGroupRows, work.key, kKeys) &&
+             (kPlain || query + kGroupRows <= sequence.queries);
+    };
+    int view = 0;
+    if constexpr (kPlain) {
+      view = static_cast<int>(window(first_sequence) ? View::All : View::Some);
+    } else {
+      int state = MaskTiles::kSeen;
+      if (args.mask.type != MaskType::None) {
+        state = plan.mask_tiles.template state<1, kKeys / MaskTiles::kSize>(work.number, work.head, query, work.key);
+      }
+      const bool all = state == MaskTiles::kSeen && window(sequence_of(work));
+      view = static_cast<int>((state & MaskTiles::kSeen) == 0 ? View::None : all ? View::All : View::Some);
+    }
+    return static_cast<View>(unknown(view));
   }
 
   // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become scores.
-  __device__ void score(float (&scores)[kTiles][4], const Work& work, int own_row, bool whole) const {
+  __device__ void score(float (&scores)[kTiles][4], const Work& work, int own_row, View view) const {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
-      if (!whole) cut(scores, query, work.key);
+      if (view != View::All) cut(scores, query, work.key);
     } else {
-      finish_scores(scores, sequence_of(work), work, query);
+      finish_scores(scores, sequence_of(work), work, query, view);
     }
   }
 
@@ -382,18 +436,18 @@ struct HopperForward {
     queries.wait_full(q);
     keys.wait_full(n);
     start(scores, q, n, own_row);
-    bool whole = sees_all(work, own_row);
+    View view = view_of(work, own_row);
     wgmma_wait<0>();
     pin(scores);
     keys.release(n, lane);
-    score(scores, work, own_row, whole);
+    score(scores, work, own_row, view);
     weigh(scores, rows, find_powers(scores, rows), [] {});
-    if (work.tiles > 1) keys.wait_full(n + 1);
+    if (work.after != Work::kNone) keys.wait_full(n + 1);
     drop(scores, work, own_row);
     to_weights<S>(weights, scores);
 #pragma unroll 1
     for (;; ++n) {
-      const bool ends = !work.pass();  // then the next scores are other queries'
+      const bool ends = !pass(work);  // then the next scores are other queries'
       if (__builtin_expect(ends, 0)) {
         now = work;
         if (!go_on(work, ++round, group)) break;
@@ -404,7 +458,7 @@ struct HopperForward {
       pin(out);
       pin(weights);
       start(scores, q, n + 1, own_row);
-      whole = sees_all(work, own_row);
+      view = view_of(work, own_row);
       values.wait_full(n);
       start(out, weights, n);
       give_turn((group + 1) % kGroups);
@@ -421,12 +475,12 @@ struct HopperForward {
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = Rows{};
       }
-      score(scores, work, own_row, whole);
+      score(scores, work, own_row, view);
       const Powers powers = find_powers(scores, rows);
       keys.release(n + 1, lane);
       weigh(scores, rows, powers, [&] {
         // The next keys, and a branch, without which ptxas would have the next wait before the weights above.
-        if (work.tiles > 1) keys.wait_full(n + 2);
+        if (work.after != Work::kNone) keys.wait_full(n + 2);
         wgmma_wait<0>();
         pin(out);
         values.release(n, lane);

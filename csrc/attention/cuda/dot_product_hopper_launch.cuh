@@ -6,7 +6,7 @@
 
 #include "attention/cuda/dot_product_finite.cuh"
 #include "attention/cuda/dot_product_hopper.h"
-#include "attention/cuda/dot_product_score.cuh"
+#include "attention/cuda/dot_product_mask_tiles.cuh"
 #include "common/cuda/tensor_map.h"
 
 namespace lect11ext::cuda {
