@@ -1,14 +1,16 @@
 """``python -m bench.gpu [--only TEXT] [--json FILE]``: the CUDA kernels against their peers and the GPU's own ceilings.
 
-Implementations of a workload take turns, each for some milliseconds between two events; a ratio is the median over the
-turns. Nothing is a peer that fails here: its error is kept in its place. ``--device cpu --small`` runs every workload
-once, in small, on the CPU, to find what is wrong with this file where there is no GPU.
+Implementations of a workload take turns, in an order that changes and with pauses, each for some milliseconds between
+two events; a ratio is the median over the turns. Nothing is a peer that fails here: its error is kept in its place.
+``--device cpu --small`` runs every workload once, in small, on the CPU, to find what is wrong with this file where
+there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from .gpu_common import Call, Machine, Workload, ceilings, environment, within
 from .gpu_layers import layers
 
 TURN_SECONDS = 0.02
+PAUSE_SECONDS = 0.01  # a large product leaves the GPU at its limit of power, and with a lower clock
 HOPPER = "LECT11EXT_ATTENTION_HOPPER"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -70,7 +73,7 @@ def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal:
 
 
 def with_option(m: Machine, option: str, train: bool) -> Workload:
-    """Of what the kernels for the plain case do not take: a mask of the keys, ALiBi, dropout."""
+    """Of what the kernels for the plain case do not take: masks of the keys and of documents, ALiBi, dropout."""
     batch, heads, columns, length = 4, 16, 128, m.size(4096, 20)
 
     def make() -> dict[str, Call]:
@@ -90,11 +93,16 @@ def with_option(m: Machine, option: str, train: bool) -> Workload:
         def slope(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score - slopes[h] * (q - k).abs()
 
-        def blocks() -> Any:
-            return create_block_mask(lambda b, h, q, k: seen[k], None, None, length, length, device=grad.device.type)
+        document = positions * 4 // length
+        same = document.view(-1, 1) == document
+
+        def blocks(seen: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[], dict[str, Any]]:
+            kind = grad.device.type
+            return lambda: {"block_mask": create_block_mask(seen, None, None, length, length, device=kind)}
 
         own, theirs, flex = {
-            "padding": ({"attn_mask": seen.view(1, 1, 1, -1)},) * 2 + (lambda: {"block_mask": blocks()},),
+            "padding": ({"attn_mask": seen.view(1, 1, 1, -1)},) * 2 + (blocks(lambda b, h, q, k: seen[k]),),
+            "documents": ({"attn_mask": same},) * 2 + (blocks(lambda b, h, q, k: document[q] == document[k]),),
             "alibi": ({"alibi_slopes": slopes}, {"attn_mask": bias}, lambda: {"score_mod": slope}),
             "dropout": ({"dropout_p": 0.1},) * 2 + (None,),
         }[option]
@@ -160,7 +168,7 @@ def workloads(m: Machine) -> list[Workload]:
         *autoencoders(m),
         *(attention(m, bf16, d, n, c, t) for d in (64, 128) for n in (2048, 8192, 16384) for c in both for t in both),
         *(attention(m, f32, d, 2048, False, t) for d in (64, 128) for t in both),
-        *(with_option(m, option, t) for option in ("padding", "alibi", "dropout") for t in both),
+        *(with_option(m, option, t) for option in ("padding", "documents", "alibi", "dropout") for t in both),
         decoding(m),
         *layers(m),
         *(additive(m, train) for train in both),
@@ -174,6 +182,7 @@ def measure(
     m: Machine, work: Workload, peaks: dict[str, tuple[Call, float]], options: argparse.Namespace
 ) -> dict[str, Any]:
     torch.manual_seed(0)
+    random.seed(0)
     calls, errors, counts = {}, {}, {}
     try:
         given = {name: call for name, call in work.make().items() if name not in options.without.split(",")}
@@ -189,10 +198,13 @@ def measure(
             errors[name] = _summary(error)
             continue
         calls[name], counts[name] = call, max(1, min(100, round(TURN_SECONDS / seconds)))
-    turns = [
-        {name: m.seconds(call, counts[name]) for name, call in calls.items()}
-        for _ in range(options.turns if calls else 0)
-    ]
+    names, turns = list(calls), []
+    for _ in range(options.turns if calls else 0):
+        random.shuffle(names)  # whoever always came behind a product would be the slower for it
+        turns.append({})
+        for name in names:
+            time.sleep(PAUSE_SECONDS if m.device == "cuda" else 0)
+            turns[-1][name] = m.seconds(calls[name], counts[name])
     result: dict[str, Any] = {"errors": errors, "seconds": {n: median(t[n] for t in turns) for n in calls}}
     ours = [name for name in calls if name.startswith("lect11ext")]
     peers = [name for name in calls if name in given and name not in ours]

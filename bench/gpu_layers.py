@@ -94,10 +94,10 @@ def layer(
         calls = {"lect11ext": call(ours, ours), "cudnn": call(torchs, torchs)}
         for name, variables in PATHS.items():
             calls[name] = within(lambda variables=variables: environment(**variables), calls["lect11ext"])
-        if layers > 1 or both:
-            overlap = {"LECT11EXT_LAYER_OVERLAP": "1"}
-            calls["lect11ext overlap"] = within(lambda: environment(**overlap), calls["lect11ext"])
-        else:
+        if both:
+            alone = {"LECT11EXT_LAYER_OVERLAP": "0"}
+            calls["lect11ext, one by one"] = within(lambda: environment(**alone), calls["lect11ext"])
+        elif layers == 1:
             flash = _flashrnn(torchs, kind)
             if flash is not None and not train:  # its gradients come in shapes of their own
                 calls["flashrnn"] = call(flash, torchs)

@@ -25,7 +25,7 @@ LAYER_PATHS = {
     "dataflow": {"LECT11EXT_LAYER_TILES": "1"},
     "two tiles": {"LECT11EXT_LAYER_TILES": "2"},
 }
-OVERLAP = {"LECT11EXT_LAYER_OVERLAP": "1"}
+ALONE = {"LECT11EXT_LAYER_OVERLAP": "0"}
 Case = Callable[[torch.device], list[Tensor]]
 
 
@@ -178,8 +178,7 @@ def cases() -> dict[str, Case]:
             out[f"{kind} {str(dtype)[6:]} {hidden}"] = layer(kind, dtype, hidden)
         for name, path in LAYER_PATHS.items():
             out[f"{kind} {name}"] = layer(kind, bf16, 136, path)
-        out[f"{kind} overlap"] = layer(kind, f32, 40, OVERLAP)
-        out[f"{kind} wave"] = layer(kind, f32, 40, OVERLAP, steps=70, num_layers=2, bidirectional=False)
+        out[f"{kind} one direction after the other"] = layer(kind, f32, 40, ALONE)
     out["LSTM peephole"] = layer("LSTM", f32, 40, peephole=True)
     out["GRU reset before"] = layer("GRU", f32, 40, reset_after=False)
     for dtype in (f32, f64, bf16, f16):
@@ -194,6 +193,7 @@ def cases() -> dict[str, Case]:
     for columns in (40, 64, 128):  # 40 by the kernels for all devices
         name = f"attention bf16 {columns}"
         out[f"{name} mask"] = attention(bf16, columns, 70, 150, mask=True)
+        out[f"{name} padding"] = attention(bf16, columns, 70, 300, attn_mask=torch.arange(300) % 200 < 70)
         out[f"{name} softcap, slopes"] = attention(bf16, columns, 70, 150, softcap=2.0, alibi_slopes=torch.rand(4))
         out[f"{name} dropout"] = attention(bf16, columns, 200, 200, dropout_p=0.3, dropout_key=KEY, window=(101, 0))
     out["attention decoding"] = attention(bf16, 128, 1, 700)

@@ -23,7 +23,7 @@ from .checks import (
     zoneout_rates,
 )
 from .masks import bernoulli, dropout_mask, normed_sums, without_padding
-from .overlap import fits_twice, is_wanted, side_by_side, wave
+from .overlap import fits_twice, is_wanted, side_by_side
 
 Layer = Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Any, ...]]
 
@@ -173,10 +173,8 @@ def lstm(
         return (output, cells, h, c) if keeps_cells else (output, h, c)
 
     run = _normed(layer, items, norms, lengths, batch_first, bidirectional)
-    draws = training and max(rate_h, rate_c, recurrent_dropout, dropout) > 0
     (output, *cells), (h_n, c_n) = _stack(
         "lstm", run, input, (h, c), len(items), batch_first, bidirectional, dropout if training else 0.0, generator,
-        in_pieces=not (return_cells or recompute or truncate) and lengths is reset is None and not draws,
         given=(lengths, reset, *chain.from_iterable((*items, *(norms or ()))), *(peeps or ())),
     )  # fmt: skip
     return output, (h_n, c_n), *cells
@@ -259,10 +257,8 @@ def gru(
             ) from None  # fmt: skip
 
     run = _normed(layer, items, norms, lengths, batch_first, bidirectional)
-    draws = training and max(zoneout, recurrent_dropout, dropout) > 0
     (output,), (h_n,) = _stack(
         "gru", run, input, (state,), len(items), batch_first, bidirectional, dropout if training else 0.0, generator,
-        in_pieces=not (recompute or truncate) and lengths is reset is None and not draws,
         given=(lengths, reset, *chain.from_iterable((*items, *(norms or ())))),
     )  # fmt: skip
     return output, h_n
@@ -338,10 +334,6 @@ def _dropped(x: Tensor, p: float, batch_first: bool, generator: torch.Generator 
     return x * mask.transpose(0, 1)
 
 
-def _in_order(layer: Layer, item: int, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return layer(x, states, item, False)
-
-
 def _stack(
     function: str,
     layer: Layer,
@@ -352,14 +344,12 @@ def _stack(
     bidirectional: bool,
     dropout: float,
     generator: torch.Generator | None,
-    in_pieces: bool,
     given: Sequence[Any],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Layers over one another, each in one or two directions.
 
     ``layer`` gives its output, whatever else it has over time, and its last states. Given back: what the last layer has
-    over time, and the last states of all. ``in_pieces``: whether time may be cut, with states handed on;
-    ``given``: what ``layer`` reads besides.
+    over time, and the last states of all. ``given``: what ``layer`` reads besides.
     """
     for name, tensor in (("input", input), *zip(("h", "c"), states, strict=False)):
         if not isinstance(tensor, Tensor):
@@ -379,7 +369,7 @@ def _stack(
         batch = 0 if batch_first else 1
         result, unbatched = _stack(
             function, layer, input.unsqueeze(batch), tuple(s.unsqueeze(1) for s in states), items, batch_first,
-            bidirectional, dropout, generator, in_pieces, given,
+            bidirectional, dropout, generator, given,
         )  # fmt: skip
         return tuple(r.squeeze(batch) for r in result), tuple(s.squeeze(1) for s in unbatched)
     directions = 2 if bidirectional else 1
@@ -387,19 +377,14 @@ def _stack(
         raise ValueError(f"weights must have {directions} items a layer, one layer or more, but got {items}")
     last_states: list[tuple[Tensor, ...]] = []
     reads = [t for t in (*states, *given) if isinstance(t, Tensor)]
-    overlaps = is_wanted(input) and fits_twice(input, states[-1].size(-1), states[-1].size(1))
-    if overlaps and in_pieces and directions == 1 < items:
-        layers = [partial(_in_order, layer, i) for i in range(items)]
-        first_states = [tuple(s[i] for s in states) for i in range(items)]
-        over_time, last_states = wave(layers, input, first_states, 1 if batch_first else 0, (input, *reads))
-        return over_time, tuple(torch.stack(s) for s in zip(*last_states, strict=True))
+    size = (states[-1].size(-1), states[-1].size(1))
+    together = directions > 1 and is_wanted(input) and fits_twice(input, *size)
     for first in range(0, items, directions):
         if first > 0 and dropout > 0:
             input = _dropped(input, dropout, batch_first, generator)
         calls = [
             partial(layer, input, tuple(s[i] for s in states), i, i > first) for i in range(first, first + directions)
         ]
-        together = overlaps and directions > 1
         results = side_by_side((input, *reads), calls) if together else [call() for call in calls]
         parts = zip(*(r[: -len(states)] for r in results), strict=True)
         over_time = tuple(p[0] if directions == 1 else torch.cat(p, -1) for p in parts)
