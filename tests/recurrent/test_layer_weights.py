@@ -120,5 +120,6 @@ def test_conversion(kind: str, dtype: torch.dtype) -> None:
     x = torch.randn(T, B, F).to(dtype)
     for a, b in zip(flat(ours(x)), flat(torchs(x)), strict=True):
         assert a.dtype == b.dtype == dtype
-        tolerance = 8 * torch.finfo(dtype).eps  # a few roundings of numbers below 1
+        # A few roundings of numbers below 1; cuDNN's GRU in float32 errs by some more.
+        tolerance = (64 if a.is_cuda else 8) * torch.finfo(dtype).eps
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -147,7 +147,8 @@ struct HopperForward {
   __device__ uint32_t keys_at(int n) const { return shared.address + kKeysAt + keys.stage(n) * KeyTile::kBytes; }
   __device__ uint32_t values_at(int n) const { return shared.address + kValuesAt + values.stage(n) * KeyTile::kBytes; }
 
-  __device__ void load() const {
+  // Queries and keys, by one thread, or values, by another: keys are not to wait until there is room for values.
+  __device__ void load(bool of_values) const {
     const int group = static_cast<int>(args.heads / args.kv_heads);
     Work work;
     // Uses of the rings: n of keys and of values, q of queries.
@@ -155,10 +156,12 @@ struct HopperForward {
       const Sequence sequence = sequence_of(work);
       const int first_query = static_cast<int>(sequence.first_query), batch = static_cast<int>(sequence.batch);
       const int first_key = static_cast<int>(sequence.first_key) - plan.first_key;
-      queries.wait_empty(q);
-      barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
-      QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), first_query + work.first_query, work.head,
-                      batch);
+      if (!of_values) {
+        queries.wait_empty(q);
+        barrier_arrive_expecting(queries.full_barrier(q), QueryTile::kBytes);
+        QueryTile::load(queries_at(q), plan.query, queries.full_barrier(q), first_query + work.first_query, work.head,
+                        batch);
+      }
       for (bool more = true; more; more = pass(work), ++n) {
         const int position = first_key + work.key;
         const auto fill = [&](const auto& ring, const CUtensorMap& map, uint32_t to) {
@@ -166,8 +169,8 @@ struct HopperForward {
           barrier_arrive_expecting(ring.full_barrier(n), KeyTile::kBytes);
           KeyTile::load(to, map, ring.full_barrier(n), position, work.head / group, batch);
         };
-        fill(keys, plan.key, keys_at(n));
-        fill(values, plan.value, values_at(n));
+        if (of_values) fill(values, plan.value, values_at(n));
+        else fill(keys, plan.key, keys_at(n));
       }
     }
   }
@@ -514,7 +517,7 @@ struct HopperForward {
     __syncthreads();
     if (group == 0) {
       give_registers<GroupRegisters<kGroups>::kLoader>();
-      if (threadIdx.x == 0) load();
+      if (threadIdx.x == 0 || threadIdx.x == 32) load(threadIdx.x == 32);
     } else {
       take_registers<GroupRegisters<kGroups>::kCompute>();
       compute(group - 1);
