@@ -187,7 +187,7 @@ struct HopperForward {
 
   // Products become scores, −∞ where a query does not see the key.
   __device__ void finish_scores(float (&scores)[kTiles][4], const Sequence& sequence, const Work& work, int query,
-                                View view) const {
+                                View view, const uint32_t (&seen)[2]) const {
     if (view == View::None) {
 #pragma unroll
       for (int i = 0; i < 4 * kTiles; ++i) scores[i / 4][i % 4] = -INFINITY;
@@ -206,12 +206,11 @@ struct HopperForward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const LaneRow row = options.row(work.head, query + lane.row + 8 * half, work.key + 2 * lane.q);
-      const uint32_t bits = whole ? ~0u : options.template seen<kTiles>(row);
       const auto element = [&](int i) -> float& { return scores[i / 2][2 * half + i % 2]; };
-      options.template finish<kTiles>(row, whole ? 0 : bits, element, [](int, float) {});
+      options.template finish<kTiles>(row, whole ? 0 : seen[half], element, [](int, float) {});
       if (whole) continue;
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) element(i) = (bits >> i & 1) != 0 ? element(i) : -INFINITY;
+      for (int i = 0; i < 2 * kTiles; ++i) element(i) = (seen[half] >> i & 1) != 0 ? element(i) : -INFINITY;
     }
   }
 
@@ -236,13 +235,28 @@ struct HopperForward {
     return static_cast<View>(unknown(view));
   }
 
+  // Of a thread's two rows which keys they see, likewise: masks are read while products run.
+  __device__ void find_seen(uint32_t (&seen)[2], const Work& work, int own_row, View view) const {
+    if (kPlain || view != View::Some) return;
+    const Sequence sequence = sequence_of(work);
+    const Scores<S> options{args, sequence, plan.mask_pairs};
+    const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+    const int query = work.first_query + own_row + lane.row;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      seen[half] = options.template seen<kTiles>(options.row(work.head, query + 8 * half, work.key + 2 * lane.q));
+      seen[half] = static_cast<uint32_t>(unknown(static_cast<int>(seen[half])));
+    }
+  }
+
   // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become scores.
-  __device__ void score(float (&scores)[kTiles][4], const Work& work, int own_row, View view) const {
+  __device__ void score(float (&scores)[kTiles][4], const Work& work, int own_row, View view,
+                        const uint32_t (&seen)[2]) const {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
       if (view != View::All) cut(scores, query, work.key);
     } else {
-      finish_scores(scores, sequence_of(work), work, query, view);
+      finish_scores(scores, sequence_of(work), work, query, view, seen);
     }
   }
 
@@ -440,10 +454,12 @@ struct HopperForward {
     keys.wait_full(n);
     start(scores, q, n, own_row);
     View view = view_of(work, own_row);
+    uint32_t seen[2] = {};
+    find_seen(seen, work, own_row, view);
     wgmma_wait<0>();
     pin(scores);
     keys.release(n, lane);
-    score(scores, work, own_row, view);
+    score(scores, work, own_row, view, seen);
     weigh(scores, rows, find_powers(scores, rows), [] {});
     if (work.after != Work::kNone) keys.wait_full(n + 1);
     drop(scores, work, own_row);
@@ -465,6 +481,7 @@ struct HopperForward {
       values.wait_full(n);
       start(out, weights, n);
       give_turn((group + 1) % kGroups);
+      find_seen(seen, work, own_row, view);
       wgmma_wait<1>();
       pin(scores);
       if (__builtin_expect(ends, 0)) {
@@ -478,7 +495,7 @@ struct HopperForward {
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = Rows{};
       }
-      score(scores, work, own_row, view);
+      score(scores, work, own_row, view, seen);
       const Powers powers = find_powers(scores, rows);
       keys.release(n + 1, lane);
       weigh(scores, rows, powers, [&] {

@@ -75,6 +75,7 @@ inline bool mask_pairs(const Attention& args, int along) {
 struct LaneRow {
   int low, high;  // the window: columns that count, both included
   int64_t mask;   // offset of the mask's element of column 0
+  int room;       // columns that there are from the lane's first on
   int distance;   // of column c from the diagonal: |distance − c|
   float slope;    // of ALiBi
 };
@@ -96,11 +97,13 @@ struct Scores {
       row.low = key - sequence.diagonal - sequence.right - query;
       row.high = std::min(key - sequence.diagonal + sequence.left, sequence.queries - 1) - query;
       if (key >= sequence.keys) row.high = row.low - 1;
+      row.room = key < sequence.keys ? sequence.queries - query : 0;
       row.distance = key - sequence.diagonal - query;
     } else {
       row.low = first - key;
       row.high = std::min(last, sequence.keys - 1) - key;
       if (query >= sequence.queries) row.high = row.low - 1;
+      row.room = query < sequence.queries ? sequence.keys - key : 0;
       row.distance = query + sequence.diagonal - key;
     }
     row.mask = mask_offset(args.mask, head, query, key);
@@ -186,23 +189,33 @@ struct Scores {
   }
 
  private:
-  // f(i, x) for the mask's elements of a row that `bits` names, and perhaps their neighbours.
+  // f(i, x) for the mask's elements of a row that `bits` names, if any, and perhaps for others. Where all of the row is
+  // there, all is read before any is used.
   template <int kTiles, class T, class F>
   __device__ void each_of_mask(const LaneRow& row, uint32_t bits, F f) const {
+    if (bits == 0) return;
     const T* const at = static_cast<const T*>(args.mask.data) + row.mask;
-    if (pairs) {
+    const bool all = row.room > 8 * (kTiles - 1) + 1;
+    if (pairs && all) {
+      Pack<T, 2> words[kTiles];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if ((bits >> (2 * n) & 3) == 0) continue;
-        const Pack<T, 2> pair = Pack<T, 2>::load(at + 8 * n);
-        f(2 * n, pair.data[0]);
-        f(2 * n + 1, pair.data[1]);
-      }
+      for (int n = 0; n < kTiles; ++n) words[n] = Pack<T, 2>::load(at + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) f(i, words[i / 2].data[i % 2]);
+      return;
+    }
+    const int64_t step = args.mask.strides[kKeysAreRows ? 2 : 3];
+    const auto number = [&](int i) { return at[(i / 2 * 8 + i % 2) * step]; };
+    if (all) {
+      T words[2 * kTiles];
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) words[i] = number(i);
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) f(i, words[i]);
     } else {
-      const int64_t step = args.mask.strides[kKeysAreRows ? 2 : 3];
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        if ((bits >> i & 1) != 0) f(i, at[(i / 2 * 8 + i % 2) * step]);
+        if ((bits >> i & 1) != 0) f(i, number(i));
       }
     }
   }
