@@ -186,8 +186,8 @@ struct HopperForward {
   __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
 
   // Products become scores, −∞ where a query does not see the key.
-  __device__ void finish_scores(float (&scores)[kTiles][4], const Sequence& sequence, const Work& work, int query,
-                                View view, const uint32_t (&seen)[2]) const {
+  __device__ void finish_scores(float (&scores)[kTiles][4], const Work& work, int query, View view,
+                                const uint32_t (&seen)[2]) const {
     if (view == View::None) {
 #pragma unroll
       for (int i = 0; i < 4 * kTiles; ++i) scores[i / 4][i % 4] = -INFINITY;
@@ -201,6 +201,7 @@ struct HopperForward {
       }
       return;
     }
+    const Sequence sequence = sequence_of(work);
     const Scores<S> options{args, sequence, plan.mask_pairs};
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
 #pragma unroll
@@ -214,25 +215,25 @@ struct HopperForward {
     }
   }
 
-  // What a warpgroup's queries see of a tile's keys; asked for ahead of the scores.
-  __device__ View view_of(const Work& work, int own_row) const {
+  // Where tiles of keys begin of which all of a warpgroup's queries see all, as far as the window goes.
+  __device__ Range whole_tiles(const Work& work, int own_row) const {
+    const Sequence sequence = sequence_of(work);
     const int query = work.first_query + own_row;
-    const auto window = [&](const Sequence& sequence) {
-      return all_see(sequence, query, kGroupRows, work.key, kKeys) &&
-             (kPlain || query + kGroupRows <= sequence.queries);
-    };
-    int view = 0;
-    if constexpr (kPlain) {
-      view = static_cast<int>(window(first_sequence) ? View::All : View::Some);
-    } else {
-      int state = MaskTiles::kSeen;
-      if (args.mask.type != MaskType::None) {
-        state = plan.mask_tiles.template state<1, kKeys / MaskTiles::kSize>(work.number, work.head, query, work.key);
-      }
-      const bool all = state == MaskTiles::kSeen && window(sequence_of(work));
-      view = static_cast<int>((state & MaskTiles::kSeen) == 0 ? View::None : all ? View::All : View::Some);
+    if (!kPlain && query + kGroupRows > sequence.queries) return {0, 0};
+    const Range seen = keys_seen(sequence, query + kGroupRows - 1, query);  // by the last, and by the first
+    return {seen.first, seen.last - kKeys + 1};
+  }
+
+  // What a warpgroup's queries see of a tile's keys; asked for ahead of the scores.
+  __device__ View view_of(const Work& work, int own_row, const Range& whole) const {
+    bool all = work.key >= whole.first && work.key < whole.last, none = false;
+    if (!kPlain && args.mask.type != MaskType::None) {
+      const int state = plan.mask_tiles.template state<1, kKeys / MaskTiles::kSize>(
+          work.number, work.head, work.first_query + own_row, work.key);
+      all = all && state == MaskTiles::kSeen;
+      none = (state & MaskTiles::kSeen) == 0;
     }
-    return static_cast<View>(unknown(view));
+    return static_cast<View>(unknown(static_cast<int>(none ? View::None : all ? View::All : View::Some)));
   }
 
   // Of a thread's two rows which keys they see, likewise: masks are read while products run.
@@ -256,7 +257,7 @@ struct HopperForward {
     if constexpr (kPlain) {
       if (view != View::All) cut(scores, query, work.key);
     } else {
-      finish_scores(scores, sequence_of(work), work, query, view, seen);
+      finish_scores(scores, work, query, view, seen);
     }
   }
 
@@ -453,7 +454,8 @@ struct HopperForward {
     queries.wait_full(q);
     keys.wait_full(n);
     start(scores, q, n, own_row);
-    View view = view_of(work, own_row);
+    Range whole = whole_tiles(work, own_row);
+    View view = view_of(work, own_row, whole);
     uint32_t seen[2] = {};
     find_seen(seen, work, own_row, view);
     wgmma_wait<0>();
@@ -470,6 +472,7 @@ struct HopperForward {
       if (__builtin_expect(ends, 0)) {
         now = work;
         if (!go_on(work, ++round, group)) break;
+        whole = whole_tiles(work, own_row);
         queries.wait_full(++q);
         keys.wait_full(n + 1);
       }
@@ -477,7 +480,7 @@ struct HopperForward {
       pin(out);
       pin(weights);
       start(scores, q, n + 1, own_row);
-      view = view_of(work, own_row);
+      view = view_of(work, own_row, whole);
       values.wait_full(n);
       start(out, weights, n);
       give_turn((group + 1) % kGroups);
