@@ -63,6 +63,25 @@ def test_directions(kind: str, wanted: list[str], monkeypatch: pytest.MonkeyPatc
     assert wanted == ["run 0", "run 1", "0 to 0", "1 to 0"] * 2
 
 
+def test_gradients_of_leaves_are_handed_over(wanted: list[str]) -> None:
+    """By a view of each, made on the first stream, where autograd adds them."""
+    module, x = lect11ext.nn.LSTM(5, 7, bidirectional=True), torch.randn(9, 3, 5, requires_grad=True)
+    leaves, seen, todo = [x, *module.parameters()], set(), [module(x)[0].grad_fn]
+    views = set()
+    while todo:
+        node = todo.pop()
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if hasattr(following, "variable"):
+                assert type(node).__name__ == "ViewBackward0"
+                views.add(id(following.variable))
+            if following not in seen:
+                seen.add(following)
+                todo.append(following)
+    assert views == {id(leaf) for leaf in leaves}
+
+
 def test_one_direction_runs_alone(wanted: list[str]) -> None:
     lect11ext.nn.LSTM(5, 7, num_layers=2)(torch.randn(20, 3, 5))
     assert wanted == []

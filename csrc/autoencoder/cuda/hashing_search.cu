@@ -326,7 +326,11 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(HammingFill args) {
 }
 
 unsigned pairs(const HammingCudaSearch& args) { return static_cast<unsigned>(args.query.count * args.segments); }
-size_t query_bytes(const HammingCudaSearch& args) { return static_cast<size_t>(words_of(args.bytes)) * kWord; }
+// Up to a multiple of sixteen: the compiler reads up to three words that a code does not have, to use none of them.
+size_t query_bytes(const HammingCudaSearch& args) {
+  constexpr int64_t kRead = 16;
+  return static_cast<size_t>((words_of(args.bytes) * kWord + kRead - 1) / kRead * kRead);
+}
 
 }  // namespace
 

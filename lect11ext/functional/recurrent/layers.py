@@ -23,7 +23,7 @@ from .checks import (
     zoneout_rates,
 )
 from .masks import bernoulli, dropout_mask, normed_sums, without_padding
-from .overlap import fits_twice, is_wanted, side_by_side
+from .overlap import fits_twice, from_here, is_wanted, side_by_side
 
 Layer = Callable[[Tensor, tuple[Tensor, ...], int, bool], tuple[Any, ...]]
 
@@ -144,6 +144,8 @@ def lstm(
     items = [_named(item, projected=True) for item in listed_weights(weights)]
     norms = None if layer_norms is None else listed_norms(layer_norms, items)
     peeps = None if peepholes is None else listed_peepholes(peepholes, items)
+    if bidirectional and is_wanted(input):
+        items, norms, peeps = from_here((items, norms, peeps))
 
     def layer(
         x: Tensor, weight: Tensor | None, norm: Tensor | None, states: tuple[Tensor, ...], item: int, reverse: bool
@@ -235,6 +237,8 @@ def gru(
     )  # fmt: skip
     items = [_named(item, projected=False) for item in listed_weights(weights)]
     norms = None if layer_norms is None else listed_norms(layer_norms, items)
+    if bidirectional and is_wanted(input):
+        items, norms = from_here((items, norms))
 
     def layer(
         x: Tensor, weight: Tensor | None, norm: Tensor | None, states: tuple[Tensor, ...], item: int, reverse: bool
@@ -379,6 +383,8 @@ def _stack(
     reads = [t for t in (*states, *given) if isinstance(t, Tensor)]
     size = (states[-1].size(-1), states[-1].size(1))
     together = directions > 1 and is_wanted(input) and fits_twice(input, *size)
+    if together:
+        input, states = from_here((input, states))
     for first in range(0, items, directions):
         if first > 0 and dropout > 0:
             input = _dropped(input, dropout, batch_first, generator)

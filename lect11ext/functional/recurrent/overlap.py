@@ -24,7 +24,16 @@ TILE_UNITS, TEAM_ROWS = 8, 16  # as csrc/recurrent/cuda/layer_plan.cuh has them
 def is_wanted(input: Tensor) -> bool:
     if os.environ.get("LECT11EXT_LAYER_OVERLAP") == "0" or torch.compiler.is_compiling() or in_functorch():
         return False
-    return input.is_cuda and type(input) in (Tensor, torch.nn.Parameter)
+    return type(input) in (Tensor, torch.nn.Parameter) and input.is_cuda
+
+
+def from_here(given: Any) -> Any:
+    """The same, with views of leaves. What another stream makes of a leaf gives back its gradient there, and autograd,
+    which adds it on this one, warns; a view that is made here hands it over."""
+    if isinstance(given, (tuple, list)):
+        return type(given)(map(from_here, given))
+    is_leaf = isinstance(given, Tensor) and given.is_leaf and given.requires_grad
+    return given.view_as(given) if is_leaf and torch.is_grad_enabled() else given
 
 
 @cache
