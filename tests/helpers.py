@@ -31,6 +31,15 @@ def nearly(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-5 * b.abs().max().clamp_min(1))
 
 
+def gradcheck(function: Callable[..., Any], args: Any, **options: Any) -> bool:
+    """torch's; on a GPU along drawn directions, where evaluating one element after the other takes a minute."""
+    return torch.autograd.gradcheck(function, args, fast_mode=HERE != "cpu", **options)
+
+
+def gradgradcheck(function: Callable[..., Any], args: Any, **options: Any) -> bool:
+    return torch.autograd.gradgradcheck(function, args, fast_mode=HERE != "cpu", **options)
+
+
 def room(elements: int, dtype: torch.dtype) -> Tensor:
     """Memory of which only the pages that are touched exist: torch.empty would poison all of it."""
     return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(elements * dtype.itemsize)).view(elements)

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lect11ext import functional, nn, reference
-from tests.helpers import Tagged, chain, check
+from tests.helpers import Tagged, chain, check, gradcheck, gradgradcheck
 from tests.recurrent.test_layers import operands, variants
 
 T, B, F, H = 6, 3, 4, 5
@@ -100,8 +100,8 @@ def test_gradients_of_every_order(proj_size: int) -> None:
     def cells(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Tensor:
         return functional.lstm(x, (h, c), [weights], lengths=lengths, recompute=2, return_cells=True)[2]
 
-    assert torch.autograd.gradcheck(cells, (x, h, c, *weights), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(cells, (x, h, c, *weights), check_fwd_over_rev=True)
+    assert gradcheck(cells, (x, h, c, *weights), check_forward_ad=True)
+    assert gradgradcheck(cells, (x, h, c, *weights), check_fwd_over_rev=True)
 
 
 @PROJECTED

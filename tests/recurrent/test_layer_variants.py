@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lect11ext import reference
 from tests.conftest import DTYPES
-from tests.helpers import chain, check
+from tests.helpers import chain, check, gradcheck, gradgradcheck
 
 SHAPES = [(1, 1, 2, 3), (5, 3, 4, 7), (3, 9, 17, 64), (6, 2, 3, 130), (2, 50, 5, 17)]
 BOTH = ["norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums"]
@@ -109,8 +109,8 @@ def test_gradients_of_every_order(kind: str, variant: str) -> None:
         if "truncate" in variant:  # no gradient of the function as it stands: against the reference instead
             compare_second_order(case, options)
             continue
-        assert torch.autograd.gradcheck(function, case.args, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(function, case.args, check_fwd_over_rev=True)
+        assert gradcheck(function, case.args, check_forward_ad=True)
+        assert gradgradcheck(function, case.args, check_fwd_over_rev=True)
 
 
 def compare_second_order(case: Case, options: dict[str, Any]) -> None:
@@ -169,8 +169,8 @@ def test_recomputed_gates_give_the_same_gradients(kind: str, variant: str, every
 def test_derivatives_of_a_recomputing_layer(kind: str) -> None:
     case = Case(kind, "mask", (5, 2, 2, 2), torch.float64)
     function = case.with_options(case.ours, recompute=2)
-    assert torch.autograd.gradcheck(function, case.args, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, case.args)
+    assert gradcheck(function, case.args, check_forward_ad=True)
+    assert gradgradcheck(function, case.args)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -211,8 +211,8 @@ def test_projections_run_step_by_step(options: dict[str, Any]) -> None:
 
     check(ours, plain, args, chain(steps, torch.float64))
     if "truncate" not in options and "grad_clip" not in options:
-        assert torch.autograd.gradcheck(ours, args, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(ours, args)
+        assert gradcheck(ours, args, check_forward_ad=True)
+        assert gradgradcheck(ours, args)
 
 
 @pytest.mark.parametrize(
