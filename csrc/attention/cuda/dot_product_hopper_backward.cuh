@@ -63,7 +63,7 @@ struct HopperBackward {
   uint32_t keys_full, grads_read;
   Ring<kStages> ring;  // of queries
   Ring<2> sums;        // of queries' gradients on their way to memory
-  int kv_head, first_key, first_tile, tiles, steps;
+  int kv_head, first_head, last_head, first_key, first_tile, tiles, steps;
   int64_t first_of_all;  // the number of the sequence's first tile of queries among those of all
 
   // What a block owns: a tile of the keys of a sequence and a head; none where `tile` is behind the sequence's last
@@ -96,19 +96,20 @@ struct HopperBackward {
     const Range range = queries_seen(sequence, first_key, std::min(first_key + kKeys, sequence.keys) - 1);
     first_tile = range.first / kQueries;
     tiles = range.empty() ? 0 : (range.last - 1) / kQueries + 1 - first_tile;
-    steps = tiles * static_cast<int>(args.heads / args.kv_heads);
+    const int group = static_cast<int>(args.heads / args.kv_heads);
+    first_head = kv_head * group, last_head = first_head + group - 1;
+    steps = tiles * group;
   }
 
-  // What comes by, in its order: of every head the tiles of queries from the last one on.
+  // What comes by, in its order: tiles of queries from the last one on, of all heads each. Were it head by head, keys
+  // that few queries see would wait in every head for those that many see.
   struct Step {
     int head, tile;
   };
-  __device__ Step first_step() const {
-    return {kv_head * static_cast<int>(args.heads / args.kv_heads), first_tile + tiles - 1};
-  }
+  __device__ Step first_step() const { return {first_head, first_tile + tiles - 1}; }
   __device__ Step after(const Step& step) const {
-    const bool last = step.tile == first_tile;
-    return {step.head + (last ? 1 : 0), last ? first_tile + tiles - 1 : step.tile - 1};
+    const bool last = step.head == last_head;
+    return {last ? first_head : step.head + 1, step.tile - (last ? 1 : 0)};
   }
   __device__ int query_of(const Step& step, int half) const { return step.tile * kQueries + half * kHalf; }
   __device__ int64_t tile_of_all(const Step& step) const {
