@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kSideThreads)
     const int piece = static_cast<int>(i % kPieces), column_tile = piece % 8, g = piece / 8 % 8, warp = piece / 64 % 4;
     const int group = piece / 256;
     float4 sums[4] = {};
-    if (scratch.counts[tile] > 0) {  // else nothing has come there
+    if (scratch.counts[tile] >= kCountMark) {  // else nothing has come there
       const auto* const from = reinterpret_cast<const float4*>(scratch.sums + tile * Kernel::kSums) +
                                (8 * group + column_tile) * kWarpgroup + 32 * warp + 4 * g;
 #pragma unroll

@@ -63,7 +63,7 @@ struct HopperBackward {
   uint32_t keys_full, grads_read;
   Ring<kStages> ring;  // of queries
   Ring<2> sums;        // of queries' gradients on their way to memory
-  int kv_head, first_head, last_head, first_key, first_tile, tiles, steps;
+  int kv_head, first_head, last_head, first_key, first_tile, tiles, steps;  // without a mask all are taken
   int64_t first_of_all;  // the number of the sequence's first tile of queries among those of all
 
   // What a block owns: a tile of the keys of a sequence and a head; none where `tile` is behind the sequence's last
@@ -111,6 +111,19 @@ struct HopperBackward {
     const bool last = step.head == last_head;
     return {last ? first_head : step.head + 1, step.tile - (last ? 1 : 0)};
   }
+  __device__ bool is_over(const Step& step) const { return step.tile < first_tile; }
+  // Whether a mask lets nothing through.
+  __device__ bool is_barred(const Step& step) const {
+    if (kPlain || plan.mask_tiles.states == nullptr) return false;
+    const int state =
+        plan.mask_tiles.template state<kHalves, kGroups>(sequence.batch, step.head, step.tile * kQueries, first_key);
+    return (state & MaskTiles::kSeen) == 0;
+  }
+  // The same or the first behind it that is not barred.
+  __device__ Step seen_from(Step step) const {
+    while (!is_over(step) && is_barred(step)) step = after(step);
+    return step;
+  }
   __device__ int query_of(const Step& step, int half) const { return step.tile * kQueries + half * kHalf; }
   __device__ int64_t tile_of_all(const Step& step) const {
     return (sequence.batch * args.heads + step.head) * plan.scratch.tiles + first_of_all + step.tile;
@@ -152,8 +165,8 @@ struct HopperBackward {
     barrier_arrive_expecting(keys_full, 2 * KeyTile::kBytes);
     KeyTile::load(keys_at(), plan.key, keys_full, own_keys, kv_head, batch);
     KeyTile::load(values_at(), plan.value, keys_full, own_keys, kv_head, batch);
-    Step step = first_step();
-    for (int n = 0; n < steps; ++n, step = after(step)) {
+    Step step = seen_from(first_step());
+    for (int n = 0; !is_over(step); ++n, step = seen_from(after(step))) {
       const int position = first_query + query_of(step, 0);
       const int64_t tile = tile_of_all(step);
       const uint32_t full = ring.full_barrier(n);
@@ -167,24 +180,29 @@ struct HopperBackward {
   }
 
   // Adds to memory what has come of queries' gradients, of every other step: two threads take turns, since one waits
-  // longer for memory than a step takes.
+  // longer for memory than a step takes. Steps that a mask bars are counted in their turn too.
   __device__ void add(int which) const {
     Step step = first_step();
-    for (int n = 0; n < steps; ++n, step = after(step)) {
-      if (n % 2 != which) continue;
+    for (int n = 0; !is_over(step); step = after(step)) {
+      const bool barred = is_barred(step);
+      const int turn = barred ? step.tile : n++;
+      if (turn % 2 != which) continue;
       const int64_t tile = tile_of_all(step);
       const int first = std::max(0, step.tile * kQueries + sequence.diagonal - sequence.left) / kKeys;
-      const int before = first_key / kKeys - first;  // tiles of keys that these queries see
-      float* const to = plan.scratch.sums + tile * kSums;
-      if (before > 0) count_wait(plan.scratch.counts + tile, before);
-      sums.wait_full(n);
-      if (before > 0) add_floats(to, shared.address + sums_at(n), kSums);
-      else store_floats(to, shared.address + sums_at(n), kSums);
-      floats_read();
-      barrier_arrive(sums.empty + 8 * sums.stage(n));
-      floats_written();
-      count_up(plan.scratch.counts + tile);
+      const int before = first_key / kKeys - first;  // tiles of keys that these queries see, as far as the window goes
+      const bool stored = before > 0 && count_wait(plan.scratch.counts + tile, before) >= kCountMark;
+      if (!barred) put_away(n - 1, plan.scratch.sums + tile * kSums, stored);
+      count_up(plan.scratch.counts + tile, barred || stored ? 0 : kCountMark);
     }
+  }
+
+  __device__ void put_away(int n, float* to, bool adds) const {
+    sums.wait_full(n);
+    if (adds) add_floats(to, shared.address + sums_at(n), kSums);
+    else store_floats(to, shared.address + sums_at(n), kSums);
+    floats_read();
+    barrier_arrive(sums.empty + 8 * sums.stage(n));
+    floats_written();
   }
 
   __device__ float scale() const { return static_cast<float>(args.scale); }
@@ -362,9 +380,11 @@ struct HopperBackward {
     wgmma_wait<0>();
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) pin(all[half]);
-    Step step = first_step();
+    Step step = seen_from(first_step());
+    int n = 0;
+    bool more = true;
 #pragma unroll 1
-    for (int n = 0; n < steps; ++n) {
+    for (; kPlain ? n < steps : more; ++n) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const int query = query_of(step, half);
@@ -418,8 +438,13 @@ struct HopperBackward {
       pin(value_sums);
       pin(key_sums);
       ring.release(n, lane);
-      const int next = std::min(n + 1, steps - 1);  // after the last step its own once more, for nothing
       step = after(step);
+      int next = std::min(n + 1, steps - 1);  // after the last step its own once more, for nothing
+      if constexpr (!kPlain) {
+        step = seen_from(step);
+        more = !is_over(step);
+        next = more ? n + 1 : n;
+      }
       ring.wait_full(next);
       read_lses(next);
 #pragma unroll
@@ -433,7 +458,7 @@ struct HopperBackward {
       for (int half = 0; half < kHalves; ++half) pin(all[half]);
     }
     shared_is_written();
-    tell(steps - 1, lane);
+    tell(kPlain ? steps - 1 : n - 1, lane);
   }
 
   __device__ void compute(int group) const {
@@ -441,7 +466,7 @@ struct HopperBackward {
     const int own_row = group * kGroupRows;
     float key_sums[kOutTiles][4] = {}, value_sums[kOutTiles][4] = {};
     barrier_wait(keys_full, 0);
-    if (steps > 0) sum(key_sums, value_sums, group, lane);
+    if (kPlain ? steps > 0 : !is_over(seen_from(first_step()))) sum(key_sums, value_sums, group, lane);
     named_barrier_wait(1, kGroups * kWarpgroup);  // all have read the keys
     write(args.grad_key, args.grad_key_strides, key_sums, 1, 0, own_row, lane);
     write(args.grad_value, args.grad_value_strides, value_sums, kept(), 1, own_row, lane);

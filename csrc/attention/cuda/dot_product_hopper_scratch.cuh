@@ -14,7 +14,9 @@ struct HopperBackwardScratch {
   // D · scale. Of a tile of the plain kernel in which all lses are small, these are binary logarithms. Behind every
   // tile of them there is a word that says so, 0, or not.
   float *lses, *corrections;
-  int *counts, *taken;   // of each tile, the tiles of keys that have been added; numbers that blocks have taken
+  // Of each tile, the tiles of keys that are done with it, and the mark when one has stored something; numbers that
+  // blocks have taken.
+  int *counts, *taken;
   int64_t tiles, units;  // of a head; heads of all batches
   RowTiles order;        // of the tiles of a head
 

@@ -127,18 +127,23 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
 
 // --- turns of blocks ----------------------------------------------------------------------------------------------
 
-// Waits until a counter has come that far. What others had TMA write before they counted is there for TMA to add to.
-__device__ inline void count_wait(const int* counter, int least) {
+// A counter counts below this bit, which somebody may set besides.
+inline constexpr int kCountMark = 1 << 30;
+
+// Waits until a counter has come that far, and returns it. What others had TMA write before they counted is there for
+// TMA to add to.
+__device__ inline int count_wait(const int* counter, int least) {
   int count = 0;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-  } while (count < least);
+  } while ((count & (kCountMark - 1)) < least);
   asm volatile("fence.proxy.async;" ::: "memory");
+  return count;
 }
 
-// After floats_written.
-__device__ inline void count_up(int* counter) {
-  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+// After floats_written. Adds one, and perhaps the mark.
+__device__ inline void count_up(int* counter, int mark) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(1 + mark) : "memory");
 }
 
 // --- registers ----------------------------------------------------------------------------------------------------
