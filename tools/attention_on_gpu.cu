@@ -24,11 +24,14 @@ namespace {
 using namespace lect11ext;
 using namespace lect11ext::on_gpu;
 
-// Padding: a bool of keys, the last quarter of which is barred. Nan: likewise, and NaN in its values and keys, so that
-// the kernels for all devices take over. Bool: of queries and keys, a tenth barred. Bias: what is added, of queries and
-// keys, a tenth of it −∞. Sequences: those of the batch one behind the other.
-enum class Option { None, Padding, Nan, Bool, Bias, Alibi, Softcap, Dropout, Sequences };
-inline bool pads(Option option) { return option == Option::Padding || option == Option::Nan; }
+// Padding: a bool of keys, the last quarter of which is barred; Left: the first. Documents: a bool of queries and keys,
+// four blocks on the diagonal, of which the second sees nothing; Heads: a quarter of the keys for every head in turn.
+// Nan: as padding, and NaN in its values and keys, so that the kernels for all devices take over. Bool: of queries and
+// keys, a tenth barred. Bias: what is added, of queries and keys, a tenth of it −∞. Sequences: those of the batch one
+// behind the other.
+enum class Option { None, Padding, Left, Documents, Heads, Nan, Bool, Bias, Alibi, Softcap, Dropout, Sequences };
+inline bool pads(Option option) { return option == Option::Padding || option == Option::Left || option == Option::Nan; }
+inline bool of_pairs(Option option) { return option == Option::Bool || option == Option::Documents; }
 
 struct Case {
   const char* name;
@@ -46,9 +49,10 @@ struct Given {
   Device<int64_t> key, query_starts, key_starts;
 
   Given(const Case& c, std::mt19937& random, Attention& args)
-      : barred(pads(c.option)             ? c.keys
-               : c.option == Option::Bool ? c.queries * c.keys
-                                          : 0),
+      : barred(pads(c.option)              ? c.keys
+               : c.option == Option::Heads ? c.heads * c.keys
+               : of_pairs(c.option)        ? c.queries * c.keys
+                                           : 0),
         bias(c.option == Option::Bias ? c.queries * c.keys : 0),
         slopes(c.heads),
         key(2),
@@ -56,7 +60,15 @@ struct Given {
         key_starts(c.batch + 1) {
     std::vector<uint8_t> seen(barred.count);
     for (size_t i = 0; i < seen.size(); ++i) {
-      seen[i] = pads(c.option) ? static_cast<int64_t>(4 * i) < 3 * c.keys : random() % 10 != 0;
+      const auto key = static_cast<int64_t>(i) % c.keys, row = static_cast<int64_t>(i) / c.keys;
+      const int64_t part = 4 * key / c.keys, document = 4 * row / c.queries;
+      switch (c.option) {
+        case Option::Bool: seen[i] = random() % 10 != 0; break;
+        case Option::Left: seen[i] = part > 0; break;
+        case Option::Documents: seen[i] = part == document && document != 1; break;
+        case Option::Heads: seen[i] = part == row % 4; break;
+        default: seen[i] = part < 3;
+      }
     }
     bias.draw(random);
     std::vector<S> added = bias.read();
@@ -77,7 +89,10 @@ struct Given {
     copy(key_starts.data, starts[1].data(), starts[1].size() * sizeof(int64_t));
     switch (c.option) {
       case Option::Padding:
+      case Option::Left:
       case Option::Nan: args.mask = {barred.data, MaskType::Bool, {0, 0, 0, 1}}; break;
+      case Option::Heads: args.mask = {barred.data, MaskType::Bool, {0, c.keys, 0, 1}}; break;
+      case Option::Documents:
       case Option::Bool: args.mask = {barred.data, MaskType::Bool, {0, 0, c.keys, 1}}; break;
       case Option::Bias: args.mask = {bias.data, MaskType::Storage, {0, 0, c.keys, 1}}; break;
       case Option::Alibi: args.alibi_slopes = slopes.data, args.alibi_strides[1] = 1; break;
@@ -213,7 +228,14 @@ int main(int argc, char** argv) {
       {"D 128, dropout, small", 2, 4, 2, 200, 300, 128, true, 101, Option::Dropout},
       {"D 64, bool, window", 2, 4, 2, 300, 300, 64, true, 101, Option::Bool},
       {"D 128, NaN, small", 1, 4, 2, 200, 300, 128, false, kOpen, Option::Nan},
+      {"D 128, left, small", 2, 4, 2, 300, 700, 128, false, kOpen, Option::Left},
+      {"D 64, left, small", 2, 4, 2, 300, 512, 64, true, kOpen, Option::Left},
+      {"D 128, documents, small", 1, 4, 2, 700, 900, 128, false, kOpen, Option::Documents},
+      {"D 64, documents, small", 1, 4, 2, 700, 900, 64, false, 300, Option::Documents},
+      {"D 128, heads, small", 2, 8, 2, 300, 1024, 128, false, kOpen, Option::Heads},
+      {"D 64, heads, small", 2, 8, 2, 300, 1024, 64, false, kOpen, Option::Heads},
       {"D 128, padding", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Padding},
+      {"D 128, documents", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Documents},
       {"D 128, bool", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Bool},
       {"D 128, bias", 4, 16, 16, 4096, 4096, 128, false, kOpen, Option::Bias},
       {"D 128, alibi, causal", 4, 16, 16, 4096, 4096, 128, true, kOpen, Option::Alibi},

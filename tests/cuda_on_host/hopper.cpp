@@ -325,8 +325,8 @@ void floats_written(bool) {
 }
 
 // Blocks run one after another: what neither an earlier one nor a thread of this one does never happens.
-void count_wait(const int* counter, int least, int bits) {
-  wait_until([=] { return (*counter & bits) == least; });
+void count_wait(const int* counter, int least) {
+  wait_until([=] { return *counter == least; });
 }
 
 void set_registers(int count, bool more) {

@@ -79,9 +79,14 @@ def test_with_others(hopper: Kernels, name: str, options: dict[str, Any]) -> Non
     "size", [(2, 1, 1, KEYS), (1, 2, QUERIES, KEYS), (2, 2, 1, KEYS), (2, 1, QUERIES, KEYS)], ids=str
 )
 @pytest.mark.parametrize("kind", ["bool", "storage"])
-def test_of_batches_and_heads(hopper: Kernels, kind: str, size: tuple[int, int, int, int]) -> None:
-    """Each of its own blocks, barred at random."""
-    case = make(64, dtype=BF16, queries=QUERIES, keys=KEYS, mask=kind, mask_size=size, batch=2, heads=2, kv_heads=2)
+@pytest.mark.parametrize(("dim", "kv_heads"), [(64, 2), (128, 1)])
+def test_of_batches_and_heads(
+    hopper: Kernels, dim: int, kv_heads: int, kind: str, size: tuple[int, int, int, int]
+) -> None:
+    """Each of its own blocks, barred at random; of heads that share keys too."""
+    case = make(
+        dim, dtype=BF16, queries=QUERIES, keys=KEYS, mask=kind, mask_size=size, batch=2, heads=2, kv_heads=kv_heads
+    )
     blocks = torch.rand(*size[:2], -(-size[2] // 64), -(-KEYS // 64), generator=torch.Generator().manual_seed(1)) < 0.5
     seen = blocks.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, : size[2], :KEYS]
     mask = case.tensors["mask"]

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kSideThreads)
     const int piece = static_cast<int>(i % kPieces), column_tile = piece % 8, g = piece / 8 % 8, warp = piece / 64 % 4;
     const int group = piece / 256;
     float4 sums[4] = {};
-    if (scratch.counts[tile] >= kCountMark) {  // else nothing has come there
+    if (scratch.counts[tile] > 0) {  // else nothing has come there
       const auto* const from = reinterpret_cast<const float4*>(scratch.sums + tile * Kernel::kSums) +
                                (8 * group + column_tile) * kWarpgroup + 32 * warp + 4 * g;
 #pragma unroll
@@ -140,7 +140,10 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   plan.mask_pairs = mask_pairs(args, 2);
   plan.mask_tiles = MaskTiles::of(args, static_cast<char*>(scratch) + kFlagBytes);
   find_mask_tiles<S>(args, plan.mask_tiles, stream);
-  plan.scratch = HopperBackwardScratch::of(args, static_cast<char*>(scratch) + kFlagBytes + plan.mask_tiles.bytes());
+  char* const ranks = static_cast<char*>(scratch) + kFlagBytes + plan.mask_tiles.bytes();
+  plan.mask_ranks = MaskRanks::of(plan.mask_tiles, Kernel::kQueries, Kernel::kKeys, ranks);
+  find_mask_ranks(plan.mask_tiles, plan.mask_ranks, stream);
+  plan.scratch = HopperBackwardScratch::of(args, ranks + plan.mask_ranks.bytes(plan.mask_tiles));
   plan.tiles = tiles_of_head(args, args.key_starts, args.keys, Kernel::kKeys);
   plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
@@ -171,8 +174,11 @@ bool takes(const AttentionBackward& args) {
 
 int64_t hopper_scratch(const AttentionBackward& args) {
   if (!takes(args)) return 0;
-  return kFlagBytes + MaskTiles::of(args, nullptr).bytes() +
-         HopperBackwardScratch::of(args, nullptr).bytes(hopper_columns(args));
+  const int columns = hopper_columns(args);
+  const MaskTiles tiles = MaskTiles::of(args, nullptr);
+  const MaskRanks ranks = MaskRanks::of(tiles, HopperBackwardScratch::queries_of_tile(columns),
+                                        HopperBackwardScratch::kKeysOfTile, nullptr);
+  return kFlagBytes + tiles.bytes() + ranks.bytes(tiles) + HopperBackwardScratch::of(args, nullptr).bytes(columns);
 }
 
 HopperRun hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {

@@ -5,8 +5,8 @@
 // Scores and the derivatives of weights are computed with keys as rows, so that what is made of them is, as it lies in
 // registers, the left operand of the products that are summed over queries. The scores' derivatives go to shared memory
 // besides, for the part of the queries' gradients that these keys have. It is added to the others' in memory by TMA, in
-// the order of the keys: a block waits until the one before it has added its part to a tile of queries, so that runs
-// agree bit for bit (after J. Shah et al., FlashAttention-3, 2024).
+// the order of the keys: a block waits until all before it that see a tile of queries have added their parts to it, so
+// that runs agree bit for bit (after J. Shah et al., FlashAttention-3, 2024).
 //
 // No block waits for ever: each takes a number when it begins, waits only for lower ones, and blocks that lower ones
 // wait for are lower still. None waits for long, since all go through the queries in the same order, from the last ones
@@ -27,6 +27,7 @@ struct HopperBackwardPlan {
   int first_query, first_key;  // of those that are mapped
   bool mask_pairs;             // along the queries
   MaskTiles mask_tiles;
+  MaskRanks mask_ranks;
   HopperBackwardScratch scratch;
 };
 
@@ -35,7 +36,9 @@ struct HopperBackwardPlan {
 // of the queries' gradients as its part of that product, as it has half of the columns at 128.
 template <class S, int kColumns, bool kPlain>
 struct HopperBackward {
-  static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kKeys = kGroups * kGroupRows, kStages = 2;
+  static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kKeys = HopperBackwardScratch::kKeysOfTile,
+                       kStages = 2;
+  static_assert(kKeys == kGroups * kGroupRows);
   static constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns), kHalf = 64;
   static constexpr int kHalves = kQueries / kHalf, kTiles = kHalf / 8, kOutTiles = kColumns / 8;
   static constexpr int kSums = kQueries * kColumns;  // floats of a tile of queries
@@ -63,7 +66,8 @@ struct HopperBackward {
   uint32_t keys_full, grads_read;
   Ring<kStages> ring;  // of queries
   Ring<2> sums;        // of queries' gradients on their way to memory
-  int kv_head, first_head, last_head, first_key, first_tile, tiles, steps;  // without a mask all are taken
+  int kv_head, first_head, last_head, first_key, first_tile, tiles;
+  int steps;             // all of them, of which a mask may leave some out
   int64_t first_of_all;  // the number of the sequence's first tile of queries among those of all
 
   // What a block owns: a tile of the keys of a sequence and a head; none where `tile` is behind the sequence's last
@@ -112,16 +116,16 @@ struct HopperBackward {
     return {last ? first_head : step.head + 1, step.tile - (last ? 1 : 0)};
   }
   __device__ bool is_over(const Step& step) const { return step.tile < first_tile; }
-  // Whether a mask lets nothing through.
-  __device__ bool is_barred(const Step& step) const {
-    if (kPlain || plan.mask_tiles.states == nullptr) return false;
-    const int state =
-        plan.mask_tiles.template state<kHalves, kGroups>(sequence.batch, step.head, step.tile * kQueries, first_key);
-    return (state & MaskTiles::kSeen) == 0;
+  // Of the tiles of keys from number `first` to `last` − 1, those of which a step's queries see something, as far as a
+  // mask goes.
+  __device__ int seen_between(const Step& step, int first, int last) const {
+    if constexpr (kPlain) return last - first;
+    else return plan.mask_ranks.between(sequence.batch, step.head, step.tile, first, last);
   }
-  // The same or the first behind it that is not barred.
+  // The same or the first behind it that has something to do.
   __device__ Step seen_from(Step step) const {
-    while (!is_over(step) && is_barred(step)) step = after(step);
+    const int own = first_key / kKeys;
+    while (!is_over(step) && seen_between(step, own, own + 1) == 0) step = after(step);
     return step;
   }
   __device__ int query_of(const Step& step, int half) const { return step.tile * kQueries + half * kHalf; }
@@ -180,29 +184,24 @@ struct HopperBackward {
   }
 
   // Adds to memory what has come of queries' gradients, of every other step: two threads take turns, since one waits
-  // longer for memory than a step takes. Steps that a mask bars are counted in their turn too.
+  // longer for memory than a step takes.
   __device__ void add(int which) const {
-    Step step = first_step();
-    for (int n = 0; !is_over(step); step = after(step)) {
-      const bool barred = is_barred(step);
-      const int turn = barred ? step.tile : n++;
-      if (turn % 2 != which) continue;
+    Step step = seen_from(first_step());
+    for (int n = 0; !is_over(step); ++n, step = seen_from(after(step))) {
+      if (n % 2 != which) continue;
       const int64_t tile = tile_of_all(step);
       const int first = std::max(0, step.tile * kQueries + sequence.diagonal - sequence.left) / kKeys;
-      const int before = first_key / kKeys - first;  // tiles of keys that these queries see, as far as the window goes
-      const bool stored = before > 0 && count_wait(plan.scratch.counts + tile, before) >= kCountMark;
-      if (!barred) put_away(n - 1, plan.scratch.sums + tile * kSums, stored);
-      count_up(plan.scratch.counts + tile, barred || stored ? 0 : kCountMark);
+      const int before = seen_between(step, first, first_key / kKeys);  // tiles of keys that add to this one
+      float* const to = plan.scratch.sums + tile * kSums;
+      if (before > 0) count_wait(plan.scratch.counts + tile, before);
+      sums.wait_full(n);
+      if (before > 0) add_floats(to, shared.address + sums_at(n), kSums);
+      else store_floats(to, shared.address + sums_at(n), kSums);
+      floats_read();
+      barrier_arrive(sums.empty + 8 * sums.stage(n));
+      floats_written();
+      count_up(plan.scratch.counts + tile);
     }
-  }
-
-  __device__ void put_away(int n, float* to, bool adds) const {
-    sums.wait_full(n);
-    if (adds) add_floats(to, shared.address + sums_at(n), kSums);
-    else store_floats(to, shared.address + sums_at(n), kSums);
-    floats_read();
-    barrier_arrive(sums.empty + 8 * sums.stage(n));
-    floats_written();
   }
 
   __device__ float scale() const { return static_cast<float>(args.scale); }
@@ -438,6 +437,7 @@ struct HopperBackward {
       pin(value_sums);
       pin(key_sums);
       ring.release(n, lane);
+      // In two forms, since ptxas has the registers for the plain kernel in this one alone.
       step = after(step);
       int next = std::min(n + 1, steps - 1);  // after the last step its own once more, for nothing
       if constexpr (!kPlain) {

@@ -118,7 +118,7 @@ struct HopperForward {
                                                                                             work.first_query, key);
         return (state & MaskTiles::kSeen) == 0;
       };
-      if (plan.mask_tiles.states != nullptr) {
+      if (plan.mask_tiles.known()) {
         while (key >= work.first_key && barred()) key -= kKeys;
       }
     }
@@ -282,17 +282,17 @@ struct HopperForward {
   }
 
   // How a tile's scores become weights: powers of score · unit − shift; sums of tiles before are to be multiplied by
-  // `shrink`, where `moved`, as the warp agrees, says that it is not 1.
+  // `shrink`, where `shrinks`, as the warp agrees, says that it is not 1.
   struct Powers {
     float shift[2], shrink[2];
-    bool moved;
+    bool shrinks;
   };
 
-  // Exponents are counted from a score of the row that no other exceeds by more than kSlack: so it moves in the first
-  // tiles only, mostly, and what has been summed stays as it is (as in FlashAttention-4, 2025). Weights reach 2^kSlack,
-  // which is far from all that 16 bits can hold.
+  // Exponents are counted from a score of the row that no other exceeds by more than kMostGrowth: so it moves in the
+  // first tiles only, mostly, and what has been summed stays as it is (as in FlashAttention-4, 2025). Weights reach
+  // 2^kMostGrowth, which is far from all that 16 bits can hold.
   __device__ Powers find_powers(float (&scores)[kTiles][4], Rows& rows) const {
-    constexpr float kSlack = 8;
+    constexpr float kMostGrowth = 8;
     constexpr int kChains = 4;  // of maxima, since each waits for the one before
     const float unit = unit_of_scores();
     float largest[2];
@@ -317,14 +317,14 @@ struct HopperForward {
     for (int half = 0; half < 2; ++half) {
       float& base = rows.base[half];
       // As long as a row has seen nothing its base is −∞, from which nothing can be subtracted.
-      const bool moved = largest[half] != -INFINITY && !((largest[half] - base) * unit <= kSlack);
-      powers.shrink[half] = power_of_two(moved ? (base - largest[half]) * unit : 0.0f);
-      if (moved) base = largest[half];
+      const bool grows = largest[half] != -INFINITY && !((largest[half] - base) * unit <= kMostGrowth);
+      powers.shrink[half] = power_of_two(grows ? (base - largest[half]) * unit : 0.0f);
+      if (grows) base = largest[half];
       powers.shift[half] = base == -INFINITY ? 0.0f : base * unit;
-      moves |= moved;
+      moves |= grows;
       large |= !(std::abs(powers.shift[half]) <= kLargeExponent);
     }
-    powers.moved = __any_sync(~0u, moves) != 0;
+    powers.shrinks = __any_sync(~0u, moves) != 0;
     if (__builtin_expect(__any_sync(~0u, large), 0)) {  // a row at a time, whatever its neighbours are
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -507,7 +507,7 @@ struct HopperForward {
         wgmma_wait<0>();
         pin(out);
         values.release(n, lane);
-        if (!powers.moved) return;
+        if (!powers.shrinks) return;
 #pragma unroll
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= powers.shrink[i % 4 / 2];
       });

@@ -14,9 +14,7 @@ struct HopperBackwardScratch {
   // D · scale. Of a tile of the plain kernel in which all lses are small, these are binary logarithms. Behind every
   // tile of them there is a word that says so, 0, or not.
   float *lses, *corrections;
-  // Of each tile, the tiles of keys that are done with it, and the mark when one has stored something; numbers that
-  // blocks have taken.
-  int *counts, *taken;
+  int *counts, *taken;   // of each tile, the tiles of keys that have been added; numbers that blocks have taken
   int64_t tiles, units;  // of a head; heads of all batches
   RowTiles order;        // of the tiles of a head
 
@@ -44,6 +42,7 @@ struct HopperBackwardScratch {
     const int size = static_cast<int>(order.size), first = found.number * size;
     return {sequence.first_query + first, std::max(0, std::min(size, sequence.queries - first))};
   }
+  static constexpr int kKeysOfTile = 128;
   static __host__ __device__ constexpr int queries_of_tile(int64_t columns) { return columns == 64 ? 128 : 64; }
   static __host__ __device__ constexpr int lses_of_tile(int64_t columns) { return queries_of_tile(columns) + 4; }
   // Where a query's numbers are, of its tile's: those that a lane has of 64 scores lie one behind the other.

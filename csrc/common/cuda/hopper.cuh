@@ -127,23 +127,18 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
 
 // --- turns of blocks ----------------------------------------------------------------------------------------------
 
-// A counter counts below this bit, which somebody may set besides.
-inline constexpr int kCountMark = 1 << 30;
-
-// Waits until a counter has come that far, and returns it. What others had TMA write before they counted is there for
-// TMA to add to.
-__device__ inline int count_wait(const int* counter, int least) {
+// Waits until a counter has come that far. What others had TMA write before they counted is there for TMA to add to.
+__device__ inline void count_wait(const int* counter, int least) {
   int count = 0;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-  } while ((count & (kCountMark - 1)) < least);
+  } while (count < least);
   asm volatile("fence.proxy.async;" ::: "memory");
-  return count;
 }
 
-// After floats_written. Adds one, and perhaps the mark.
-__device__ inline void count_up(int* counter, int mark) {
-  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(1 + mark) : "memory");
+// After floats_written.
+__device__ inline void count_up(int* counter) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 // --- registers ----------------------------------------------------------------------------------------------------
@@ -190,7 +185,7 @@ __device__ inline void wgmma_wait() {
 
 // The compiler takes sums for known as soon as a product is started. This says that they change here: after a wait, so
 // that nothing that reads them is moved before it; and before a fence, so that what writes them is not moved behind it.
-// kPinned: the first of them only.
+// kPinned: only so many of them, the first; 0 for all.
 template <int kPinned = 0, int kTiles>
 __device__ inline void pin(float (&sums)[kTiles][4]) {
 #pragma unroll

@@ -23,7 +23,7 @@ void load_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, const int (
 void load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes);
 void put_floats(float* to, uint32_t from, int count, bool adds);
 void floats_written(bool only_read);
-void count_wait(const int* counter, int least, int bits);
+void count_wait(const int* counter, int least);
 
 struct Product {
   bool brain;      // bfloat16
@@ -76,12 +76,8 @@ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
 }
 inline void prefetch_map(const CUtensorMap&) {}
 
-inline constexpr int kCountMark = 1 << 30;
-inline int count_wait(const int* counter, int least) {
-  cuda_on_host::count_wait(counter, least, kCountMark - 1);
-  return *counter;
-}
-inline void count_up(int* counter, int mark) { *counter += 1 + mark; }
+inline void count_wait(const int* counter, int least) { cuda_on_host::count_wait(counter, least); }
+inline void count_up(int* counter) { ++*counter; }
 
 template <int kCount>
 inline void give_registers() {
