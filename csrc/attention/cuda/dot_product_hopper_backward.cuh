@@ -13,33 +13,26 @@
 // on: these see the first keys too, where attention is causal.
 #pragma once
 
-#include "attention/cuda/dot_product_hopper_scratch.cuh"
-#include "attention/cuda/dot_product_hopper_tile.cuh"
+#include "attention/cuda/dot_product_hopper_backward_options.cuh"
+#include "attention/cuda/dot_product_hopper_steps.cuh"
 
 namespace lect11ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
-struct HopperBackwardPlan {
-  CUtensorMap key, value, query, grad_out;
-  BlockOrder order;
-  RowTiles tiles;              // of keys, where sequences lie one behind the other
-  int first_query, first_key;  // of those that are mapped
-  bool mask_pairs;             // along the queries
-  MaskTiles mask_tiles;
-  MaskRanks mask_ranks;
-  HopperBackwardScratch scratch;
-};
-
 // Registers of a thread: 128 of sums at 128 columns, 64 of 64 × 64 scores and derivatives, 32 of both as left operands,
 // 32 of queries' gradients. At 64 columns a step has 128 queries, taken by halves, so that each warpgroup has 64 × 64
 // of the queries' gradients as its part of that product, as it has half of the columns at 128.
 template <class S, int kColumns, bool kPlain>
-struct HopperBackward {
-  static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kKeys = HopperBackwardScratch::kKeysOfTile,
-                       kStages = 2;
+struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
+  using Base = HopperBackwardSteps<kColumns, kPlain>;
+  using Base::args, Base::plan, Base::sequence, Base::kKeys, Base::kQueries, Base::kHalf;
+  using Base::first_step, Base::after, Base::is_over, Base::seen_between, Base::seen_from, Base::query_of,
+      Base::tile_of_all;
+  using Base::kv_head, Base::first_key, Base::steps;
+  using typename Base::Own, typename Base::Step;
+  static constexpr int kGroups = 2, kThreads = (kGroups + 1) * kWarpgroup, kStages = 2;
   static_assert(kKeys == kGroups * kGroupRows);
-  static constexpr int kQueries = HopperBackwardScratch::queries_of_tile(kColumns), kHalf = 64;
   static constexpr int kHalves = kQueries / kHalf, kTiles = kHalf / 8, kOutTiles = kColumns / 8;
   static constexpr int kSums = kQueries * kColumns;  // floats of a tile of queries
   static_assert(kSums == kGroups * 64 * 64);
@@ -59,78 +52,18 @@ struct HopperBackward {
   static constexpr int kBarriersAt = kNumbersAt + kStages * kNumbersBytes;
   static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * (1 + 2 * kStages + 1 + 4);
 
-  const AttentionBackward& args;
-  const HopperBackwardPlan& plan;
-  const Sequence& sequence;
   AlignedShared shared;
   uint32_t keys_full, grads_read;
   Ring<kStages> ring;  // of queries
   Ring<2> sums;        // of queries' gradients on their way to memory
-  int kv_head, first_head, last_head, first_key, first_tile, tiles;
-  int steps;             // all of them, of which a mask may leave some out
-  int64_t first_of_all;  // the number of the sequence's first tile of queries among those of all
-
-  // What a block owns: a tile of the keys of a sequence and a head; none where `tile` is behind the sequence's last
-  // one.
-  struct Own {
-    int kv_head, tile;
-    int64_t sequence;
-  };
-  __device__ static Own find(const AttentionBackward& args, const HopperBackwardPlan& plan, int number) {
-    const BlockOrder::Block block = plan.order.find(number);
-    if (!kPlain && args.query_starts != nullptr) {
-      const RowTiles::Tile tile = plan.tiles.find(block.tile);
-      return {block.unit, tile.number, tile.sequence};
-    }
-    const int heads = static_cast<int>(args.kv_heads), batch = block.unit / heads;
-    return {block.unit - batch * heads, block.tile, batch};
-  }
 
   __device__ HopperBackward(const AttentionBackward& args, const HopperBackwardPlan& plan, const Sequence& sequence,
                             const Own& own)
-      : args(args), plan(plan), sequence(sequence), shared(dynamic_shared), kv_head(own.kv_head) {
+      : Base(args, plan, sequence, own), shared(dynamic_shared) {
     keys_full = shared.address + kBarriersAt;
     grads_read = keys_full + 8;
     ring = {grads_read + 8, grads_read + 8 * (1 + kStages)};
     sums = {grads_read + 8 * (1 + 2 * kStages), grads_read + 8 * (3 + 2 * kStages)};
-    // The first keys of a causal attention have the most to do and come first.
-    first_key = own.tile * kKeys;
-    first_of_all = 0;
-    if (!kPlain && args.query_starts != nullptr) first_of_all = plan.scratch.order.first_of(own.sequence);
-    const Range range = queries_seen(sequence, first_key, std::min(first_key + kKeys, sequence.keys) - 1);
-    first_tile = range.first / kQueries;
-    tiles = range.empty() ? 0 : (range.last - 1) / kQueries + 1 - first_tile;
-    const int group = static_cast<int>(args.heads / args.kv_heads);
-    first_head = kv_head * group, last_head = first_head + group - 1;
-    steps = tiles * group;
-  }
-
-  // What comes by, in its order: tiles of queries from the last one on, of all heads each. Were it head by head, keys
-  // that few queries see would wait in every head for those that many see.
-  struct Step {
-    int head, tile;
-  };
-  __device__ Step first_step() const { return {first_head, first_tile + tiles - 1}; }
-  __device__ Step after(const Step& step) const {
-    const bool last = step.head == last_head;
-    return {last ? first_head : step.head + 1, step.tile - (last ? 1 : 0)};
-  }
-  __device__ bool is_over(const Step& step) const { return step.tile < first_tile; }
-  // Of the tiles of keys from number `first` to `last` − 1, those of which a step's queries see something, as far as a
-  // mask goes.
-  __device__ int seen_between(const Step& step, int first, int last) const {
-    if constexpr (kPlain) return last - first;
-    else return plan.mask_ranks.between(sequence.batch, step.head, step.tile, first, last);
-  }
-  // The same or the first behind it that has something to do.
-  __device__ Step seen_from(Step step) const {
-    const int own = first_key / kKeys;
-    while (!is_over(step) && seen_between(step, own, own + 1) == 0) step = after(step);
-    return step;
-  }
-  __device__ int query_of(const Step& step, int half) const { return step.tile * kQueries + half * kHalf; }
-  __device__ int64_t tile_of_all(const Step& step) const {
-    return (sequence.batch * args.heads + step.head) * plan.scratch.tiles + first_of_all + step.tile;
   }
 
   __device__ uint32_t keys_at() const { return shared.address; }
@@ -207,70 +140,7 @@ struct HopperBackward {
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
-  // Of a thread's 2 × 16 elements of 64 × 64: which of them count, row by row, and which are kept, tile by tile.
-  struct Marks {
-    uint32_t seen = ~0u, kept = ~0u;
-
-    __device__ bool counts(int i) const { return (seen >> (16 * (i % 4 / 2) + i / 4 * 2 + i % 2) & 1) != 0; }
-    __device__ bool keeps(int i) const { return (kept >> i & 1) != 0; }
-  };
-
-  // Products become weights, zero where a query does not see the key.
-  __device__ void weigh_by_options(float (&scores)[kTiles][4], Marks& marks, const float* lses, const Step& step,
-                                   int half, int own_row, const GroupLane& lane) const {
-    const int query = query_of(step, half), head = step.head, key = first_key + own_row;
-    const int state = args.mask.type == MaskType::None
-                          ? MaskTiles::kSeen
-                          : plan.mask_tiles.template state<1, 1>(sequence.batch, head, query, key);
-    const bool whole = state == MaskTiles::kSeen && query + kHalf <= sequence.queries &&
-                       all_see(sequence, query, kHalf, key, kGroupRows);
-    if (!whole) marks.seen = 0;
-    const bool none = (state & MaskTiles::kSeen) == 0, simple = none || (whole && args.alibi_slopes == nullptr);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const auto element = [&](int i) -> float& { return scores[i / 2][2 * r + i % 2]; };
-      uint32_t bits = none ? 0 : ~0u;
-      if (simple) {
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) element(i) = rounded_product(element(i), scale());
-      } else {
-        const Scores<S, true> options{args, sequence, plan.mask_pairs};
-        const LaneRow row = options.row(head, query + 2 * lane.q, key + lane.row + 8 * r);
-        if (!whole) {
-          bits = options.template seen<kTiles>(row);
-          marks.seen |= bits << (16 * r);
-        }
-        options.template finish<kTiles>(row, whole ? 0 : bits, element, [](int, float) {});
-      }
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float weight = weight_of(element(i) - lses[i]);
-        element(i) = (bits >> i & 1) != 0 ? weight : 0.0f;
-      }
-    }
-    if (args.dropout_p > 0) {
-      const Dropout dropout(args, sequence);
-      marks.kept = 0;
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        marks.kept |= dropout.keep_of_keys(head, query + 8 * tile, key + 16 * lane.warp, lane) << (4 * tile);
-      }
-    }
-  }
-
   __device__ float kept() const { return kPlain ? 1.0f : static_cast<float>(kept_weight(args)); }
-
-  // The same as `derive` below; of what does not count, nothing stays.
-  __device__ void derive_by_options(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], const Marks& marks,
-                                    const float* corrections) const {
-    const float factor = scale() * kept();
-#pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      float& grad = grads[i / 4][i % 4];
-      const float inner = std::fma(marks.keeps(i) ? grad : 0.0f, factor, -corrections[i / 4 * 2 + i % 2]);
-      grad = marks.counts(i) ? scores[i / 4][i % 4] * inner : 0.0f;
-    }
-  }
 
   // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but of a
   // tile with an lse so large that these would lose its digits: there they are differences, as of the options' kernel.
@@ -395,12 +265,13 @@ struct HopperBackward {
         wgmma_fence();
         start_scores<S, KeyTile, HalfTile>(grads, values_at(), own_row, half_at(n, 1, half));
         wgmma_commit();
-        Marks marks;
+        typename HopperBackwardOptions<S>::Marks marks;
+        const HopperBackwardOptions<S> options{args, sequence, plan.mask_tiles, plan.mask_pairs};
         if constexpr (kPlain) {
           weigh(scores, lses[half], exact);
           if (!whole) cut(scores, query, own_row, lane);
         } else {
-          weigh_by_options(scores, marks, numbers(lses_at(n), half, lane), step, half, own_row, lane);
+          options.weigh(scores, marks, numbers(lses_at(n), half, lane), step.head, query, first_key + own_row, lane);
         }
         if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
         if constexpr (kPlain) to_weights<S>(weights, scores);
@@ -417,7 +288,7 @@ struct HopperBackward {
           derive(grads, scores, corrections);
           if (!whole) cut(grads, query, own_row, lane);
         } else {
-          derive_by_options(grads, scores, marks, numbers(corrections_at(n), half, lane));
+          options.derive(grads, scores, marks, numbers(corrections_at(n), half, lane));
         }
         to_weights<S>(derivatives, grads);
         if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups

@@ -7,20 +7,12 @@
 // FlashAttention-3 (2024).
 #pragma once
 
-#include "attention/cuda/dot_product_hopper_tile.cuh"
+#include "attention/cuda/dot_product_hopper_softmax.cuh"
+#include "attention/cuda/dot_product_hopper_work.cuh"
 
 namespace lect11ext::cuda {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
-
-struct HopperForwardPlan {
-  CUtensorMap query, key, value;
-  RowTiles tiles;  // of queries
-  BlockOrder order;
-  int first_key;  // of those that are mapped
-  bool mask_pairs;
-  MaskTiles mask_tiles;
-};
 
 // Registers: the sums of the output, of scores, and the weights before them: 160 a thread at 128 columns, for which two
 // warpgroups leave 240; 128 at 64 columns, where three leave 160 and exponentials, not products, are what bounds. With
@@ -29,9 +21,12 @@ struct HopperForwardPlan {
 // A block stays on its multiprocessor and takes tile of queries after tile of queries: while the one is finished, the
 // next one's queries, keys and values come.
 template <class S, int kColumns, bool kPlain>
-struct HopperForward {
+struct HopperForward : HopperForwardWork<kPlain, kColumns == 64 && kPlain ? 3 : 2> {
   static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
-  static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128;
+  using Base = HopperForwardWork<kPlain, kGroups>;
+  using Base::args, Base::plan, Base::first_sequence, Base::kQueries, Base::kKeys;
+  using Base::next, Base::pass, Base::sequence_of;
+  using typename Base::Work;
   // What shared memory has room for. Keys, which are asked for later than values, wait longest for memory.
   static constexpr int kQueryStages = 2, kKeyStages = kColumns == 64 ? 4 : 3, kValueStages = kColumns == 64 ? 4 : 2;
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;
@@ -42,24 +37,13 @@ struct HopperForward {
   static constexpr int kBarriers = 2 * (kQueryStages + kKeyStages + kValueStages);
   static constexpr int kBytes = AlignedShared::kSlack + kBarriersAt + 8 * kBarriers;
 
-  // A tile of queries of a sequence, and the first keys of a tile of keys that it sees, of the next one, kNone where
-  // there is none, and of all. From the last keys on: the first tile that a warpgroup takes is, where attention is
-  // causal, the cut one.
-  struct Work {
-    int head, number, first_query, key, after, first_key;
-    static constexpr int kNone = -1;
-  };
-
-  const AttentionForward& args;
-  const HopperForwardPlan& plan;
-  const Sequence first_sequence;
   AlignedShared shared;
   Ring<kQueryStages> queries;
   Ring<kKeyStages> keys;
   Ring<kValueStages> values;
 
   __device__ HopperForward(const AttentionForward& args, const HopperForwardPlan& plan)
-      : args(args), plan(plan), first_sequence(args, 0), shared(dynamic_shared) {
+      : Base(args, plan), shared(dynamic_shared) {
     uint32_t barrier = shared.address + kBarriersAt;
     const auto take = [&](int stages) {
       barrier += 8 * stages;
@@ -68,79 +52,6 @@ struct HopperForward {
     queries.full = take(kQueryStages), queries.empty = take(kQueryStages);
     keys.full = take(kKeyStages), keys.empty = take(kKeyStages);
     values.full = take(kValueStages), values.empty = take(kValueStages);
-  }
-
-  // Of the plain kernel all sequences are alike but for their batch.
-  __device__ Sequence sequence_of(const Work& work) const {
-    if (!kPlain && args.query_starts != nullptr) return Sequence(args, work.number);
-    Sequence sequence = first_sequence;
-    sequence.batch = work.number;
-    return sequence;
-  }
-
-  // What the block does in a round, and whether there is anything; `over`: nothing, and that was all.
-  __device__ bool find(Work& work, int round, bool& over) const {
-    BlockOrder::Block block;
-    work.key = Work::kNone;
-    if (!plan.order.in_round(round, block, over)) return false;
-    int tiles = plan.order.tiles, tile = block.tile;
-    if (!kPlain && args.query_starts != nullptr) {
-      const RowTiles::Tile found = plan.tiles.find(block.tile);
-      work.number = static_cast<int>(found.sequence);
-      work.head = block.unit;
-      tile = found.number;
-      tiles = (sequence_of(work).queries + kQueries - 1) / kQueries;
-      if (tile >= tiles) return false;
-    } else {
-      work.number = block.unit / static_cast<int>(args.heads);
-      work.head = block.unit - work.number * static_cast<int>(args.heads);
-    }
-    // The last queries of a causal attention have the most to do and come first.
-    work.first_query = (tiles - 1 - tile) * kQueries;
-    const Sequence sequence = sequence_of(work);
-    const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
-    const Range range = keys_seen(sequence, work.first_query, last_query);
-    // Masks are read by pairs of keys and known by tiles, and dropout draws for four keys at a time.
-    constexpr int kTogetherKeys = kPlain ? 1 : MaskTiles::kSize;
-    work.first_key = range.first / kTogetherKeys * kTogetherKeys;
-    const int seen = range.empty() ? 0 : (range.last - work.first_key + kKeys - 1) / kKeys;
-    work.after = before(work, work.first_key + seen * kKeys);
-    pass(work);
-    return true;
-  }
-
-  // Of the tiles of keys before `key` the next one of which a mask lets something through.
-  __device__ int before(const Work& work, int key) const {
-    key -= kKeys;
-    if constexpr (!kPlain) {
-      const auto barred = [&] {
-        const int state = plan.mask_tiles.template state<kGroups, kKeys / MaskTiles::kSize>(work.number, work.head,
-                                                                                            work.first_query, key);
-        return (state & MaskTiles::kSeen) == 0;
-      };
-      if (plan.mask_tiles.known()) {
-        while (key >= work.first_key && barred()) key -= kKeys;
-      }
-    }
-    return key >= work.first_key ? key : Work::kNone;
-  }
-
-  __device__ bool pass(Work& work) const {
-    work.key = work.after;
-    if (work.key == Work::kNone) return false;
-    work.after = before(work, work.key);
-    return true;
-  }
-
-  // Moves on, from `round` on, to what has keys; false: there is nothing more. What has none is given to `blank`.
-  template <class Blank>
-  __device__ bool next(Work& work, int& round, Blank blank) const {
-    for (bool over = false; !over; ++round) {
-      if (!find(work, round, over)) continue;
-      if (work.key != Work::kNone) return true;
-      blank(work);
-    }
-    return false;
   }
 
   __device__ uint32_t queries_at(int q) const { return shared.address + queries.stage(q) * QueryTile::kBytes; }
@@ -176,11 +87,6 @@ struct HopperForward {
   }
 
   enum class View { None, Some, All };
-
-  // What a thread carries along the keys, of its two rows: what exponents are counted from, and the sum of weights.
-  struct Rows {
-    float base[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-  };
 
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
   __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
@@ -281,92 +187,6 @@ struct HopperForward {
     }
   }
 
-  // How a tile's scores become weights: powers of score · unit − shift; sums of tiles before are to be multiplied by
-  // `shrink`, where `shrinks`, as the warp agrees, says that it is not 1.
-  struct Powers {
-    float shift[2], shrink[2];
-    bool shrinks;
-  };
-
-  // Exponents are counted from a score of the row that no other exceeds by more than kMostGrowth: so it moves in the
-  // first tiles only, mostly, and what has been summed stays as it is (as in FlashAttention-4, 2025). Weights reach
-  // 2^kMostGrowth, which is far from all that 16 bits can hold.
-  __device__ Powers find_powers(float (&scores)[kTiles][4], Rows& rows) const {
-    constexpr float kMostGrowth = 8;
-    constexpr int kChains = 4;  // of maxima, since each waits for the one before
-    const float unit = unit_of_scores();
-    float largest[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float chains[kChains];
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float score = scores[i / 2][2 * half + i % 2];
-        chains[i % kChains] = i < kChains ? score : std::fmax(chains[i % kChains], score);
-      }
-      largest[half] = std::fmax(std::fmax(chains[0], chains[1]), std::fmax(chains[2], chains[3]));
-    }
-#pragma unroll
-    for (int distance = 1; distance <= 2; ++distance) {
-#pragma unroll
-      for (float& x : largest) x = std::fmax(x, __shfl_xor_sync(~0u, x, distance));
-    }
-    Powers powers;
-    bool moves = false, large = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& base = rows.base[half];
-      // As long as a row has seen nothing its base is −∞, from which nothing can be subtracted.
-      const bool grows = largest[half] != -INFINITY && !((largest[half] - base) * unit <= kMostGrowth);
-      powers.shrink[half] = power_of_two(grows ? (base - largest[half]) * unit : 0.0f);
-      if (grows) base = largest[half];
-      powers.shift[half] = base == -INFINITY ? 0.0f : base * unit;
-      moves |= grows;
-      large |= !(std::abs(powers.shift[half]) <= kLargeExponent);
-    }
-    powers.shrinks = __any_sync(~0u, moves) != 0;
-    if (__builtin_expect(__any_sync(~0u, large), 0)) {  // a row at a time, whatever its neighbours are
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool row_is = !(std::abs(powers.shift[half]) <= kLargeExponent);
-        const float from = row_is ? rows.base[half] : 0.0f;
-        if (row_is) powers.shift[half] = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) scores[i / 2][2 * half + i % 2] -= from;
-      }
-    }
-    return powers;
-  }
-
-  // Of tiles kFirst to kLast − 1 of eight columns: scores become weights, and are summed, by two sums a row, since each
-  // addition waits for the one before.
-  template <int kFirst, int kLast>
-  __device__ void weigh(float (&scores)[kTiles][4], float (&sums)[1][4], const Powers& powers) const {
-    const float unit = unit_of_scores();
-#pragma unroll
-    for (int i = 4 * kFirst; i < 4 * kLast; ++i) {
-      const int half = i % 4 / 2;
-      float& score = scores[i / 4][i % 4];
-      score = power_of_two(std::fma(score, unit, -powers.shift[half]));
-      sums[0][i % 4] += score;
-    }
-  }
-
-  // Scores become weights, by way of `between`, half of them before it.
-  template <class Between>
-  __device__ void weigh(float (&scores)[kTiles][4], Rows& rows, const Powers& powers, Between between) const {
-    float sums[1][4] = {};
-    weigh<0, kTiles / 2>(scores, sums, powers);
-    pin<kTiles / 2>(scores);
-    pin(sums);
-    between();
-    weigh<kTiles / 2, kTiles>(scores, sums, powers);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      rows.sum[half] = std::fma(rows.sum[half], powers.shrink[half], sums[0][2 * half] + sums[0][2 * half + 1]);
-    }
-  }
-
   // Of a warp's sixteen queries.
   __device__ OutRows<S> rows_of(const Work& work, const Sequence& sequence, int first_row) const {
     const AttentionStrides& strides = args.out_strides;
@@ -381,7 +201,7 @@ struct HopperForward {
 
   // What has been summed becomes output, by way of the queries' part of shared memory number q. Places of output are
   // not to take registers all along.
-  __device__ void finish(const float (&out)[kOutTiles][4], const Rows& rows, const Work& work, int own_row,
+  __device__ void finish(const float (&out)[kOutTiles][4], const SoftmaxRows& rows, const Work& work, int own_row,
                          int q) const {
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const Sequence sequence = sequence_of(work);
@@ -448,7 +268,7 @@ struct HopperForward {
     const int own_row = group * kGroupRows;
     float out[kOutTiles][4] = {}, scores[kTiles][4];
     uint32_t weights[kTiles / 2][4];
-    Rows rows;
+    SoftmaxRows rows;
     Work now = work;   // what is summed
     int n = 0, q = 0;  // tiles of keys and of queries so far
     queries.wait_full(q);
@@ -462,7 +282,7 @@ struct HopperForward {
     pin(scores);
     keys.release(n, lane);
     score(scores, work, own_row, view, seen);
-    weigh(scores, rows, find_powers(scores, rows), [] {});
+    weigh(scores, rows, find_powers(scores, rows, unit_of_scores()), unit_of_scores(), [] {});
     if (work.after != Work::kNone) keys.wait_full(n + 1);
     drop(scores, work, own_row);
     to_weights<S>(weights, scores);
@@ -496,12 +316,12 @@ struct HopperForward {
         queries.release(q - 1, lane);
 #pragma unroll
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
-        rows = Rows{};
+        rows = SoftmaxRows{};
       }
       score(scores, work, own_row, view, seen);
-      const Powers powers = find_powers(scores, rows);
+      const Powers powers = find_powers(scores, rows, unit_of_scores());
       keys.release(n + 1, lane);
-      weigh(scores, rows, powers, [&] {
+      weigh(scores, rows, powers, unit_of_scores(), [&] {
         // The next keys, and a branch, without which ptxas would have the next wait before the weights above.
         if (work.after != Work::kNone) keys.wait_full(n + 2);
         wgmma_wait<0>();
