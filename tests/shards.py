@@ -27,6 +27,12 @@ def read(record: Path) -> dict[str, str]:
     return {name: outcome for outcome, _, name in (line.partition("\t") for line in lines)}
 
 
+def keep_passed(record: Path) -> None:
+    """So that what did not pass in an earlier session is begun again."""
+    passed = {name: outcome for name, outcome in read(record).items() if outcome in ("passed", "skipped")}
+    record.write_text("".join(f"{outcome}\t{name}\n" for name, outcome in passed.items()))
+
+
 class Record:
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,11 +1,12 @@
 """``make gpu-check``: builds for the GPU at hand, tests, sanitizes and measures all CUDA kernels, and writes one JSON.
 
     python tools/gpu_check.py [--only TEXT] [--steps build,kernels,tests,general,sanitize,bench] [--minutes 9]
-                              [--out DIR]
+                              [--out DIR] [--go-on]
 
 Needs no network: the Python that runs it has torch with CUDA, pybind11, CMake, Ninja and pytest; nvcc is on the path.
 ``--only`` names the part of tests' and workloads' names that is wanted (``GPU_ONLY=attention make gpu-check``). What
-does not fit the minutes is left out, and said to be. The kernels' own check comes before everything that imports
+does not fit the minutes is left out, and said to be; ``--go-on`` begins behind the tests of an earlier session, whose
+``--out`` has come along (with as many processors). The kernels' own check comes before everything that imports
 torch, and runs while the extension is still being built.
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.shards import BEGUN, DONE, read  # noqa: E402
+from tests.shards import BEGUN, DONE, keep_passed, read  # noqa: E402
 
 STEPS = ["build", "kernels", "tests", "general", "sanitize", "bench"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
@@ -68,6 +69,7 @@ class Run:
     out: Path
     only: str
     ends: float
+    goes_on: bool
     report: dict[str, Any] = field(default_factory=dict)
     writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -159,8 +161,11 @@ def tests(run: Run, name: str = "tests", pattern: str = "**/test_*.py", **enviro
     if importlib.util.find_spec("pytest_timeout"):
         arguments += ["--timeout", "45", "--timeout-method", "thread"]
     ends, folder = time.monotonic() + 0.75 * (run.left() - RESERVE), run.out / name
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier session's records
-    folder.mkdir()
+    if not run.goes_on:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    for record in folder.glob("*.txt"):
+        keep_passed(record)
 
     def one(shard: int) -> dict[str, str]:
         record = folder / f"{shard}.txt"
@@ -229,12 +234,13 @@ def main() -> int:
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu-check")
+    parser.add_argument("--go-on", action="store_true", help="leave out tests that have passed by the records in --out")
     options = parser.parse_args()
     wanted = options.steps.split(",")
     if unknown := set(wanted) - set(STEPS):
         parser.error(f"--steps must be of {STEPS}, but got {sorted(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(options.out.resolve(), options.only, time.monotonic() + 60 * options.minutes)
+    run = Run(options.out.resolve(), options.only, time.monotonic() + 60 * options.minutes, options.go_on)
     if shutil.which("git") is not None:  # a tree may have come without
         command = ["git", "rev-parse", "HEAD"]
         run.report["commit"] = subprocess.run(

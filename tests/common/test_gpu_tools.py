@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards import BEGUN, DONE, read
+from tests.shards import BEGUN, DONE, keep_passed, read
 
 pytestmark = pytest.mark.cpu
 
@@ -64,6 +64,11 @@ def test_shards_go_on_behind_what_broke_off(tmp_path: Path) -> None:
         assert found.pop(DONE) == DONE and not outcomes.keys() & found.keys()
         outcomes |= {name.rsplit("_", 1)[1]: outcome for name, outcome in found.items()}
     assert outcomes == {str(i): {5: BEGUN, 7: "failed"}.get(i, "passed") for i in range(20)}
+    kept = {}
+    for record in tmp_path.glob("?.txt"):
+        keep_passed(record)
+        kept |= read(record)
+    assert len(kept) == 18 and set(kept.values()) == {"passed"}
 
 
 def test_unknown_steps_are_refused() -> None:
