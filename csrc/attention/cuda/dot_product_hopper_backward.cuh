@@ -230,7 +230,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
   // weights' derivatives, the values' sums, the keys'; then the queries' part, and the next scores, which come while
   // the part is put away. No product is left to end in the next turn of the loop: ptxas would make all of them wait.
   // What is read of shared memory is read ahead of a wait: products keep that memory busy.
-  __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], int group,
+  __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], Step step, int group,
                       const GroupLane& lane) const {
     const int own_row = group * kGroupRows;
     float all[kHalves][kTiles][4];
@@ -249,7 +249,6 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
     wgmma_wait<0>();
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) pin(all[half]);
-    Step step = seen_from(first_step());
     int n = 0;
     bool more = true;
 #pragma unroll 1
@@ -257,7 +256,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const int query = query_of(step, half);
-        const bool whole = unknown(all_see(sequence, query, kHalf, first_key + own_row, kGroupRows)) != 0;
+        const bool whole = kPlain && unknown(all_see(sequence, query, kHalf, first_key + own_row, kGroupRows)) != 0;
         float grads[kTiles][4];
         Numbers corrections;
         auto& scores = all[half];
@@ -337,7 +336,8 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
     const int own_row = group * kGroupRows;
     float key_sums[kOutTiles][4] = {}, value_sums[kOutTiles][4] = {};
     barrier_wait(keys_full, 0);
-    if (kPlain ? steps > 0 : !is_over(seen_from(first_step()))) sum(key_sums, value_sums, group, lane);
+    const Step step = seen_from(first_step());
+    if (kPlain ? steps > 0 : !is_over(step)) sum(key_sums, value_sums, step, group, lane);
     named_barrier_wait(1, kGroups * kWarpgroup);  // all have read the keys
     write(args.grad_key, args.grad_key_strides, key_sums, 1, 0, own_row, lane);
     write(args.grad_value, args.grad_value_strides, value_sums, kept(), 1, own_row, lane);

@@ -21,12 +21,12 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 // A block stays on its multiprocessor and takes tile of queries after tile of queries: while the one is finished, the
 // next one's queries, keys and values come.
 template <class S, int kColumns, bool kPlain>
-struct HopperForward : HopperForwardWork<kPlain, kColumns == 64 && kPlain ? 3 : 2> {
-  static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2, kThreads = (kGroups + 1) * kWarpgroup;
-  using Base = HopperForwardWork<kPlain, kGroups>;
-  using Base::args, Base::plan, Base::first_sequence, Base::kQueries, Base::kKeys;
+struct HopperForward : HopperForwardWork<kColumns, kPlain> {
+  using Base = HopperForwardWork<kColumns, kPlain>;
+  using Base::args, Base::plan, Base::first_sequence, Base::kGroups, Base::kQueries, Base::kKeys;
   using Base::next, Base::pass, Base::sequence_of;
   using typename Base::Work;
+  static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   // What shared memory has room for. Keys, which are asked for later than values, wait longest for memory.
   static constexpr int kQueryStages = 2, kKeyStages = kColumns == 64 ? 4 : 3, kValueStages = kColumns == 64 ? 4 : 2;
   static constexpr int kTiles = kKeys / 8, kOutTiles = kColumns / 8;

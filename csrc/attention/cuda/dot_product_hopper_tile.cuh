@@ -159,7 +159,7 @@ struct OutRows {
   // f(row, piece) is what goes there; kPieces: of a whole row.
   template <int kPieces, class F>
   __device__ void write(const GroupLane& lane, F f) const {
-    constexpr int kRows = 32 / kPieces > 0 ? 32 / kPieces : 1;  // at a time
+    constexpr int kRows = 32 / kPieces;  // at a time
     static_assert(kPieces * kRows == 32);
     const int piece = lane.lane % kPieces;
     S* to = first + lane.lane / kPieces * distance + piece * 8;

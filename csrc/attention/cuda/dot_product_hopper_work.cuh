@@ -15,8 +15,9 @@ struct HopperForwardPlan {
   MaskTiles mask_tiles;
 };
 
-template <bool kPlain, int kGroups>
+template <int kColumns, bool kPlain>
 struct HopperForwardWork {
+  static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2;  // warpgroups that compute
   static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128;
 
   // A tile of queries of a sequence, and the first keys of a tile of keys that it sees, of the next one, kNone where

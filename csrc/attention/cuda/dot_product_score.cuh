@@ -26,9 +26,8 @@ __device__ inline double rounded_product(double a, double b) { return __dmul_rn(
 inline constexpr float kLargeExponent = 64;
 
 // That a score exceeds its row's lse by, at most: by what it was rounded otherwise where the lse was found, which of a
-// huge score would be a factor of any size. The second in binary logarithms.
+// huge score would be a factor of any size.
 inline constexpr float kMostExcess = 0.5f;
-inline constexpr float kMostBinaryExcess = kMostExcess * static_cast<float>(kLog2E);
 
 // NaN stays.
 __device__ inline double at_most(double x, double bound) { return x > bound ? bound : x; }
