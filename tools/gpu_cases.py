@@ -1,6 +1,6 @@
 """A small case of every CUDA kernel, against the CPU's: what compute-sanitizer runs.
 
-    python tools/gpu_cases.py [--device cuda]
+    python tools/gpu_cases.py [--device cuda] [--only TEXT] [--share 0/3]
 
 Prints the largest difference of each, in units of the largest value, and fails where one is beyond rounding.
 """
@@ -204,11 +204,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="")
+    parser.add_argument("--share", default="0/1", help="of the cases, I/N: every N-th from number I on")
     options = parser.parse_args()
+    first, shares = map(int, options.share.split("/"))
     failed = []
-    for name, case in cases().items():
-        if options.only not in name:
-            continue
+    for name, case in [c for c in cases().items() if options.only in c[0]][first::shares]:
         results = []
         for device in ("cpu", options.device):
             torch.manual_seed(0)

@@ -41,6 +41,7 @@ TAIL = 4000  # characters of a command's output that are kept in the JSON; all o
 RESERVE = 15.0  # seconds at the end
 GRACE = 8.0  # seconds to say what has been done
 MOST_SHARDS = 14  # processes of pytest
+SANITIZER_SHARES = 3  # processes of a sanitizer, each with a share of the cases
 MOST_RESTARTS = 8  # of one of them, behind a test that took its process along
 GENERAL = {"LECT11EXT_ATTENTION_HOPPER": "0"}  # without attention's kernels of sm_90a
 # Programs that need no torch, each with the kernels that it tries.
@@ -202,13 +203,15 @@ def general(run: Run) -> None:
 def sanitize(run: Run) -> None:
     """A small case of every kernel under each tool; attention's without the kernels of sm_90a too."""
     run.command("cases", python("tools/gpu_cases.py", "--only", run.only), 0.3)
-    jobs = [(tool, run.only, {}) for tool in SANITIZERS] + [(tool, "attention bf16", GENERAL) for tool in SANITIZERS]
+    shares = [f"{i}/{SANITIZER_SHARES}" for i in range(SANITIZER_SHARES)]
+    jobs = [(tool, run.only, share, {}) for tool in SANITIZERS for share in shares]
+    jobs += [(tool, "attention bf16", "0/1", GENERAL) for tool in SANITIZERS]
 
-    def one(job: tuple[str, str, dict[str, str]]) -> None:
-        tool, only, environment = job
+    def one(job: tuple[str, str, str, dict[str, str]]) -> None:
+        tool, only, share, environment = job
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "60"]
-        command += python("tools/gpu_cases.py", "--only", only)
-        label = f"sanitize: {tool}{', general' if environment else ''}"
+        command += python("tools/gpu_cases.py", "--only", only, "--share", share)
+        label = f"sanitize: {tool} {'general' if environment else share}"
         run.command(label, command, 0.5, OMP_NUM_THREADS="2", **environment)
 
     with ThreadPoolExecutor(len(jobs)) as pool:

@@ -44,8 +44,8 @@ def test_what_fails_is_reported(tmp_path: Path) -> None:
     done = run("tools/gpu_check.py", *arguments, PATH=str(tmp_path))  # without compute-sanitizer
     report = json.loads((tmp_path / "gpu-check.json").read_text())
     assert done.returncode == 1 and report["cases"]["status"] == 0
-    assert {"sanitize: memcheck", "sanitize: racecheck, general"} < set(report["failed"])
-    assert report["sanitize: memcheck"]["status"] == 127
+    assert {"sanitize: memcheck 0/3", "sanitize: racecheck general"} < set(report["failed"])
+    assert report["sanitize: memcheck 0/3"]["status"] == 127
 
 
 def test_shards_go_on_behind_what_broke_off(tmp_path: Path) -> None:
