@@ -225,6 +225,23 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
     write_rows<S, QueryTile>(out, factors, tile, own_row, lane, rows_of(work, sequence, first_row + 16 * lane.warp));
   }
 
+  // Queries number q of which all keys are summed.
+  struct Summed {
+    Work work;
+    SoftmaxRows rows;
+    int q;
+  };
+
+  // Then `out` is free for the next ones' sums.
+  __device__ void deliver(float (&out)[kOutTiles][4], const Summed& summed, int own_row, const GroupLane& lane) const {
+    finish(out, summed.rows, summed.work, own_row, summed.q);
+    shared_is_written();
+    __syncwarp();
+    queries.release(summed.q, lane);
+#pragma unroll
+    for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
+  }
+
   // The same of queries that see no key.
   __device__ void blank(const Work& work, int own_row) const {
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
@@ -286,10 +303,15 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
     if (work.after != Work::kNone) keys.wait_full(n + 1);
     drop(scores, work, own_row);
     to_weights<S>(weights, scores);
+    Summed summed;  // what `out` still has of queries before
+    bool late = false;
 #pragma unroll 1
     for (;; ++n) {
       const bool ends = !pass(work);  // then the next scores are other queries'
       if (__builtin_expect(ends, 0)) {
+        // At once, of queries with one tile of keys: the next ones come into the memory of these.
+        if (late) deliver(out, summed, own_row, lane);
+        late = false;
         now = work;
         if (!go_on(work, ++round, group)) break;
         whole = whole_tiles(work, own_row);
@@ -301,21 +323,19 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
       pin(weights);
       start(scores, q, n + 1, own_row);
       view = view_of(work, own_row, whole);
+      if (__builtin_expect(late, 0)) {
+        give_turn((group + 1) % kGroups);
+        deliver(out, summed, own_row, lane);
+      }
       values.wait_full(n);
       start(out, weights, n);
-      give_turn((group + 1) % kGroups);
+      if (!late) give_turn((group + 1) % kGroups);
       find_seen(seen, work, own_row, view);
       wgmma_wait<1>();
       pin(scores);
+      late = ends;
       if (__builtin_expect(ends, 0)) {
-        wgmma_wait<0>();
-        pin(out);
-        finish(out, rows, now, own_row, q - 1);
-        shared_is_written();
-        __syncwarp();
-        queries.release(q - 1, lane);
-#pragma unroll
-        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
+        summed = {now, rows, q - 1};
         rows = SoftmaxRows{};
       }
       score(scores, work, own_row, view, seen);
@@ -327,7 +347,7 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
         wgmma_wait<0>();
         pin(out);
         values.release(n, lane);
-        if (!powers.shrinks) return;
+        if (!powers.shrinks || late) return;
 #pragma unroll
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= powers.shrink[i % 4 / 2];
       });

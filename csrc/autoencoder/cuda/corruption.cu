@@ -102,8 +102,12 @@ void run(const Args& args, void* stream) {
   if (args.shape.numel == 0) return;
   with_type(args.input.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    const bool fits = Vectors<S>::fits(args.shape, args.input) && Vectors<S>::fits(args.out, args.input.dtype);
-    fits ? start<Compute<S>, Vectors<S>>(args, stream) : start<Compute<S>, Elements>(args, stream);
+    const auto fits = [&](auto access) {
+      return access.fits(args.shape, args.input) && access.fits(args.out, args.input.dtype);
+    };
+    if (fits(Dense<S>())) start<Compute<S>, Dense<S>>(args, stream);
+    else if (fits(Vectors<S>())) start<Compute<S>, Vectors<S>>(args, stream);
+    else start<Compute<S>, Elements>(args, stream);
   });
 }
 

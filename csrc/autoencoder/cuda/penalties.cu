@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kTileThreads, Work<Access>::kThreads / kTileTh
     rows_kernel(const __grid_constant__ PenaltyForward args) {
   constexpr int kQuads = Work<Access>::kQuads;
   __shared__ T shared[kRowTile];
-  const TileRange range(args.tiles, blockIdx.x);
-  const int passes = range.passes<kQuads>();
+  const TileRange<Access> range(args.tiles, blockIdx.x);
+  const int passes = range.template passes<kQuads>();
   for (int pass = 0; pass < passes; ++pass) {
     const auto quad_of = [&](int j) { return range.quad(pass * kQuads + j); };
     Quads<T, Access, kQuads, PenaltyForward> quads;
@@ -222,27 +222,23 @@ __global__ void __launch_bounds__(kColumnThreads, ColumnWork<Access, Args>::kThr
 
 // --- which kernel -------------------------------------------------------------------------------------------------
 
-template <class S>
+template <class Access>
 bool fits(const PenaltyForward& args) {
-  return Vectors<S>::fits(args.shape, args.input) && Vectors<float>::fits(args.shape, args.scale) &&
-         Vectors<S>::fits(args.output, args.output_dtype) && args.blocks.cols % kQuad == 0;
+  return Access::fits(args.shape, args.input) && Vectors<float>::fits(args.shape, args.scale) &&
+         Access::fits(args.output, args.output_dtype) && args.blocks.cols % kQuad == 0;
 }
 
-template <class S>
+template <class Access>
 bool fits(const PenaltyBackward& args) {
-  return Vectors<S>::fits(args.shape, args.input) && Vectors<float>::fits(args.shape, args.scale) &&
-         Vectors<S>::fits(args.shape, args.grad_output) && Vectors<float>::fits(args.shape, args.grad_penalty) &&
-         Vectors<S>::fits(args.grad_input, args.grad_input_dtype) && args.blocks.cols % kQuad == 0;
+  return Access::fits(args.shape, args.input) && Vectors<float>::fits(args.shape, args.scale) &&
+         Access::fits(args.shape, args.grad_output) && Vectors<float>::fits(args.shape, args.grad_penalty) &&
+         Access::fits(args.grad_input, args.grad_input_dtype) && args.blocks.cols % kQuad == 0;
 }
 
-// Calls f with the arithmetic's type and the access.
 template <class Args, class F>
 void with_access(const Args& args, F f) {
-  if (args.compute_double) return f(0.0, Elements());
-  if (fits<float>(args)) return f(0.0f, Vectors<float>());
-  if (fits<__nv_bfloat16>(args)) return f(0.0f, Vectors<__nv_bfloat16>());
-  if (fits<__half>(args)) return f(0.0f, Vectors<__half>());
-  f(0.0f, Elements());
+  cuda::with_access(
+      args.compute_double, [&](auto access) { return fits<decltype(access)>(args); }, f);
 }
 
 template <class Args>

@@ -51,6 +51,7 @@ struct Spot {
 template <class S>
 struct Vectors {
   static constexpr bool kAligned = true;  // numel is a multiple of four, so that every sample begins at one
+  static constexpr bool kDense = false;
 
   template <class T>
   using Loaded = Pack<S, kQuad>;
@@ -106,9 +107,35 @@ struct Vectors {
   }
 };
 
+// Every operand of type S has its elements one behind the other, and quads are whole: the most of what is asked for, and
+// a quarter of the instructions less than where strides are asked about.
+template <class S>
+struct Dense : Vectors<S> {
+  static constexpr bool kDense = true;
+
+  template <class T>
+  static __device__ Pack<S, kQuad> load(const Spot& spot, const View& view, const Quad&) {
+    return Pack<S, kQuad>::load(static_cast<const S*>(view.data) + spot.first);
+  }
+
+  template <class T>
+  static __device__ void store(void* data, DType, int64_t first, const Quad& quad, const T* values) {
+    if (quad.empty()) return;
+    Pack<S, kQuad> pack;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) pack.set(i, values[i]);
+    pack.store(static_cast<S*>(data) + first);
+  }
+
+  static bool fits(const Shape& shape, const View& view) {
+    return Vectors<S>::fits(shape, view) && (view.data == nullptr || view.dense);
+  }
+  using Vectors<S>::fits;
+};
+
 // Any types, strides and alignment, one element at a time.
 struct Elements {
-  static constexpr bool kAligned = false;
+  static constexpr bool kAligned = false, kDense = false;
 
   template <class T>
   struct Loaded {
@@ -164,6 +191,19 @@ struct Share {
   static constexpr int kQuads = Access::kAligned ? Quads : 1;
   static constexpr int kThreads = Access::kAligned ? Threads : Threads / 2;
 };
+
+// Calls f with a number of the arithmetic's type and the best access of which `fits` says that the operands allow it.
+template <class Fits, class F>
+void with_access(bool compute_double, Fits fits, F f) {
+  if (compute_double) return f(0.0, Elements());
+  if (fits(Dense<float>())) return f(0.0f, Dense<float>());
+  if (fits(Vectors<float>())) return f(0.0f, Vectors<float>());
+  if (fits(Dense<__nv_bfloat16>())) return f(0.0f, Dense<__nv_bfloat16>());
+  if (fits(Vectors<__nv_bfloat16>())) return f(0.0f, Vectors<__nv_bfloat16>());
+  if (fits(Dense<__half>())) return f(0.0f, Dense<__half>());
+  if (fits(Vectors<__half>())) return f(0.0f, Vectors<__half>());
+  f(0.0f, Elements());
+}
 
 inline constexpr int kFlatThreads = 128;
 

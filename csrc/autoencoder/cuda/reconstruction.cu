@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kTileThreads, Work<Access>::kThreads / kTileTh
     forward_kernel(const __grid_constant__ ReconstructionForward args) {
   constexpr int kQuads = Work<Access>::kQuads;
   __shared__ T shared[kRowTile];
-  const TileRange range(args.tiles, blockIdx.x);
-  const int passes = range.passes<kQuads>();
+  const TileRange<Access> range(args.tiles, blockIdx.x);
+  const int passes = range.template passes<kQuads>();
   for (int pass = 0; pass < passes; ++pass) {
     Operands<T, Access> in[kQuads] = {};
 #pragma unroll
@@ -193,22 +193,22 @@ __global__ void __launch_bounds__(kFlatThreads, Work<Access>::kThreads / kFlatTh
 
 // --- which kernel -------------------------------------------------------------------------------------------------
 
-template <class S>
+template <class Access>
 bool operands_fit(const Reconstruction& args) {
-  return Vectors<S>::fits(args.shape, args.input) && Vectors<S>::fits(args.shape, args.target) &&
-         Vectors<S>::fits(args.shape, args.logvar) && Vectors<S>::fits(args.shape, args.weight);
+  return Access::fits(args.shape, args.input) && Access::fits(args.shape, args.target) &&
+         Access::fits(args.shape, args.logvar) && Access::fits(args.shape, args.weight);
 }
 
-template <class S>
+template <class Access>
 bool fits(const ReconstructionForward& args) {
-  return operands_fit<S>(args) && is_aligned<float, kQuad>(args.loss);
+  return operands_fit<Access>(args) && TileRange<Access>::fits(args.tiles) && is_aligned<float, kQuad>(args.loss);
 }
 
-template <class S>
+template <class Access>
 bool fits(const ReconstructionBackward& args) {
-  return operands_fit<S>(args) && Vectors<float>::fits(args.shape, args.grad) &&
-         Vectors<S>::fits(args.grad_input, args.grad_input_dtype) &&
-         Vectors<S>::fits(args.grad_target, args.grad_target_dtype) && is_aligned<float, kQuad>(args.grad_logvar) &&
+  return operands_fit<Access>(args) && Vectors<float>::fits(args.shape, args.grad) &&
+         Access::fits(args.grad_input, args.grad_input_dtype) &&
+         Access::fits(args.grad_target, args.grad_target_dtype) && is_aligned<float, kQuad>(args.grad_logvar) &&
          is_aligned<float, kQuad>(args.grad_weight);
 }
 
@@ -225,11 +225,9 @@ void start(const ReconstructionBackward& args, void* stream) {
 
 template <class Args>
 void run(const Args& args, void* stream) {
-  if (args.compute_double) start<double, Elements>(args, stream);
-  else if (fits<float>(args)) start<float, Vectors<float>>(args, stream);
-  else if (fits<__nv_bfloat16>(args)) start<float, Vectors<__nv_bfloat16>>(args, stream);
-  else if (fits<__half>(args)) start<float, Vectors<__half>>(args, stream);
-  else start<float, Elements>(args, stream);
+  with_access(
+      args.compute_double, [&](auto access) { return fits<decltype(access)>(args); },
+      [&](auto type, auto access) { start<decltype(type), decltype(access)>(args, stream); });
 }
 
 }  // namespace

@@ -48,13 +48,14 @@ __device__ inline void sum_rows(const T* values, int rows, int rows_per_tile, in
 }
 
 // The elements of a tile, and the way from their values to its sums: through shared memory of kRowTile numbers.
+template <class Access>
 struct TileRange {
   int64_t row, begin;  // number of its first sum; its first element
   int rows = 1, rows_per_tile, width, count;
   bool quads_in_rows;  // every quad is whole and of one row, and its sum is formed in registers
 
   __device__ TileRange(const RowTiles& tiles, int64_t t)
-      : rows_per_tile(static_cast<int>(tiles.rows_per_tile)), quads_in_rows(tiles.cols % kQuad == 0) {
+      : rows_per_tile(static_cast<int>(tiles.rows_per_tile)), quads_in_rows(Access::kDense || tiles.cols % kQuad == 0) {
     if (tiles.tiles_per_row > 1) {
       const int64_t whole = divide(t, tiles.tiles_per_row), within = (t - whole * tiles.tiles_per_row) * kRowTile;
       begin = whole * tiles.cols + within;
@@ -69,6 +70,8 @@ struct TileRange {
     }
     count = rows * width;
   }
+
+  static bool fits(const RowTiles& tiles) { return !Access::kDense || tiles.cols % kQuad == 0; }
 
   // The number of passes over the tile, of `kQuads` quads a thread each: one more for one thread where it begins inside
   // a quad.
@@ -104,7 +107,7 @@ struct TileRange {
   }
 
  private:
-  __device__ int lead() const { return static_cast<int>(begin) & (kQuad - 1); }
+  __device__ int lead() const { return Access::kDense ? 0 : static_cast<int>(begin) & (kQuad - 1); }
 };
 
 }  // namespace lect11ext::cuda

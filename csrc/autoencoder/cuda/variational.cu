@@ -71,9 +71,11 @@ __global__ void __launch_bounds__(kTileThreads, Work<Access, PriorGiven>::kThrea
     forward_kernel(const __grid_constant__ GaussianForward args) {
   constexpr int kQuads = Work<Access, PriorGiven>::kQuads;
   __shared__ T shared[kRowTile];
-  const TileRange range(args.tiles, blockIdx.x);
+  const TileRange<Access> range(args.tiles, blockIdx.x);
   const uint64_t seed = static_cast<uint64_t>(args.key[0]), offset = static_cast<uint64_t>(args.key[1]);
-  const int passes = range.passes<kQuads>();
+  const int passes = range.template passes<kQuads>();
+  const int64_t total = args.samples * args.shape.numel;
+  const T free_bits = T(args.free_bits);
   for (int pass = 0; pass < passes; ++pass) {
     Operands<T, Access, PriorGiven> in[kQuads];
 #pragma unroll
@@ -81,6 +83,15 @@ __global__ void __launch_bounds__(kTileThreads, Work<Access, PriorGiven>::kThrea
       const Quad quad = range.quad(pass * kQuads + j);
       if (!quad.empty()) in[j].load(args, Spot(args.shape, quad.first), quad);
     }
+    // Of the first sample before operands are used: it is drawn while they come.
+    T noise[kQuads][kQuad];
+    const auto draw = [&](int64_t sample) {
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        four_normals<Access::kAligned>(seed, offset, sample + range.quad(pass * kQuads + j).first, noise[j]);
+      }
+    };
+    if (total > 0) draw(0);
     T scale[kQuads][kQuad];
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
@@ -93,26 +104,24 @@ __global__ void __launch_bounds__(kTileThreads, Work<Access, PriorGiven>::kThrea
         scale[j][i] = e.scale;
         kl[i] = e.kl;
       }
-      if (args.free_bits > 0) {
+      if (free_bits > T(0)) {
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) kl[i] = kl[i] < T(args.free_bits) ? T(args.free_bits) : kl[i];
+        for (int i = 0; i < kQuad; ++i) kl[i] = kl[i] < free_bits ? free_bits : kl[i];
       }
       if (args.kl_elements) Arithmetic<Access, T>::store(args.kl, kDType<T>, quad.first, quad, kl);
       else range.put(quad, kl, shared);
     }
-    for (int64_t sample = 0; sample < args.samples * args.shape.numel; sample += args.shape.numel) {
-      T z[kQuads][kQuad];
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        four_normals<Access::kAligned>(seed, offset, sample + range.quad(pass * kQuads + j).first, z[j]);
-      }
+    for (int64_t sample = 0; sample < total;) {
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
         const Quad quad = range.quad(pass * kQuads + j);
+        T z[kQuad];
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) z[j][i] = std::fma(scale[j][i], z[j][i], T(in[j].mean[i]));
-        Access::store(args.z, args.z_dtype, sample + quad.first, quad, z[j]);
+        for (int i = 0; i < kQuad; ++i) z[i] = std::fma(scale[j][i], noise[j][i], T(in[j].mean[i]));
+        Access::store(args.z, args.z_dtype, sample + quad.first, quad, z);
       }
+      sample += args.shape.numel;
+      if (sample < total) draw(sample);
     }
   }
   if (!args.kl_elements) range.sum(shared, static_cast<T*>(args.kl));
@@ -128,6 +137,7 @@ __global__ void __launch_bounds__(kFlatThreads, Work<Access, PriorGiven>::kThrea
   const int64_t numel = args.shape.numel;
   const FlatRange<kQuads> range(numel);
   const bool sampled = args.grad_z.data != nullptr, diverges = args.grad_kl.data != nullptr;
+  const T free_bits = T(args.free_bits);
   Operands<T, Access, PriorGiven> in[kQuads];
   typename Sums::template Loaded<T> weight[kQuads];
 #pragma unroll
@@ -175,7 +185,7 @@ __global__ void __launch_bounds__(kFlatThreads, Work<Access, PriorGiven>::kThrea
       d_prior_mean[i] = d_prior_logvar[i] = T(0);
       d_logvar[i] = sampled ? T(0.5) * e.scale * noisy[j][i] : T(0);
       // Skipped, not weighted by zero, which makes NaN of an infinite factor.
-      if (diverges && (args.free_bits <= 0 || e.kl >= T(args.free_bits))) {
+      if (diverges && (free_bits <= T(0) || e.kl >= free_bits)) {
         const T w = T(args.grad_kl_scale) * weight[j][i];
         d_mean[i] = std::fma(w, e.d_mean, d_mean[i]);
         d_logvar[i] = std::fma(w, e.d_logvar, d_logvar[i]);
@@ -208,22 +218,23 @@ __global__ void __launch_bounds__(kFlatThreads, Work<Access, PriorGiven>::kThrea
 
 // --- which kernel -------------------------------------------------------------------------------------------------
 
-template <class S>
+template <class Access>
 bool operands_fit(const Gaussian& args) {
-  return Vectors<S>::fits(args.shape, args.mean) && Vectors<S>::fits(args.shape, args.logvar) &&
-         Vectors<S>::fits(args.shape, args.prior_mean) && Vectors<S>::fits(args.shape, args.prior_logvar);
+  return Access::fits(args.shape, args.mean) && Access::fits(args.shape, args.logvar) &&
+         Access::fits(args.shape, args.prior_mean) && Access::fits(args.shape, args.prior_logvar);
 }
 
-template <class S>
+template <class Access>
 bool fits(const GaussianForward& args) {
-  return operands_fit<S>(args) && Vectors<S>::fits(args.z, args.z_dtype) && is_aligned<float, kQuad>(args.kl);
+  return operands_fit<Access>(args) && TileRange<Access>::fits(args.tiles) && Access::fits(args.z, args.z_dtype) &&
+         is_aligned<float, kQuad>(args.kl);
 }
 
-template <class S>
+template <class Access>
 bool fits(const GaussianBackward& args) {
-  return operands_fit<S>(args) && Vectors<S>::fits(args.grad_z_shape, args.grad_z) &&
-         Vectors<float>::fits(args.shape, args.grad_kl) && Vectors<S>::fits(args.grad_mean, args.grad_mean_dtype) &&
-         Vectors<S>::fits(args.grad_logvar, args.grad_logvar_dtype) && is_aligned<float, kQuad>(args.grad_prior_mean) &&
+  return operands_fit<Access>(args) && Access::fits(args.grad_z_shape, args.grad_z) &&
+         Vectors<float>::fits(args.shape, args.grad_kl) && Access::fits(args.grad_mean, args.grad_mean_dtype) &&
+         Access::fits(args.grad_logvar, args.grad_logvar_dtype) && is_aligned<float, kQuad>(args.grad_prior_mean) &&
          is_aligned<float, kQuad>(args.grad_prior_logvar);
 }
 
@@ -241,11 +252,9 @@ void start(const GaussianBackward& args, void* stream) {
 
 template <bool PriorGiven, class Args>
 void run(const Args& args, void* stream) {
-  if (args.compute_double) start<double, Elements, PriorGiven>(args, stream);
-  else if (fits<float>(args)) start<float, Vectors<float>, PriorGiven>(args, stream);
-  else if (fits<__nv_bfloat16>(args)) start<float, Vectors<__nv_bfloat16>, PriorGiven>(args, stream);
-  else if (fits<__half>(args)) start<float, Vectors<__half>, PriorGiven>(args, stream);
-  else start<float, Elements, PriorGiven>(args, stream);
+  with_access(
+      args.compute_double, [&](auto access) { return fits<decltype(access)>(args); },
+      [&](auto type, auto access) { start<decltype(type), decltype(access), PriorGiven>(args, stream); });
 }
 
 }  // namespace
