@@ -34,10 +34,10 @@ MASKS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def masked(name: str, dim: int, kind: str, **options: Any) -> Any:
-    seen = MASKS[name]()
-    size = (1, 1, QUERIES if seen.ndim == 2 else 1, KEYS)
-    case = make(dim, dtype=BF16, queries=QUERIES, keys=KEYS, mask=kind, mask_size=size, **{**ONE, **options})
+def masked(name: str, dim: int, kind: str, keys: int = KEYS, **options: Any) -> Any:
+    seen = MASKS[name]()[..., :keys].contiguous()
+    size = (1, 1, QUERIES if seen.ndim == 2 else 1, keys)
+    case = make(dim, dtype=BF16, queries=QUERIES, keys=keys, mask=kind, mask_size=size, **{**ONE, **options})
     if kind == "bool":
         case.tensors["mask"] = seen.view(size)
     else:
@@ -56,6 +56,12 @@ def check(hopper: Kernels, case: Any) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_bool(hopper: Kernels, name: str, dim: int) -> None:
     check(hopper, masked(name, dim, "bool"))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_rows_of_sixteen_bytes(hopper: Kernels, name: str) -> None:
+    """Read as such, to find which tiles have what."""
+    check(hopper, masked(name, 64, "bool", keys=688))
 
 
 @pytest.mark.parametrize("kind", ["storage", "float"])

@@ -6,7 +6,7 @@ namespace {
 constexpr int kSideThreads = 256;
 
 // Before: what is known of every query, a block for a tile of them, and zeros where blocks count.
-template <class S, int kColumns, bool kPlain>
+template <class S, int kColumns, HopperKind kKind>
 __global__ void __launch_bounds__(kSideThreads)
     hopper_prepare_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
   constexpr int kElements = 8, kLanes = kColumns / kElements;  // of sixteen bytes, of a row
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kSideThreads)
     const int64_t head = unit - batch * args.heads;
     const HopperBackwardScratch::Queries queries = scratch.queries_of(args, tile - unit * scratch.tiles);
     float lses[kQueries / kRows], corrections[kQueries / kRows];
-    bool large = !kPlain;
+    bool large = kKind == HopperKind::Scored;
 #pragma unroll
     for (int n = 0; n < kQueries / kRows; ++n) {
       const int place = n * kRows + static_cast<int>(threadIdx.x) / kLanes;
@@ -62,14 +62,14 @@ __global__ void __launch_bounds__(kSideThreads)
   }
 }
 
-template <class S, int kColumns, bool kPlain>
-__global__ void __launch_bounds__(HopperBackward<S, kColumns, kPlain>::kThreads, 1) hopper_backward_kernel(
+template <class S, int kColumns, HopperKind kKind>
+__global__ void __launch_bounds__(HopperBackward<S, kColumns, kKind>::kThreads, 1) hopper_backward_kernel(
     const __grid_constant__ AttentionBackward args, const __grid_constant__ HopperBackwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
   __shared__ int number;
   if (threadIdx.x == 0) number = atomicAdd(plan.scratch.taken, 1);
   __syncthreads();
-  using Kernel = HopperBackward<S, kColumns, kPlain>;
+  using Kernel = HopperBackward<S, kColumns, kKind>;
   const typename Kernel::Own own = Kernel::find(args, plan, number);
   const Sequence sequence(args, own.sequence);
   if (own.tile * Kernel::kKeys >= sequence.keys) return;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(HopperBackward<S, kColumns, kPlain>::kThreads,
 template <class S, int kColumns>
 __global__ void __launch_bounds__(kSideThreads)
     hopper_round_kernel(const __grid_constant__ AttentionBackward args, const HopperBackwardScratch scratch) {
-  using Kernel = HopperBackward<S, kColumns, true>;
+  using Kernel = HopperBackward<S, kColumns, HopperKind::Plain>;
   constexpr int kPieces = Kernel::kSums / 16;
   const int64_t pieces = scratch.units * scratch.tiles * kPieces, step = int64_t{gridDim.x} * kSideThreads;
   for (int64_t i = int64_t{blockIdx.x} * kSideThreads + threadIdx.x; i < pieces; i += step) {
@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kSideThreads)
   }
 }
 
-template <class S, int kColumns, bool kPlain>
+template <class S, int kColumns, HopperKind kKind>
 HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
-  using Kernel = HopperBackward<S, kColumns, kPlain>;
+  using Kernel = HopperBackward<S, kColumns, kKind>;
   HopperRun result{};
   const Span queries = queries_of_use(args), keys = keys_of_use(args);
   HopperBackwardPlan plan{};
@@ -148,10 +148,10 @@ HopperRun run(const AttentionBackward& args, void* scratch, void* stream) {
   plan.order = BlockOrder::of(args, plan.tiles.count(), args.batch * args.kv_heads,
                               4 * args.queries * kColumns * (args.heads / args.kv_heads), 1);
   const int64_t rows = plan.scratch.rows(kColumns);
-  launch(hopper_prepare_kernel<S, kColumns, kPlain>, grid_stride_blocks(plan.scratch.units * plan.scratch.tiles, 1),
+  launch(hopper_prepare_kernel<S, kColumns, kKind>, grid_stride_blocks(plan.scratch.units * plan.scratch.tiles, 1),
          kSideThreads, 0, stream, args, plan.scratch);
-  reserve_shared(hopper_backward_kernel<S, kColumns, kPlain>);
-  launch(hopper_backward_kernel<S, kColumns, kPlain>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream,
+  reserve_shared(hopper_backward_kernel<S, kColumns, kKind>);
+  launch(hopper_backward_kernel<S, kColumns, kKind>, plan.order.blocks(), Kernel::kThreads, Kernel::kBytes, stream,
          args, plan);
   if (args.grad_query != nullptr) {
     launch(hopper_round_kernel<S, kColumns>, grid_stride_blocks(rows * kColumns / 16, kSideThreads), kSideThreads, 0,
@@ -183,8 +183,8 @@ int64_t hopper_scratch(const AttentionBackward& args) {
 
 HopperRun hopper_backward(const AttentionBackward& args, void* scratch, void* stream) {
   if (!takes(args)) return {};
-  return with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
-    return run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
+  return with_hopper_kernel(args, [&](auto* type, auto columns, auto kind) {
+    return run<std::remove_pointer_t<decltype(type)>, columns, kind>(args, scratch, stream);
   });
 }
 

@@ -23,8 +23,9 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 // Registers of a thread: 128 of sums at 128 columns, 64 of 64 × 64 scores and derivatives, 32 of both as left operands,
 // 32 of queries' gradients. At 64 columns a step has 128 queries, taken by halves, so that each warpgroup has 64 × 64
 // of the queries' gradients as its part of that product, as it has half of the columns at 128.
-template <class S, int kColumns, bool kPlain>
-struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
+template <class S, int kColumns, HopperKind kKind>
+struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain> {
+  static constexpr bool kPlain = kKind == HopperKind::Plain, kProducts = kKind != HopperKind::Scored;
   using Base = HopperBackwardSteps<kColumns, kPlain>;
   using Base::args, Base::plan, Base::sequence, Base::kKeys, Base::kQueries, Base::kHalf;
   using Base::first_step, Base::after, Base::is_over, Base::seen_between, Base::seen_from, Base::query_of,
@@ -140,7 +141,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
-  __device__ float kept() const { return kPlain ? 1.0f : static_cast<float>(kept_weight(args)); }
+  __device__ float kept() const { return kProducts ? 1.0f : static_cast<float>(kept_weight(args)); }
 
   // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but of a
   // tile with an lse so large that these would lose its digits: there they are differences, as of the options' kernel.
@@ -178,6 +179,17 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
       const int column = query + 2 * lane.q;
       keep_between(sums, i, key - sequence.right - column, own < sequence.keys ? key + sequence.left - column : -1,
                    0.0f);
+    }
+  }
+
+  // The same, or what a mask bars.
+  __device__ void bar(float (&sums)[kTiles][4], const typename HopperBackwardOptions<S>::Marks& marks, int query,
+                      int own_row, const GroupLane& lane) const {
+    if constexpr (kPlain) {
+      cut(sums, query, own_row, lane);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) sums[i / 4][i % 4] = marks.counts(i) ? sums[i / 4][i % 4] : 0.0f;
     }
   }
 
@@ -237,7 +249,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
     Numbers lses[kHalves];
     bool exact = false;
     const auto read_lses = [&](int n) {
-      if (!kPlain) return;  // for want of registers
+      if (!kProducts) return;  // for want of registers
       exact = is_exact(n);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) read(lses[half], numbers(lses_at(n), half, lane));
@@ -256,7 +268,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const int query = query_of(step, half);
-        const bool whole = kPlain && unknown(all_see(sequence, query, kHalf, first_key + own_row, kGroupRows)) != 0;
+        bool whole = kPlain && unknown(all_see(sequence, query, kHalf, first_key + own_row, kGroupRows)) != 0;
         float grads[kTiles][4];
         Numbers corrections;
         auto& scores = all[half];
@@ -266,26 +278,27 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kPlain> {
         wgmma_commit();
         typename HopperBackwardOptions<S>::Marks marks;
         const HopperBackwardOptions<S> options{args, sequence, plan.mask_tiles, plan.mask_pairs};
-        if constexpr (kPlain) {
+        if constexpr (kProducts) {
+          if (!kPlain) whole = options.find(marks, step.head, query, first_key + own_row, lane);
           weigh(scores, lses[half], exact);
-          if (!whole) cut(scores, query, own_row, lane);
+          if (!whole) bar(scores, marks, query, own_row, lane);
         } else {
           options.weigh(scores, marks, numbers(lses_at(n), half, lane), step.head, query, first_key + own_row, lane);
         }
         if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
-        if constexpr (kPlain) to_weights<S>(weights, scores);
+        if constexpr (kProducts) to_weights<S>(weights, scores);
         else to_weights<S>(weights, scores, [&](int i) { return marks.keeps(i); });
         pin(weights);
         pin(value_sums);
-        if (kPlain) read(corrections, numbers(corrections_at(n), half, lane));
+        if (kProducts) read(corrections, numbers(corrections_at(n), half, lane));
         wgmma_fence();
         start_columns<S, HalfTile>(value_sums, weights, half_at(n, 1, half));
         wgmma_commit();
         wgmma_wait<1>();
         pin(grads);
-        if constexpr (kPlain) {
+        if constexpr (kProducts) {
           derive(grads, scores, corrections);
-          if (!whole) cut(grads, query, own_row, lane);
+          if (!whole) bar(grads, marks, query, own_row, lane);
         } else {
           options.derive(grads, scores, marks, numbers(corrections_at(n), half, lane));
         }

@@ -24,6 +24,24 @@ struct HopperBackwardOptions {
     __device__ bool keeps(int i) const { return (kept >> i & 1) != 0; }
   };
 
+  // Of a bool mask and the window, what is seen; whether that is all.
+  __device__ bool find(Marks& marks, int head, int query, int key, const GroupLane& lane) const {
+    const int state =
+        args.mask.type == MaskType::None ? MaskTiles::kSeen : mask_tiles.state<1, 1>(sequence.batch, head, query, key);
+    const bool whole = state == MaskTiles::kSeen && query + kQueries <= sequence.queries &&
+                       all_see(sequence, query, kQueries, key, kGroupRows);
+    if (whole) return true;
+    marks.seen = 0;
+    if ((state & MaskTiles::kSeen) == 0) return false;
+    const Scores<S, true> options{args, sequence, mask_pairs};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const LaneRow row = options.row(head, query + 2 * lane.q, key + lane.row + 8 * r);
+      marks.seen |= options.template seen<kTiles, true>(row) << (16 * r);
+    }
+    return false;
+  }
+
   // Products become weights, zero where a query does not see the key.
   __device__ void weigh(float (&scores)[kTiles][4], Marks& marks, const float* lses, int head, int query, int key,
                         const GroupLane& lane) const {

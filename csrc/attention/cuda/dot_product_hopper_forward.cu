@@ -3,11 +3,11 @@
 namespace lect11ext::cuda {
 namespace {
 
-template <class S, int kColumns, bool kPlain>
-__global__ void __launch_bounds__(HopperForward<S, kColumns, kPlain>::kThreads, 1) hopper_forward_kernel(
+template <class S, int kColumns, HopperKind kKind>
+__global__ void __launch_bounds__(HopperForward<S, kColumns, kKind>::kThreads, 1) hopper_forward_kernel(
     const __grid_constant__ AttentionForward args, const __grid_constant__ HopperForwardPlan plan) {
 #if LECT11EXT_HOPPER_CODE
-  HopperForward<S, kColumns, kPlain>(args, plan).run();
+  HopperForward<S, kColumns, kKind>(args, plan).run();
 #endif
 }
 
@@ -17,9 +17,9 @@ bool is_cut(const AttentionForward& args, int64_t blocks) {
   return args.keys > kFewKeys && kPart * blocks < device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
-template <class S, int kColumns, bool kPlain>
+template <class S, int kColumns, HopperKind kKind>
 HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
-  using Kernel = HopperForward<S, kColumns, kPlain>;
+  using Kernel = HopperForward<S, kColumns, kKind>;
   HopperForwardPlan plan{};
   plan.tiles = tiles_of_head(args, args.query_starts, args.queries, Kernel::kQueries);
   const int64_t tiles = plan.tiles.count(), units = args.batch * args.heads;
@@ -41,9 +41,9 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   plan.mask_tiles = MaskTiles::of(args, static_cast<char*>(scratch) + kFlagBytes);
   find_mask_tiles<S>(args, plan.mask_tiles, stream);
   plan.order = BlockOrder::of(args, tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
-  reserve_shared(hopper_forward_kernel<S, kColumns, kPlain>);
+  reserve_shared(hopper_forward_kernel<S, kColumns, kKind>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
-  launch(hopper_forward_kernel<S, kColumns, kPlain>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes,
+  launch(hopper_forward_kernel<S, kColumns, kKind>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes,
          stream, args, plan);
   return result;
 }
@@ -60,8 +60,8 @@ int64_t hopper_scratch(const AttentionForward& args) {
 
 HopperRun hopper_forward(const AttentionForward& args, void* scratch, void* stream) {
   if (!takes(args)) return {};
-  return with_hopper_kernel(args, [&](auto* type, auto columns, auto plain) {
-    return run<std::remove_pointer_t<decltype(type)>, columns, plain>(args, scratch, stream);
+  return with_hopper_kernel(args, [&](auto* type, auto columns, auto kind) {
+    return run<std::remove_pointer_t<decltype(type)>, columns, kind>(args, scratch, stream);
   });
 }
 

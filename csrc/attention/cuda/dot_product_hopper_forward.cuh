@@ -20,12 +20,13 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 //
 // A block stays on its multiprocessor and takes tile of queries after tile of queries: while the one is finished, the
 // next one's queries, keys and values come.
-template <class S, int kColumns, bool kPlain>
-struct HopperForward : HopperForwardWork<kColumns, kPlain> {
-  using Base = HopperForwardWork<kColumns, kPlain>;
-  using Base::args, Base::plan, Base::first_sequence, Base::kGroups, Base::kQueries, Base::kKeys;
+template <class S, int kColumns, HopperKind kKind>
+struct HopperForward : HopperForwardWork<kColumns, kKind> {
+  using Base = HopperForwardWork<kColumns, kKind>;
+  using Base::args, Base::plan, Base::first_sequence, Base::kPlain, Base::kGroups, Base::kQueries, Base::kKeys;
   using Base::next, Base::pass, Base::sequence_of;
   using typename Base::Work;
+  static constexpr bool kProducts = kKind != HopperKind::Scored;
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   // What shared memory has room for. Keys, which are asked for later than values, wait longest for memory.
   static constexpr int kQueryStages = 2, kKeyStages = kColumns == 64 ? 4 : 3, kValueStages = kColumns == 64 ? 4 : 2;
@@ -89,7 +90,7 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
   enum class View { None, Some, All };
 
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
-  __device__ float unit_of_scores() const { return static_cast<float>(kPlain ? args.scale * kLog2E : kLog2E); }
+  __device__ float unit_of_scores() const { return static_cast<float>(kProducts ? args.scale * kLog2E : kLog2E); }
 
   // Products become scores, −∞ where a query does not see the key.
   __device__ void finish_scores(float (&scores)[kTiles][4], const Work& work, int query, View view,
@@ -125,7 +126,7 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
   __device__ Range whole_tiles(const Work& work, int own_row) const {
     const Sequence sequence = sequence_of(work);
     const int query = work.first_query + own_row;
-    if (!kPlain && query + kGroupRows > sequence.queries) return {0, 0};
+    if (!kProducts && query + kGroupRows > sequence.queries) return {0, 0};
     const Range seen = keys_seen(sequence, query + kGroupRows - 1, query);  // by the last, and by the first
     return {seen.first, seen.last - kKeys + 1};
   }
@@ -144,14 +145,16 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
 
   // Of a thread's two rows which keys they see, likewise: masks are read while products run.
   __device__ void find_seen(uint32_t (&seen)[2], const Work& work, int own_row, View view) const {
-    if (kPlain || view != View::Some) return;
+    if (kPlain) return;
+    seen[0] = seen[1] = 0;
+    if (view != View::Some) return;
     const Sequence sequence = sequence_of(work);
     const Scores<S> options{args, sequence, plan.mask_pairs};
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const int query = work.first_query + own_row + lane.row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      seen[half] = options.template seen<kTiles>(options.row(work.head, query + 8 * half, work.key + 2 * lane.q));
+      seen[half] = options.template seen<kTiles, kProducts>(options.row(work.head, query + 8 * half, work.key + 2 * lane.q));
       seen[half] = static_cast<uint32_t>(unknown(static_cast<int>(seen[half])));
     }
   }
@@ -162,6 +165,13 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
       if (view != View::All) cut(scores, query, work.key);
+    } else if constexpr (kProducts) {
+      if (view == View::All) return;
+#pragma unroll
+      for (int i = 0; i < 4 * kTiles; ++i) {
+        const bool sees = (seen[i % 4 / 2] >> (i / 4 * 2 + i % 2) & 1) != 0;
+        scores[i / 4][i % 4] = sees ? scores[i / 4][i % 4] : -INFINITY;
+      }
     } else {
       finish_scores(scores, work, query, view, seen);
     }
@@ -169,7 +179,7 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
 
   // Of weights.
   __device__ void drop(float (&scores)[kTiles][4], const Work& work, int own_row) const {
-    if (kPlain || args.dropout_p == 0) return;
+    if (kProducts || args.dropout_p == 0) return;
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const int low = work.first_query + own_row + lane.row;
     drop_weights(scores, Dropout(args, sequence_of(work)), work.head, low, work.head, low + 8, work.key, lane);
@@ -212,13 +222,13 @@ struct HopperForward : HopperForwardWork<kColumns, kPlain> {
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      factors[half] = sum == 0 ? 0.0f : (kPlain ? 1 : static_cast<float>(kept_weight(args))) / sum;
+      factors[half] = sum == 0 ? 0.0f : (kProducts ? 1 : static_cast<float>(kept_weight(args))) / sum;
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         const float base = rows.base[half];
         lses_of(work, sequence)[query] =
             sum == 0 ? -INFINITY
-                     : (kPlain ? rounded_product(base, static_cast<float>(args.scale)) : base) + std::log(sum);
+                     : (kProducts ? rounded_product(base, static_cast<float>(args.scale)) : base) + std::log(sum);
       }
     }
     unsigned char* const tile = shared.data + queries.stage(q) * QueryTile::kBytes;

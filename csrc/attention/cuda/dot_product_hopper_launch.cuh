@@ -42,16 +42,24 @@ inline bool needs_finite(const Attention& args) {
 // Columns of tiles, of which operands fill the first ones: TMA makes zeros of the rest.
 inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
 
-// Returns f of a null pointer of the storage type, the columns, and whether the kernel is the plain one.
+// What a kernel has code for. Plain: products, and a window. Masked: a bool mask, and sequences one behind the other,
+// besides; scores are counted in products still. Scored: all else.
+enum class HopperKind { Plain, Masked, Scored };
+template <HopperKind kKind>
+using HopperKindOf = std::integral_constant<HopperKind, kKind>;
+
+// Returns f of a null pointer of the storage type, the columns, and the kernel's kind.
 template <class F>
 HopperRun with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
-    const auto with_plain = [&](auto columns) {
-      if (is_plain(args) && args.query_starts == nullptr) return f(type, columns, std::true_type{});
-      return f(type, columns, std::false_type{});
+    const auto with_kind = [&](auto columns) {
+      if (!scores_are_products(args)) return f(type, columns, HopperKindOf<HopperKind::Scored>{});
+      const bool plain = args.mask.type == MaskType::None && args.query_starts == nullptr;
+      return plain ? f(type, columns, HopperKindOf<HopperKind::Plain>{})
+                   : f(type, columns, HopperKindOf<HopperKind::Masked>{});
     };
-    if (hopper_columns(args) == 64) return with_plain(std::integral_constant<int, 64>{});
-    return with_plain(std::integral_constant<int, 128>{});
+    if (hopper_columns(args) == 64) return with_kind(std::integral_constant<int, 64>{});
+    return with_kind(std::integral_constant<int, 128>{});
   };
   if (args.dtype == DType::BFloat16) return with_columns(static_cast<__nv_bfloat16*>(nullptr));
   return with_columns(static_cast<__half*>(nullptr));

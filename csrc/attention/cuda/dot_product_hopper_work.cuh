@@ -15,8 +15,9 @@ struct HopperForwardPlan {
   MaskTiles mask_tiles;
 };
 
-template <int kColumns, bool kPlain>
+template <int kColumns, HopperKind kKind>
 struct HopperForwardWork {
+  static constexpr bool kPlain = kKind == HopperKind::Plain;
   static constexpr int kGroups = kColumns == 64 && kPlain ? 3 : 2;  // warpgroups that compute
   static constexpr int kQueries = kGroups * kGroupRows, kKeys = 128;
 

@@ -4,6 +4,8 @@
 // of all heads where they share it.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/cuda/dot_product_score.cuh"
 
 namespace lect11ext::cuda {
@@ -108,12 +110,24 @@ struct MaskRanks {
 
 namespace {
 
-constexpr int kMaskTileThreads = 256;
+constexpr int kMaskTileThreads = 256, kPiece = 16;
 
+__device__ inline bool has_zero_byte(uint32_t word) { return ((word - 0x01010101u) & ~word & 0x80808080u) != 0; }
+
+// Whether a bool mask can be read by sixteen bytes, of one row each.
+inline bool in_pieces(const Attention& args) {
+  const int64_t* const strides = args.mask.strides;
+  return args.mask.type == MaskType::Bool && strides[3] == 1 && args.keys % kPiece == 0 &&
+         reinterpret_cast<uintptr_t>(args.mask.data) % kPiece == 0 &&
+         std::all_of(strides, strides + 3, [](int64_t stride) { return stride % kPiece == 0; });
+}
+
+// `pieces`: a thread has sixteen bytes, and not every kMaskTileThreads-th element.
 template <class T>
 __global__ void __launch_bounds__(kMaskTileThreads)
-    mask_tiles_kernel(const __grid_constant__ Attention args, const __grid_constant__ MaskTiles tiles) {
-  constexpr int kSize = MaskTiles::kSize;
+    mask_tiles_kernel(const __grid_constant__ Attention args, const __grid_constant__ MaskTiles tiles, bool pieces) {
+  constexpr int kSize = MaskTiles::kSize, kPieces = kSize / kPiece;
+  static_assert(kMaskTileThreads * kPiece == kSize * kSize);
   const auto* const mask = static_cast<const T*>(args.mask.data);
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const int64_t line = divide(i, tiles.columns), column = i - line * tiles.columns;
@@ -122,7 +136,19 @@ __global__ void __launch_bounds__(kMaskTileThreads)
     const int64_t first = batch * args.mask.strides[0] + head * args.mask.strides[1];
     const int64_t rows = args.mask.strides[2] == 0 ? 1 : args.queries;
     bool seen = false, barred = false;
-    for (int e = static_cast<int>(threadIdx.x); e < kSize * kSize; e += kMaskTileThreads) {
+    if (pieces) {
+      const int64_t query = row * kSize + static_cast<int>(threadIdx.x) / kPieces;
+      const int64_t key = column * kSize + static_cast<int>(threadIdx.x) % kPieces * kPiece;
+      if (query < rows && key < args.keys) {
+        const uint4 words = __ldg(reinterpret_cast<const uint4*>(mask + first + query * args.mask.strides[2] + key));
+#pragma unroll
+        for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+          seen |= word != 0;
+          barred |= has_zero_byte(word);
+        }
+      }
+    }
+    for (int e = pieces ? kSize * kSize : static_cast<int>(threadIdx.x); e < kSize * kSize; e += kMaskTileThreads) {
       const int64_t query = row * kSize + e / kSize, key = column * kSize + e % kSize;
       if (query >= rows || key >= args.keys) continue;
       const T x = mask[first + query * args.mask.strides[2] + key * args.mask.strides[3]];
@@ -174,7 +200,8 @@ template <class S>
 void find_mask_tiles(const Attention& args, const MaskTiles& tiles, void* stream) {
   if (!tiles.known()) return;
   const dim3 blocks = grid_stride_blocks(tiles.count(), 1);
-  const auto start = [&](auto* kernel) { launch(kernel, blocks, kMaskTileThreads, 0, stream, args, tiles); };
+  const bool pieces = in_pieces(args);
+  const auto start = [&](auto* kernel) { launch(kernel, blocks, kMaskTileThreads, 0, stream, args, tiles, pieces); };
   if (args.mask.type == MaskType::Bool) start(mask_tiles_kernel<uint8_t>);
   else if (args.mask.type == MaskType::Float) start(mask_tiles_kernel<float>);
   else start(mask_tiles_kernel<S>);

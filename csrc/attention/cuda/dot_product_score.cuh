@@ -137,12 +137,13 @@ struct Scores {
     return bits;
   }
 
-  template <int kTiles>
+  // kOfBool: the mask, if there is one, is known to be a bool.
+  template <int kTiles, bool kOfBool = false>
   __device__ uint32_t seen(const LaneRow& row) const {
     const uint32_t window = in_window<kTiles>(row);
     if (args.mask.type == MaskType::None) return window;
     uint32_t bits = window;
-    if (args.mask.type == MaskType::Bool) {
+    if (kOfBool || args.mask.type == MaskType::Bool) {
       each_of_mask<kTiles, uint8_t>(row, window, [&](int i, uint8_t x) { bits &= x != 0 ? ~0u : ~(1u << i); });
     } else {
       each_added<kTiles>(row, window, [&](int i, C x) { bits &= x != -infinity<C>() ? ~0u : ~(1u << i); });
@@ -283,12 +284,15 @@ class Dropout {
   uint64_t seed_ = 0, first_ = 0, blocks_of_row_ = 0, threshold_ = 0;
 };
 
-// Whether scores are products times a positive scale, and nothing is dropped.
-inline bool is_plain(const Attention& args) {
+// Whether scores are products times a positive scale, some of them barred, and nothing is dropped.
+inline bool scores_are_products(const Attention& args) {
   constexpr double kLeastScale = 1e-30;  // one that a float holds
-  return args.mask.type == MaskType::None && args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0 &&
+  return args.mask.type <= MaskType::Bool && args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0 &&
          args.scale > kLeastScale;
 }
+
+// The same without a mask.
+inline bool is_plain(const Attention& args) { return scores_are_products(args) && args.mask.type == MaskType::None; }
 
 // What is dropped of weights becomes zero: rows are queries, as keep_of_queries has them.
 template <int kTiles, class C, class Lane>
