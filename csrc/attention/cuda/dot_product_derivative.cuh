@@ -165,7 +165,7 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
             keep = dropout.keep_of_keys(spot.head, column, spot.first_row + 16 * m, lane);
           } else {
             const int low = spot.row(m, 0, lane);
-            keep = dropout.keep_of_queries(spot.head, low, spot.head, low + 8, column, lane);
+            keep = dropout.keep_of_queries(spot.head, low, low + 8, column, lane);
           }
         }
 #pragma unroll

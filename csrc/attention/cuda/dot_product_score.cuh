@@ -229,59 +229,77 @@ struct Scores {
 
 // --- dropout ------------------------------------------------------------------------------------------------------
 
-// The uniform words of tiles of 16 × 8, made by whole warps: each block of four words once.
+// The uniform words of tiles of 16 × 8, made by whole warps: each block of four words, of four keys, once.
 class Dropout {
  public:
-  __device__ Dropout(const Attention& args, const Sequence& sequence) : heads_(args.heads) {
+  __device__ Dropout(const Attention& args, const Sequence& sequence) {
     if (args.dropout_p <= 0) return;
     seed_ = static_cast<uint64_t>(args.dropout_key[0]);
     blocks_of_row_ = (static_cast<uint64_t>(args.keys) + 3) / 4;
     queries_ = args.queries;
     first_ = static_cast<uint64_t>(args.dropout_key[1]) +
-             static_cast<uint64_t>(sequence.batch * heads_ * queries_ + sequence.first_query) * blocks_of_row_;
-    threshold_ = static_cast<uint64_t>(ceil(args.dropout_p * 0x1p32));
+             static_cast<uint64_t>(sequence.batch * args.heads * queries_ + sequence.first_query) * blocks_of_row_;
+    // p = 1 drops what no word is: all of them by a factor of zero.
+    threshold_ = static_cast<uint32_t>(fmin(ceil(args.dropout_p * 0x1p32), 0x1p32 - 1));
   }
 
-  // Four bits, one for each element of the lane: rows are queries `low` and `high` of heads low_head and high_head,
-  // columns keys from `first_key` on, a multiple of eight.
+  __device__ bool keeps(uint32_t word) const { return word >= threshold_; }
+
+  // A lane's place in a row of a head's queries: of two rows that it has elements of, an even lane draws for `low`, and
+  // its odd neighbour for `high`.
   template <class Lane>
-  __device__ uint32_t keep_of_queries(int low_head, int low, int high_head, int high, int first_key,
-                                      const Lane& lane) const {
-    const bool odd = lane.q % 2 != 0;  // an odd lane draws for row g + 8, its neighbour for row g
-    const PhiloxBlock mine = draw(odd ? high_head : low_head, odd ? high : low, first_key + 2 * lane.q);
-    const uint32_t other_0 = __shfl_xor_sync(~0u, odd ? mine.x[0] : mine.x[2], 1);
-    const uint32_t other_1 = __shfl_xor_sync(~0u, odd ? mine.x[1] : mine.x[3], 1);
-    const uint32_t own = keeps(odd ? mine.x[2] : mine.x[0]) | keeps(odd ? mine.x[3] : mine.x[1]) << 1;
-    const uint32_t other = keeps(other_0) | keeps(other_1) << 1;
-    return odd ? other | own << 2 : own | other << 2;
+  __device__ uint64_t place(int low_head, int low, int high_head, int high, const Lane& lane) const {
+    return lane.q % 2 == 0 ? place(low_head, low, 2 * lane.q) : place(high_head, high, 2 * lane.q);
+  }
+
+  // The words of the lane's four elements of queries × keys from `first_key` on, a multiple of eight.
+  template <class Lane>
+  __device__ void words(uint32_t (&words)[4], uint64_t place, int first_key, const Lane& lane) const {
+    const PhiloxBlock mine = philox(seed_, place + static_cast<uint64_t>(first_key) / 4);
+    const bool odd = lane.q % 2 != 0;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? mine.x[e] : mine.x[2 + e], 1);
+      words[e] = odd ? other : mine.x[e];
+      words[2 + e] = odd ? mine.x[2 + e] : other;
+    }
+  }
+
+  // Four bits, one for each element of the lane: rows are queries `low` and `high`.
+  template <class Lane>
+  __device__ uint32_t keep_of_queries(int head, int low, int high, int first_key, const Lane& lane) const {
+    uint32_t of[4], keep = 0;
+    words(of, place(head, low, head, high, lane), first_key, lane);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) keep |= keeps(of[e]) ? 1u << e : 0;
+    return keep;
   }
 
   // The same where rows are keys from `first_key` on, a multiple of sixteen, and columns queries from `first_query` on.
   template <class Lane>
   __device__ uint32_t keep_of_keys(int head, int first_query, int first_key, const Lane& lane) const {
-    // Of the lanes whose keys share a block, each draws for one of the four elements.
-    const int word = lane.g % 4, quad = lane.lane - 4 * word;
-    const PhiloxBlock mine = draw(head, first_query + 2 * lane.q + word % 2, first_key + 8 * (word / 2) + lane.g);
-    uint32_t keep = 0;
+    // Of the four lanes whose keys share a block, each draws for one of the four elements, and all learn of all.
+    const int word = lane.g % 4;
+    const PhiloxBlock mine =
+        philox(seed_, place(head, first_query + 2 * lane.q + word % 2, first_key + 8 * (word / 2) + lane.g));
+    uint32_t drawn = 0;
 #pragma unroll
-    for (int turn = 0; turn < 4; ++turn) {
-      const int to = (word + turn) % 4, from = (word - turn) & 3;
-      const uint32_t given = to == 0 ? mine.x[0] : to == 1 ? mine.x[1] : to == 2 ? mine.x[2] : mine.x[3];
-      keep |= keeps(__shfl_sync(~0u, given, quad + 4 * from)) << from;
-    }
-    return keep;
+    for (int w = 0; w < 4; ++w) drawn |= keeps(mine.x[w]) ? 1u << w : 0;
+    drawn <<= 4 * word;
+    drawn |= __shfl_xor_sync(~0u, drawn, 4);
+    drawn |= __shfl_xor_sync(~0u, drawn, 8);
+    const uint32_t own = drawn >> word & 0x1111;
+    return (own | own >> 3 | own >> 6 | own >> 9) & 15;
   }
 
  private:
-  __device__ uint32_t keeps(uint32_t word) const { return word >= threshold_ ? 1 : 0; }
-
-  __device__ PhiloxBlock draw(int head, int query, int key) const {
-    return philox(seed_, first_ + static_cast<uint64_t>(head * queries_ + query) * blocks_of_row_ +
-                             static_cast<uint64_t>(key) / 4);
+  __device__ uint64_t place(int head, int query, int key) const {
+    return first_ + static_cast<uint64_t>(head * queries_ + query) * blocks_of_row_ + static_cast<uint64_t>(key) / 4;
   }
 
-  int64_t heads_, queries_ = 0;
-  uint64_t seed_ = 0, first_ = 0, blocks_of_row_ = 0, threshold_ = 0;
+  int64_t queries_ = 0;
+  uint64_t seed_ = 0, first_ = 0, blocks_of_row_ = 0;
+  uint32_t threshold_ = 0;
 };
 
 // Whether scores are products times a positive scale, some of them barred, and nothing is dropped.
@@ -294,15 +312,17 @@ inline bool scores_are_products(const Attention& args) {
 // The same without a mask.
 inline bool is_plain(const Attention& args) { return scores_are_products(args) && args.mask.type == MaskType::None; }
 
-// What is dropped of weights becomes zero: rows are queries, as keep_of_queries has them.
+// What is dropped of weights becomes zero: rows are queries, the lane's are `low` and `high`.
 template <int kTiles, class C, class Lane>
 __device__ inline void drop_weights(C (&weights)[kTiles][4], const Dropout& dropout, int low_head, int low,
                                     int high_head, int high, int first_key, const Lane& lane) {
+  const uint64_t place = dropout.place(low_head, low, high_head, high, lane);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const uint32_t keep = dropout.keep_of_queries(low_head, low, high_head, high, first_key + 8 * n, lane);
+    uint32_t words[4];
+    dropout.words(words, place, first_key + 8 * n, lane);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) weights[n][e] = keep >> e & 1 ? weights[n][e] : C(0);
+    for (int e = 0; e < 4; ++e) weights[n][e] = dropout.keeps(words[e]) ? weights[n][e] : C(0);
   }
 }
 
