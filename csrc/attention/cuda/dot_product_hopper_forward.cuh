@@ -179,7 +179,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
 
   // Of weights.
   __device__ void drop(float (&scores)[kTiles][4], const Work& work, int own_row) const {
-    if (kProducts || args.dropout_p == 0) return;
+    if (kPlain || args.dropout_p == 0) return;
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const int low = work.first_query + own_row + lane.row;
     drop_weights(scores, Dropout(args, sequence_of(work)), work.head, low, work.head, low + 8, work.key, lane);
@@ -222,7 +222,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      factors[half] = sum == 0 ? 0.0f : (kProducts ? 1 : static_cast<float>(kept_weight(args))) / sum;
+      factors[half] = sum == 0 ? 0.0f : (kPlain ? 1 : static_cast<float>(kept_weight(args))) / sum;
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         const float base = rows.base[half];

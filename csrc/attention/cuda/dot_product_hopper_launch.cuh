@@ -42,8 +42,8 @@ inline bool needs_finite(const Attention& args) {
 // Columns of tiles, of which operands fill the first ones: TMA makes zeros of the rest.
 inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
 
-// What a kernel has code for. Plain: products, and a window. Masked: a bool mask, and sequences one behind the other,
-// besides; scores are counted in products still. Scored: all else.
+// What a kernel has code for. Plain: products, and a window. Masked: a bool mask, dropout, and sequences one behind the
+// other besides; scores are counted in products still. Scored: all else.
 enum class HopperKind { Plain, Masked, Scored };
 template <HopperKind kKind>
 using HopperKindOf = std::integral_constant<HopperKind, kKind>;
@@ -54,9 +54,8 @@ HopperRun with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
     const auto with_kind = [&](auto columns) {
       if (!scores_are_products(args)) return f(type, columns, HopperKindOf<HopperKind::Scored>{});
-      const bool plain = args.mask.type == MaskType::None && args.query_starts == nullptr;
-      return plain ? f(type, columns, HopperKindOf<HopperKind::Plain>{})
-                   : f(type, columns, HopperKindOf<HopperKind::Masked>{});
+      return is_plain(args) && args.query_starts == nullptr ? f(type, columns, HopperKindOf<HopperKind::Plain>{})
+                                                            : f(type, columns, HopperKindOf<HopperKind::Masked>{});
     };
     if (hopper_columns(args) == 64) return with_kind(std::integral_constant<int, 64>{});
     return with_kind(std::integral_constant<int, 128>{});

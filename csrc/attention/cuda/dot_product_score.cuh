@@ -302,15 +302,17 @@ class Dropout {
   uint32_t threshold_ = 0;
 };
 
-// Whether scores are products times a positive scale, some of them barred, and nothing is dropped.
+// Whether scores are products times a positive scale, some of them barred.
 inline bool scores_are_products(const Attention& args) {
   constexpr double kLeastScale = 1e-30;  // one that a float holds
-  return args.mask.type <= MaskType::Bool && args.alibi_slopes == nullptr && args.softcap == 0 && args.dropout_p <= 0 &&
+  return args.mask.type <= MaskType::Bool && args.alibi_slopes == nullptr && args.softcap == 0 &&
          args.scale > kLeastScale;
 }
 
-// The same without a mask.
-inline bool is_plain(const Attention& args) { return scores_are_products(args) && args.mask.type == MaskType::None; }
+// The same without a mask, and nothing is dropped.
+inline bool is_plain(const Attention& args) {
+  return scores_are_products(args) && args.mask.type == MaskType::None && args.dropout_p <= 0;
+}
 
 // What is dropped of weights becomes zero: rows are queries, the lane's are `low` and `high`.
 template <int kTiles, class C, class Lane>
