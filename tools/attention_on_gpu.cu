@@ -227,7 +227,7 @@ int main(int argc, char** argv) {
       {"D 128, 64/8, causal", 1, 64, 8, 16384, 16384, 128, true},
       {"D 64, bool, odd", 1, 2, 2, 200, 301, 64, false, kOpen, Option::Bool},
       {"D 128, bias, small", 1, 4, 2, 200, 300, 128, true, kOpen, Option::Bias},
-      {"D 128, dropout, small", 2, 4, 2, 200, 300, 128, true, 101, Option::Dropout},
+      {"D 128, small, dropout", 2, 4, 2, 200, 300, 128, true, 101, Option::Dropout},
       {"D 64, bool, window", 2, 4, 2, 300, 300, 64, true, 101, Option::Bool},
       {"D 128, NaN, small", 1, 4, 2, 200, 300, 128, false, kOpen, Option::Nan},
       {"D 128, left, small", 2, 4, 2, 300, 700, 128, false, kOpen, Option::Left},
