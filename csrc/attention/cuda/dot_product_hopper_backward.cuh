@@ -141,7 +141,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
-  __device__ float kept() const { return kPlain ? 1.0f : static_cast<float>(kept_weight(args)); }
+  __device__ float kept() const { return kProducts ? 1.0f : static_cast<float>(kept_weight(args)); }
 
   // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but of a
   // tile with an lse so large that these would lose its digits: there they are differences, as of the options' kernel.
@@ -245,7 +245,6 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
   __device__ void sum(float (&key_sums)[kOutTiles][4], float (&value_sums)[kOutTiles][4], Step step, int group,
                       const GroupLane& lane) const {
     const int own_row = group * kGroupRows;
-    const bool drops = !kPlain && args.dropout_p > 0;
     float all[kHalves][kTiles][4];
     Numbers lses[kHalves];
     bool exact = false;
@@ -283,12 +282,11 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
           if (!kPlain) whole = options.find(marks, step.head, query, first_key + own_row, lane);
           weigh(scores, lses[half], exact);
           if (!whole) bar(scores, marks, query, own_row, lane);
-          if (drops) options.find_kept(marks, step.head, query, first_key + own_row, lane);
         } else {
           options.weigh(scores, marks, numbers(lses_at(n), half, lane), step.head, query, first_key + own_row, lane);
         }
         if (half > 0) wgmma_wait<1>();  // for the sums of the half before, whose operands are where these come
-        if (kProducts && !drops) to_weights<S>(weights, scores);
+        if constexpr (kProducts) to_weights<S>(weights, scores);
         else to_weights<S>(weights, scores, [&](int i) { return marks.keeps(i); });
         pin(weights);
         pin(value_sums);
@@ -298,11 +296,11 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
         wgmma_commit();
         wgmma_wait<1>();
         pin(grads);
-        if (kProducts && !drops) {
+        if constexpr (kProducts) {
           derive(grads, scores, corrections);
           if (!whole) bar(grads, marks, query, own_row, lane);
         } else {
-          options.derive(grads, scores, marks, kProducts ? corrections : numbers(corrections_at(n), half, lane));
+          options.derive(grads, scores, marks, numbers(corrections_at(n), half, lane));
         }
         to_weights<S>(derivatives, grads);
         if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups
@@ -321,6 +319,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
       wgmma_wait<1>();
       pin(value_sums);
       pin(key_sums);
+      __syncwarp();  // all lanes have read what is known of the queries
       ring.release(n, lane);
       // In two forms, since ptxas has the registers for the plain kernel in this one alone.
       step = after(step);

@@ -73,16 +73,13 @@ struct HopperBackwardOptions {
         element(i) = (bits >> i & 1) != 0 ? weight : 0.0f;
       }
     }
-    if (args.dropout_p > 0) find_kept(marks, head, query, key, lane);
-  }
-
-  // Which weights dropout leaves.
-  __device__ void find_kept(Marks& marks, int head, int query, int key, const GroupLane& lane) const {
-    const Dropout dropout(args, sequence);
-    marks.kept = 0;
+    if (args.dropout_p > 0) {
+      const Dropout dropout(args, sequence);
+      marks.kept = 0;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      marks.kept |= dropout.keep_of_keys(head, query + 8 * tile, key + 16 * lane.warp, lane) << (4 * tile);
+      for (int tile = 0; tile < kTiles; ++tile) {
+        marks.kept |= dropout.keep_of_keys(head, query + 8 * tile, key + 16 * lane.warp, lane) << (4 * tile);
+      }
     }
   }
 

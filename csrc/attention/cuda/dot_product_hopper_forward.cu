@@ -60,7 +60,7 @@ int64_t hopper_scratch(const AttentionForward& args) {
 
 HopperRun hopper_forward(const AttentionForward& args, void* scratch, void* stream) {
   if (!takes(args)) return {};
-  return with_hopper_kernel(args, [&](auto* type, auto columns, auto kind) {
+  return with_hopper_kernel<HopperKind::Dropped>(args, [&](auto* type, auto columns, auto kind) {
     return run<std::remove_pointer_t<decltype(type)>, columns, kind>(args, scratch, stream);
   });
 }

@@ -27,6 +27,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
   using Base::next, Base::pass, Base::sequence_of;
   using typename Base::Work;
   static constexpr bool kProducts = kKind != HopperKind::Scored;
+  static constexpr bool kDrops = kKind == HopperKind::Dropped || kKind == HopperKind::Scored;
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   // What shared memory has room for. Keys, which are asked for later than values, wait longest for memory.
   static constexpr int kQueryStages = 2, kKeyStages = kColumns == 64 ? 4 : 3, kValueStages = kColumns == 64 ? 4 : 2;
@@ -179,7 +180,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
 
   // Of weights.
   __device__ void drop(float (&scores)[kTiles][4], const Work& work, int own_row) const {
-    if (kPlain || args.dropout_p == 0) return;
+    if (!kDrops || args.dropout_p == 0) return;
     const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
     const int low = work.first_query + own_row + lane.row;
     drop_weights(scores, Dropout(args, sequence_of(work)), work.head, low, work.head, low + 8, work.key, lane);
@@ -222,7 +223,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      factors[half] = sum == 0 ? 0.0f : (kPlain ? 1 : static_cast<float>(kept_weight(args))) / sum;
+      factors[half] = sum == 0 ? 0.0f : (kDrops ? static_cast<float>(kept_weight(args)) : 1) / sum;
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         const float base = rows.base[half];
@@ -233,23 +234,6 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
     }
     unsigned char* const tile = shared.data + queries.stage(q) * QueryTile::kBytes;
     write_rows<S, QueryTile>(out, factors, tile, own_row, lane, rows_of(work, sequence, first_row + 16 * lane.warp));
-  }
-
-  // Queries number q of which all keys are summed.
-  struct Summed {
-    Work work;
-    SoftmaxRows rows;
-    int q;
-  };
-
-  // Then `out` is free for the next ones' sums.
-  __device__ void deliver(float (&out)[kOutTiles][4], const Summed& summed, int own_row, const GroupLane& lane) const {
-    finish(out, summed.rows, summed.work, own_row, summed.q);
-    shared_is_written();
-    __syncwarp();
-    queries.release(summed.q, lane);
-#pragma unroll
-    for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
   }
 
   // The same of queries that see no key.
@@ -313,15 +297,10 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
     if (work.after != Work::kNone) keys.wait_full(n + 1);
     drop(scores, work, own_row);
     to_weights<S>(weights, scores);
-    Summed summed;  // what `out` still has of queries before
-    bool late = false;
 #pragma unroll 1
     for (;; ++n) {
       const bool ends = !pass(work);  // then the next scores are other queries'
       if (__builtin_expect(ends, 0)) {
-        // At once, of queries with one tile of keys: the next ones come into the memory of these.
-        if (late) deliver(out, summed, own_row, lane);
-        late = false;
         now = work;
         if (!go_on(work, ++round, group)) break;
         whole = whole_tiles(work, own_row);
@@ -333,19 +312,21 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
       pin(weights);
       start(scores, q, n + 1, own_row);
       view = view_of(work, own_row, whole);
-      if (__builtin_expect(late, 0)) {
-        give_turn((group + 1) % kGroups);
-        deliver(out, summed, own_row, lane);
-      }
       values.wait_full(n);
       start(out, weights, n);
-      if (!late) give_turn((group + 1) % kGroups);
+      give_turn((group + 1) % kGroups);
       find_seen(seen, work, own_row, view);
       wgmma_wait<1>();
       pin(scores);
-      late = ends;
       if (__builtin_expect(ends, 0)) {
-        summed = {now, rows, q - 1};
+        wgmma_wait<0>();
+        pin(out);
+        finish(out, rows, now, own_row, q - 1);
+        shared_is_written();
+        __syncwarp();
+        queries.release(q - 1, lane);
+#pragma unroll
+        for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = SoftmaxRows{};
       }
       score(scores, work, own_row, view, seen);
@@ -357,7 +338,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
         wgmma_wait<0>();
         pin(out);
         values.release(n, lane);
-        if (!powers.shrinks || late) return;
+        if (!powers.shrinks) return;
 #pragma unroll
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] *= powers.shrink[i % 4 / 2];
       });

@@ -42,18 +42,20 @@ inline bool needs_finite(const Attention& args) {
 // Columns of tiles, of which operands fill the first ones: TMA makes zeros of the rest.
 inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
 
-// What a kernel has code for. Plain: products, and a window. Masked: a bool mask, dropout, and sequences one behind the
-// other besides; scores are counted in products still. Scored: all else.
-enum class HopperKind { Plain, Masked, Scored };
+// What a kernel has code for. Plain: products, and a window. Masked: a bool mask, and sequences one behind the other
+// besides; scores are counted in products still. Dropped: dropout besides. Scored: all there is.
+enum class HopperKind { Plain, Masked, Dropped, Scored };
 template <HopperKind kKind>
 using HopperKindOf = std::integral_constant<HopperKind, kKind>;
 
-// Returns f of a null pointer of the storage type, the columns, and the kernel's kind.
-template <class F>
+// Returns f of a null pointer of the storage type, the columns, and the kernel's kind: of the two that can drop, the
+// one that is asked for, or Scored.
+template <HopperKind kOfDropout, class F>
 HopperRun with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
     const auto with_kind = [&](auto columns) {
       if (!scores_are_products(args)) return f(type, columns, HopperKindOf<HopperKind::Scored>{});
+      if (args.dropout_p > 0) return f(type, columns, HopperKindOf<kOfDropout>{});
       return is_plain(args) && args.query_starts == nullptr ? f(type, columns, HopperKindOf<HopperKind::Plain>{})
                                                             : f(type, columns, HopperKindOf<HopperKind::Masked>{});
     };

@@ -185,11 +185,11 @@ __device__ inline auto load_or(T value, const Spot& spot, const View& view, cons
 }
 
 // How much of a kernel is on a multiprocessor at a time: `Quads` quads a thread of which all loads are under way
-// together, and as many threads as leave registers for them. One element after the other has more to keep.
+// together, and as many threads as leave registers for them. Strides, and one element after the other, are more to keep.
 template <class Access, int Quads, int Threads>
 struct Share {
   static constexpr int kQuads = Access::kAligned ? Quads : 1;
-  static constexpr int kThreads = Access::kAligned ? Threads : Threads / 2;
+  static constexpr int kThreads = Access::kDense ? Threads : Threads * (Access::kAligned ? 5 : 3) / 8;
 };
 
 // Calls f with a number of the arithmetic's type and the best access of which `fits` says that the operands allow it.
