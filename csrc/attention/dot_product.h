@@ -32,6 +32,11 @@
 
 namespace lect11ext {
 
+// Of halves of 32-bit words. Half of what dropout drew from whole words, which took longer than all else of attention:
+// dropout_p counts to 2⁻¹⁶.
+inline constexpr int kDropoutBlock = 8;  // keys that take the halves of one Philox block
+constexpr uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 0x1p16 + 0.5); }
+
 // Of a [batch, heads, positions, columns] tensor, in elements; the stride of the columns is 1.
 struct AttentionStrides {
   int64_t batch, head, position;
@@ -68,9 +73,10 @@ struct Attention {
   double softcap;                     // 0 for none
   int64_t window_left, window_right;  // kOpen: no bound
   bool bottom_right;
-  // Dropout keeps (i, j) where word number j of its row's stream is ≥ dropout_p · 2³²; the row of query i of head h of
-  // batch b begins at block offset + ((b · heads + h) · queries + i) · ceil(keys / 4) of the key, positions counted
-  // within their tensors, as everywhere with starts: query_starts[n] + i, and j within its sequence.
+  // Dropout keeps (i, j) where half word number j of its row's stream, of a word the lower one first, is ≥
+  // dropout_threshold; the row of query i of head h of batch b begins at block offset + ((b · heads + h) · queries + i)
+  // · ceil(keys / 8) of the key, positions counted within their tensors, as everywhere with starts: query_starts[n] +
+  // i, and j within its sequence.
   double dropout_p;            // 0 for none
   const int64_t* dropout_key;  // [seed, offset] on the kernel's device; read only where dropout_p > 0
 };

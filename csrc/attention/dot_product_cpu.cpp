@@ -168,12 +168,14 @@ Tensor dropout_mask_cpu(const Tensor& key, c10::SymIntArrayRef size, double p) {
   const Tensor dense = key.contiguous();
   const auto seed = static_cast<uint64_t>(dense.const_data_ptr<int64_t>()[0]);
   uint64_t counter = static_cast<uint64_t>(dense.const_data_ptr<int64_t>()[1]);
-  const auto threshold = static_cast<uint32_t>(std::min(std::ceil(p * 0x1p32), 0x1p32 - 1));
+  const uint32_t threshold = dropout_threshold(p);
   const int64_t columns = mask.size(-1), rows = columns == 0 ? 0 : mask.numel() / columns;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < columns; j += 4, ++counter) {
+    for (int64_t j = 0; j < columns; j += kDropoutBlock, ++counter) {
       const auto block = HOST::philox(seed, counter);
-      for (int64_t k = j; k < std::min(j + 4, columns); ++k) *out++ = block.x[k - j] >= threshold;
+      for (int64_t k = 0; k < std::min<int64_t>(kDropoutBlock, columns - j); ++k) {
+        *out++ = (block.x[k / 2] >> (16 * (k % 2)) & 0xFFFF) >= threshold;
+      }
     }
   }
   return mask;

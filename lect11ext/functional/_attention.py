@@ -265,7 +265,7 @@ def dropout_key_for(
         return None
     if dropout_key is None:
         rows = query.size(0) * query.size(1) * query.size(2)
-        return philox_key(query, 4 * rows * ((keys + 3) // 4), generator)
+        return philox_key(query, 4 * rows * ((keys + 7) // 8), generator)  # four words a block
     return dropout_key
 
 

@@ -278,9 +278,9 @@ _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFF
 
 
 def _kept(dropout_key: Tensor, dropout_p: float, shape: tuple[int, ...], first: int, last: int | None) -> Tensor:
-    """What dropout leaves, as the op draws it: the words of Philox4x32-10 (docs/random.md), on any device."""
+    """What dropout leaves, as the op draws it: half words of Philox4x32-10 (docs/random.md), on any device."""
     batch, heads, queries, keys = shape
-    blocks, device = (keys + 3) // 4, dropout_key.device
+    blocks, device = (keys + 7) // 8, dropout_key.device
     rows = torch.arange(batch * heads * queries, device=device).view(batch, heads, queries)[..., first:last]
     seed, offset = dropout_key.unbind()
     counter = offset + rows[..., None] * blocks + torch.arange(blocks, device=device)
@@ -291,5 +291,5 @@ def _kept(dropout_key: Tensor, dropout_p: float, shape: tuple[int, ...], first: 
         p0, p1 = c0 * _M0, c2 * _M1  # of 64 bits, whatever the sign
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = k0 + _W0 & _LOW, k1 + _W1 & _LOW
-    words = torch.stack([c0, c1, c2, c3], -1).flatten(-2)[..., :keys]
-    return words >= math.ceil(dropout_p * 2.0**32)
+    halves = torch.stack([half for c in (c0, c1, c2, c3) for half in (c & 0xFFFF, c >> 16)], -1)
+    return halves.flatten(-2)[..., :keys] >= math.floor(dropout_p * 2**16 + 0.5)

@@ -37,7 +37,7 @@ def philox_key(like: Tensor, numel: int, generator: torch.Generator | None = Non
     Args:
         like: names the device; its values are not read.
         numel: how many normals will be drawn with the key; one of float64 counts twice. For the dropout of an attention
-            ``4 * B * H * L * ceil(S / 4)``.
+            ``4 * B * H * L * ceil(S / 8)``.
         generator: a generator of that device, by default the device's default one.
 
     Example::

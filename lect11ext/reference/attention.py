@@ -240,12 +240,12 @@ def _softmax(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kept(shape: torch.Size, dropout_p: float, dropout_key: Tensor) -> Tensor:
-    """What dropout leaves: element j of a row takes word j of the row's stream."""
+    """What dropout leaves: element j of a row takes half word j of the row's stream."""
     *lead, keys = shape
-    rows, blocks = math.prod(lead), -(-keys // 4)
+    rows, blocks = math.prod(lead), -(-keys // 8)
     seed, offset = (int(v) % 2**64 for v in dropout_key.tolist())
-    words = philox_words(seed, offset, rows * blocks).reshape(rows, 4 * blocks)[:, :keys]
-    return torch.from_numpy(words >= dropout_p * 2.0**32).reshape(shape).to(dropout_key.device)
+    halves = philox_words(seed, offset, rows * blocks).astype("<u4").view("<u2").reshape(rows, 8 * blocks)[:, :keys]
+    return torch.from_numpy(halves >= math.floor(dropout_p * 2**16 + 0.5)).reshape(shape).to(dropout_key.device)
 
 
 def _drop(weights: Tensor, kept: Tensor, dropout_p: float) -> Tensor:

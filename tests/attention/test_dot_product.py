@@ -240,16 +240,16 @@ def test_dropout_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
         assert abs((got != 0).double().mean().item() - (1 - p)) < 0.02
 
 
-@pytest.mark.parametrize("between", [-0.5, 0.0, 0.5])
-def test_dropout_compares_whole_words(between: float) -> None:
-    """A word is kept if it is at least dropout_p · 2³², be that a whole number or not."""
-    words = philox_words(*KEY.tolist(), 2).reshape(-1)  # of a query's eight keys
-    word = int(words[3])
+@pytest.mark.parametrize("between", [-0.4, 0.0, 0.4, 0.6])
+def test_dropout_compares_half_words(between: float) -> None:
+    """A half is kept if it is at least dropout_p · 2¹⁶, rounded."""
+    halves = philox_words(*KEY.tolist(), 1).astype("<u4").view("<u2").reshape(-1)  # of a query's eight keys
+    half = int(halves[3])
     out = sdpa(
         *(torch.zeros(1, 1, n, 4) for n in (1, 8)), torch.eye(8).view(1, 1, 8, 8), dropout_key=KEY,
-        dropout_p=(word + between) / 2**32,
+        dropout_p=(half + between) / 2**16,
     )  # fmt: skip
-    assert (out[0, 0, 0] != 0).tolist() == [int(w) >= word + between for w in words]
+    assert (out[0, 0, 0] != 0).tolist() == [int(h) >= half + (between > 0.5) for h in halves]
 
 
 def test_dropout_of_everything() -> None:

@@ -125,15 +125,15 @@ class Attention:
         L = rows.stop - rows.start
         if self.dropout == 0:
             return torch.ones(self.heads, L, keys, dtype=torch.float64)
-        blocks = -(-self.keys // 4)
+        blocks = -(-self.keys // 8)
         seed, offset = self.key.tolist()
-        words = torch.empty(self.heads, L, 4 * blocks, dtype=torch.int64)
+        halves = torch.empty(self.heads, L, 8 * blocks, dtype=torch.int64)
         for h in range(self.heads):
             row = (b * self.heads + h) * self.queries + rows.start
             drawn = philox_words(seed, offset + row * blocks, L * blocks)
-            words[h] = torch.from_numpy(drawn.astype("int64")).view(L, 4 * blocks)
+            halves[h] = torch.from_numpy(drawn.astype("<u4").view("<u2").astype("int64")).view(L, 8 * blocks)
         scale = 1 / (1 - self.dropout) if self.dropout < 1 else 0.0
-        return (words[..., :keys] >= self.dropout * 2**32).double() * scale
+        return (halves[..., :keys] >= math.floor(self.dropout * 2**16 + 0.5)).double() * scale
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and lse, differentiable."""

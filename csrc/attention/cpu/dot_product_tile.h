@@ -11,7 +11,7 @@
 #include "attention/cpu/dot_product_matrix.h"
 #include "attention/dot_product_cpu.h"
 #include "common/cpu/math.h"
-#include "common/cpu/normal.h"
+#include "common/cpu/words.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 
@@ -151,7 +151,7 @@ inline Matrix<const P> operand_rows(const AttentionOperand& t, int64_t columns, 
   return {buffer, padded};
 }
 
-// Multiplies the weights of keys j … j + n − 1 of a row by z; j is a multiple of four.
+// Multiplies the weights of keys j … j + n − 1 of a row by z; j is a multiple of kDropoutBlock.
 template <class C>
 class Dropout {
  public:
@@ -159,36 +159,36 @@ class Dropout {
       : args_(args), acts_(args.dropout_p > 0), keys_(acts_ ? static_cast<uint64_t>(args.dropout_key[0]) : 0) {
     if (!acts_) return;
     offset_ = static_cast<uint64_t>(args.dropout_key[1]);
-    // Words are 32 bits, so that p = 1 drops what no word is: all of them by a factor of zero.
-    threshold_ = static_cast<uint32_t>(std::min(std::ceil(args.dropout_p * 0x1p32), 0x1p32 - 1));
+    threshold_ = dropout_threshold(args.dropout_p);
     kept_ = args.dropout_p < 1 ? static_cast<C>(1 / (1 - args.dropout_p)) : C(0);
   }
 
   bool acts() const { return acts_; }
 
-  // z of keys j … j + n − 1 of query `position` of its tensor; z has room for whole panels.
+  // z of keys j … j + n − 1 of query `position` of its tensor; z has room for a panel more.
   void factors(int64_t batch, int64_t head, int64_t position, int64_t j, int64_t n, C* z) const {
-    const uint64_t row = static_cast<uint64_t>(lse_row(args_, batch, head, position));
-    const uint64_t counter = offset_ + row * static_cast<uint64_t>((args_.keys + 3) / 4) + static_cast<uint64_t>(j / 4);
-    constexpr int kTogether =
-        kPanelKeys / kNormalsPerStep < kStepsTogether ? kPanelKeys / kNormalsPerStep : kStepsTogether;
-    constexpr int kWords = kTogether * kNormalsPerStep, kHalf = kNormalsPerStep / 2;
-    float words[kWords];
-    for (int64_t k = 0; k < n; k += kWords) {
-      philox_words<kTogether>(keys_, counter + static_cast<uint64_t>(k / 4), words);
-      for (int step = 0; step < kTogether; ++step) {
-        uint32_t of[kNormalsPerStep];
-        std::memcpy(of, words + step * kNormalsPerStep, sizeof(of));
-        C* to = z + k + step * kNormalsPerStep;
-        for (int w = 0; w < kHalf; ++w) {  // even words of the stream are in the first half, odd ones in the second
-          to[2 * w] = of[w] >= threshold_ ? kept_ : C(0);
-          to[2 * w + 1] = of[kHalf + w] >= threshold_ ? kept_ : C(0);
-        }
-      }
-    }
+    constexpr int64_t kStepKeys = 2 * kNormalsPerStep, kManyKeys = kStepsTogether * kStepKeys;
+    static_assert(kStepKeys <= kPanelKeys);
+    const auto row = static_cast<uint64_t>(lse_row(args_, batch, head, position));
+    const auto blocks = static_cast<uint64_t>((args_.keys + kDropoutBlock - 1) / kDropoutBlock);
+    const uint64_t counter = offset_ + row * blocks + static_cast<uint64_t>(j / kDropoutBlock);
+    int64_t k = 0;
+    for (; k + kManyKeys <= n; k += kManyKeys)
+      step<kStepsTogether>(counter + static_cast<uint64_t>(k / kDropoutBlock), z + k);
+    for (; k < n; k += kStepKeys) step<1>(counter + static_cast<uint64_t>(k / kDropoutBlock), z + k);
   }
 
  private:
+  template <int kSteps>
+  void step(uint64_t counter, C* z) const {
+    constexpr int kKeys = 2 * kSteps * kNormalsPerStep;
+    uint32_t drawn[kKeys / 2];
+    uint16_t halves[kKeys];
+    ordered_words<kSteps>(keys_, counter, drawn);
+    std::memcpy(halves, drawn, sizeof(halves));  // of a word the lower one first
+    for (int i = 0; i < kKeys; ++i) z[i] = halves[i] >= threshold_ ? kept_ : C(0);
+  }
+
   const Attention& args_;
   const bool acts_;
   const PhiloxKeys keys_;

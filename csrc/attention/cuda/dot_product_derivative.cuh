@@ -156,10 +156,10 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
                                          [&](int i, C x) { capped[i / 2][2 * half + i % 2] = x; });
         }
       }
+      uint32_t keep = ~0u;  // of two tiles
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        uint32_t keep = 15;
-        if (!kPlain && args_.dropout_p > 0) {
+        if (!kPlain && args_.dropout_p > 0 && n % 2 == 0) {
           const int column = first_column + 8 * n;
           if constexpr (kKeysAreRows) {
             keep = dropout.keep_of_keys(spot.head, column, spot.first_row + 16 * m, lane);
@@ -179,8 +179,8 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
             mask_t = scores.added(args_.mask_t, spot.head, query, key);
           }
           const Known known = kKeysAreRows ? known_of_column(8 * n + 2 * lane.q + e % 2, stage) : own.of[m][e / 2];
-          P::weigh(args_, known, keep >> e & 1 ? kept : C(0), capped[n][e], mask_t, sum(0), sum(1), sum(2), sum(3),
-                   lse_t);
+          P::weigh(args_, known, keep >> (n % 2 * 4 + e) & 1 ? kept : C(0), capped[n][e], mask_t, sum(0), sum(1),
+                   sum(2), sum(3), lse_t);
           // What does not count is selected away, whatever it may be.
 #pragma unroll
           for (int kind = 0; kind < kKinds; ++kind) sum(kind) = counts ? sum(kind) : C(0);

@@ -77,7 +77,7 @@ struct HopperBackwardOptions {
       const Dropout dropout(args, sequence);
       marks.kept = 0;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
+      for (int tile = 0; tile < kTiles; tile += 2) {
         marks.kept |= dropout.keep_of_keys(head, query + 8 * tile, key + 16 * lane.warp, lane) << (4 * tile);
       }
     }

@@ -229,72 +229,84 @@ struct Scores {
 
 // --- dropout ------------------------------------------------------------------------------------------------------
 
-// The uniform words of tiles of 16 × 8, made by whole warps: each block of four words, of four keys, once.
+// What dropout leaves of two tiles of 16 × 8 side by side, found by whole warps: each block, eight keys of a query, is
+// drawn once.
 class Dropout {
  public:
   __device__ Dropout(const Attention& args, const Sequence& sequence) {
     if (args.dropout_p <= 0) return;
     seed_ = static_cast<uint64_t>(args.dropout_key[0]);
-    blocks_of_row_ = (static_cast<uint64_t>(args.keys) + 3) / 4;
+    blocks_of_row_ = (static_cast<uint64_t>(args.keys) + kDropoutBlock - 1) / kDropoutBlock;
     queries_ = args.queries;
     first_ = static_cast<uint64_t>(args.dropout_key[1]) +
              static_cast<uint64_t>(sequence.batch * args.heads * queries_ + sequence.first_query) * blocks_of_row_;
-    // p = 1 drops what no word is: all of them by a factor of zero.
-    threshold_ = static_cast<uint32_t>(fmin(ceil(args.dropout_p * 0x1p32), 0x1p32 - 1));
+    threshold_ = dropout_threshold(args.dropout_p);
   }
 
-  __device__ bool keeps(uint32_t word) const { return word >= threshold_; }
-
-  // A lane's place in a row of a head's queries: of two rows that it has elements of, an even lane draws for `low`, and
-  // its odd neighbour for `high`.
+  // Where a lane draws, as far as the keys go: of four lanes that share two rows, `low` and `high`, and two tiles each
+  // draws the block of one row and one tile.
   template <class Lane>
   __device__ uint64_t place(int low_head, int low, int high_head, int high, const Lane& lane) const {
-    return lane.q % 2 == 0 ? place(low_head, low, 2 * lane.q) : place(high_head, high, 2 * lane.q);
+    return lane.q % 2 == 0 ? place(low_head, low, lane.q / 2 * 8) : place(high_head, high, lane.q / 2 * 8);
   }
 
-  // The words of the lane's four elements of queries × keys from `first_key` on, a multiple of eight.
+  // Of the lane's eight elements, tile by tile, a word a row, with a half for each of its two keys.
   template <class Lane>
   __device__ void words(uint32_t (&words)[4], uint64_t place, int first_key, const Lane& lane) const {
-    const PhiloxBlock mine = philox(seed_, place + static_cast<uint64_t>(first_key) / 4);
-    const bool odd = lane.q % 2 != 0;
+    const PhiloxBlock mine = philox(seed_, place + static_cast<uint64_t>(first_key / kDropoutBlock));
+    // Lane q has a block, and needs word q of each: two steps, in which half of what a lane has changes hands.
+    const bool odd = lane.q % 2 != 0, upper = lane.q / 2 != 0;
+    uint32_t pairs[4];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? mine.x[e] : mine.x[2 + e], 1);
-      words[e] = odd ? other : mine.x[e];
-      words[2 + e] = odd ? mine.x[2 + e] : other;
+    for (int w = 0; w < 4; w += 2) {
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? mine.x[w] : mine.x[w + 1], 1);
+      pairs[w] = odd ? other : mine.x[w];
+      pairs[w + 1] = odd ? mine.x[w + 1] : other;
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? pairs[b] : pairs[2 + b], 2);
+      words[b] = upper ? other : pairs[b];
+      words[2 + b] = upper ? pairs[2 + b] : other;
     }
   }
+  __device__ bool keeps(uint32_t word, int half) const { return (word >> (16 * half) & 0xFFFF) >= threshold_; }
 
-  // Four bits, one for each element of the lane: rows are queries `low` and `high`.
+  // Eight bits, one for each element of the lane: rows are queries `low` and `high`, columns keys from `first_key` on.
   template <class Lane>
   __device__ uint32_t keep_of_queries(int head, int low, int high, int first_key, const Lane& lane) const {
     uint32_t of[4], keep = 0;
     words(of, place(head, low, head, high, lane), first_key, lane);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) keep |= keeps(of[e]) ? 1u << e : 0;
+    for (int i = 0; i < 8; ++i) keep |= keeps(of[i / 2], i % 2) ? 1u << i : 0;
     return keep;
   }
 
   // The same where rows are keys from `first_key` on, a multiple of sixteen, and columns queries from `first_query` on.
   template <class Lane>
   __device__ uint32_t keep_of_keys(int head, int first_query, int first_key, const Lane& lane) const {
-    // Of the four lanes whose keys share a block, each draws for one of the four elements, and all learn of all.
-    const int word = lane.g % 4;
-    const PhiloxBlock mine =
-        philox(seed_, place(head, first_query + 2 * lane.q + word % 2, first_key + 8 * (word / 2) + lane.g));
+    // Of the eight lanes that have the same queries, four, and all sixteen keys, each draws one of the eight blocks, in
+    // the order of the elements, and all learn of all: a byte a block, of which a lane needs the bit of its key.
+    const int query = first_query + lane.g / 4 * 8 + 2 * lane.q + lane.g % 2;
+    const PhiloxBlock mine = philox(seed_, place(head, query, first_key + lane.g / 2 % 2 * 8));
     uint32_t drawn = 0;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) drawn |= keeps(mine.x[w]) ? 1u << w : 0;
-    drawn <<= 4 * word;
+    for (int i = 0; i < 8; ++i) drawn |= keeps(mine.x[i / 2], i % 2) ? 1u << i : 0;
+    drawn <<= 8 * (lane.g % 4);
     drawn |= __shfl_xor_sync(~0u, drawn, 4);
     drawn |= __shfl_xor_sync(~0u, drawn, 8);
-    const uint32_t own = drawn >> word & 0x1111;
-    return (own | own >> 3 | own >> 6 | own >> 9) & 15;
+    const uint32_t other = __shfl_xor_sync(~0u, drawn, 16);
+    const bool first = lane.g < 4;
+    return own_bits(first ? drawn : other, lane.g) | own_bits(first ? other : drawn, lane.g) << 4;
   }
 
  private:
+  // Bit g of each of four bytes, side by side.
+  __device__ static uint32_t own_bits(uint32_t bytes, int g) { return ((bytes >> g & 0x01010101) * 0x10204080) >> 28; }
+
   __device__ uint64_t place(int head, int query, int key) const {
-    return first_ + static_cast<uint64_t>(head * queries_ + query) * blocks_of_row_ + static_cast<uint64_t>(key) / 4;
+    return first_ + static_cast<uint64_t>(head * queries_ + query) * blocks_of_row_ +
+           static_cast<uint64_t>(key / kDropoutBlock);
   }
 
   int64_t queries_ = 0;
@@ -320,11 +332,14 @@ __device__ inline void drop_weights(C (&weights)[kTiles][4], const Dropout& drop
                                     int high_head, int high, int first_key, const Lane& lane) {
   const uint64_t place = dropout.place(low_head, low, high_head, high, lane);
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int n = 0; n < kTiles; n += 2) {
     uint32_t words[4];
     dropout.words(words, place, first_key + 8 * n, lane);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) weights[n][e] = dropout.keeps(words[e]) ? weights[n][e] : C(0);
+    for (int i = 0; i < 8 && n + i / 4 < kTiles; ++i) {
+      C& weight = weights[n + i / 4][i % 4];
+      weight = dropout.keeps(words[i / 2], i % 2) ? weight : C(0);
+    }
   }
 }
 
