@@ -15,7 +15,7 @@ from lect11ext.reference.autoencoder.penalties import penalized_activation as pl
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 CASES = list(itertools.product(ACTIVATIONS, PENALTIES))
-SHAPES = [(3, 5), (7, 1), (1, 1024), (2, 1023), (3, 1025), (2, 2500), (300, 36), (41, 130)]
+SHAPES = [(3, 5), (7, 1), (4, 7), (20, 2), (1, 1024), (2, 1023), (3, 1025), (2, 2500), (300, 36), (41, 130)]
 
 
 def fields(x: Tensor, scale: Tensor | None, activation: str, penalty: str, *grads: Tensor | None) -> dict[str, Any]:
@@ -56,6 +56,8 @@ def check(kernels: Kernels, x: Tensor, scale: Tensor | None, activation: str, pe
     rows, cols = x.numel() // x.size(-1), x.size(-1)
     grad_code = torch.randn(x.shape, dtype=F64).to(x.dtype)
     grad_sums = torch.randn(expected[1].shape, dtype=F64).to(compute(x))
+    if not expected[1].requires_grad:  # the slope of a linear activation
+        expected = (expected[0], expected[1] + 0 * leaves[0].sum())
     wanted = torch.autograd.grad(expected, leaves, [grad_code.double(), grad_sums.double()])
     over = (grad_sums if penalty == "mean" else grad_sums.unsqueeze(-1)).expand(x.shape)
     blocks = kernels.column_blocks(rows, cols, 5)
@@ -83,7 +85,9 @@ def operands(*shape: int, dtype: torch.dtype, penalty: str) -> tuple[Tensor, Ten
 def test_agrees(kernels: Kernels, dtype: torch.dtype, activation: str, penalty: str) -> None:
     torch.manual_seed(0)
     for shape in SHAPES:
-        check(kernels, *operands(*shape, dtype=dtype, penalty=penalty), activation, penalty)
+        x, scale = operands(*shape, dtype=dtype, penalty=penalty)
+        for given in {scale, None}:
+            check(kernels, x, given, activation, penalty)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lect11ext import reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-SHAPES = [(3, 5), (7, 1), (1, 1024), (2, 1023), (3, 1025), (2, 2500), (300, 36)]
+SHAPES = [(3, 5), (7, 1), (4, 7), (20, 2), (1, 1024), (2, 1023), (3, 1025), (2, 2500), (300, 36)]
 
 
 def fields(args: Sequence[Tensor | None], likelihood: str, grad: Tensor | None = None) -> dict[str, Any]:

@@ -155,7 +155,8 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
     const int query = work.first_query + own_row + lane.row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      seen[half] = options.template seen<kTiles, kProducts>(options.row(work.head, query + 8 * half, work.key + 2 * lane.q));
+      seen[half] =
+          options.template seen<kTiles, kProducts>(options.row(work.head, query + 8 * half, work.key + 2 * lane.q));
       seen[half] = static_cast<uint32_t>(unknown(static_cast<int>(seen[half])));
     }
   }

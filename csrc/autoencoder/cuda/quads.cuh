@@ -107,8 +107,8 @@ struct Vectors {
   }
 };
 
-// Every operand of type S has its elements one behind the other, and quads are whole: the most of what is asked for, and
-// a quarter of the instructions less than where strides are asked about.
+// Every operand of type S has its elements one behind the other, and quads are whole: the most of what is asked for,
+// and a quarter of the instructions less than where strides are asked about.
 template <class S>
 struct Dense : Vectors<S> {
   static constexpr bool kDense = true;
@@ -185,7 +185,8 @@ __device__ inline auto load_or(T value, const Spot& spot, const View& view, cons
 }
 
 // How much of a kernel is on a multiprocessor at a time: `Quads` quads a thread of which all loads are under way
-// together, and as many threads as leave registers for them. Strides, and one element after the other, are more to keep.
+// together, and as many threads as leave registers for them. Strides, and one element after the other, are more to
+// keep.
 template <class Access, int Quads, int Threads>
 struct Share {
   static constexpr int kQuads = Access::kAligned ? Quads : 1;
