@@ -36,6 +36,7 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
 }
 torch_attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -241,7 +242,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--turns", type=int, default=5, help="how often the implementations take turns")
     parser.add_argument(
-        "--without", default="", help="peers to leave out; 'compile,flex,flashrnn' are those that take long to build"
+        "--without",
+        default="",
+        help="peers to leave out; 'compile,flex,flashrnn,compiled cell' are those that take long to build",
     )
     options = parser.parse_args()
     begin, m = time.perf_counter(), Machine(options.device, options.small)

@@ -1,4 +1,5 @@
-"""Layers on a GPU: ours by both paths (csrc/recurrent/layer_cuda.h), cuDNN, FlashRNN, and the cell in a graph."""
+"""Layers on a GPU: ours by both paths (csrc/recurrent/layer_cuda.h), cuDNN, FlashRNN, and the cell, compiled or not,
+in a graph."""
 
 from __future__ import annotations
 
@@ -16,26 +17,35 @@ PATHS = {"lect11ext counter": {"LECT11EXT_LAYER_DATAFLOW": "0"}}
 
 
 def _graphed(m: Machine, call: Call) -> Call:
-    """Captured once; a plain call where there is no GPU."""
+    """Captured in the first call; a plain call where there is no GPU."""
     if m.device != "cuda":
         return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def run() -> None:
+        nonlocal graph
+        if graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+        graph.replay()
+
+    return run
 
 
-def _steps(module: torch.nn.RNNBase, kind: str, m: Machine) -> Call:
+def _steps(module: torch.nn.RNNBase, kind: str, m: Machine, compiled: bool = False) -> Call:
     """torch.nn's cell in a loop, with a layer's weights."""
     cell = getattr(torch.nn, f"{kind}Cell")(module.input_size, module.hidden_size).to(
         m.device, module.weight_ih_l0.dtype
     )
     cell.load_state_dict({name.removesuffix("_l0"): p for name, p in module.state_dict().items()})
+    if compiled:
+        cell.compile()
 
     def run(x: Tensor) -> Tensor:
         state, outputs = None, []
@@ -103,6 +113,9 @@ def layer(
                 calls["flashrnn"] = call(flash, torchs)
             if not train:
                 calls["cell in a graph"] = _graphed(m, call(_steps(torchs, kind, m), torchs))
+                compiled = call(_steps(torchs, kind, m, compiled=True), torchs)
+                calls["compiled cell"] = compiled
+                calls["compiled cell in a graph"] = _graphed(m, compiled)
         return calls
 
     inputs = hidden + (layers - 1) * hidden * directions

@@ -24,15 +24,24 @@ struct HopperBackwardOptions {
     __device__ bool keeps(int i) const { return (kept >> i & 1) != 0; }
   };
 
-  // Of a bool mask and the window, what is seen; whether that is all.
-  __device__ bool find(Marks& marks, int head, int query, int key, const GroupLane& lane) const {
+  // Of the mask and the window, as far as is known of them: whether all is seen, and whether nothing is.
+  struct View {
+    bool whole, none;
+  };
+  __device__ View view_of(int head, int query, int key) const {
     const int state =
         args.mask.type == MaskType::None ? MaskTiles::kSeen : mask_tiles.state<1, 1>(sequence.batch, head, query, key);
     const bool whole = state == MaskTiles::kSeen && query + kQueries <= sequence.queries &&
                        all_see(sequence, query, kQueries, key, kGroupRows);
-    if (whole) return true;
+    return {whole, (state & MaskTiles::kSeen) == 0};
+  }
+
+  // Of a bool mask and the window, what is seen; whether that is all.
+  __device__ bool find(Marks& marks, int head, int query, int key, const GroupLane& lane) const {
+    const View view = view_of(head, query, key);
+    if (view.whole) return true;
     marks.seen = 0;
-    if ((state & MaskTiles::kSeen) == 0) return false;
+    if (view.none) return false;
     const Scores<S, true> options{args, sequence, mask_pairs};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -45,12 +54,9 @@ struct HopperBackwardOptions {
   // Products become weights, zero where a query does not see the key.
   __device__ void weigh(float (&scores)[kTiles][4], Marks& marks, const float* lses, int head, int query, int key,
                         const GroupLane& lane) const {
-    const int state =
-        args.mask.type == MaskType::None ? MaskTiles::kSeen : mask_tiles.state<1, 1>(sequence.batch, head, query, key);
-    const bool whole = state == MaskTiles::kSeen && query + kQueries <= sequence.queries &&
-                       all_see(sequence, query, kQueries, key, kGroupRows);
+    const auto [whole, none] = view_of(head, query, key);
     if (!whole) marks.seen = 0;
-    const bool none = (state & MaskTiles::kSeen) == 0, simple = none || (whole && args.alibi_slopes == nullptr);
+    const bool simple = none || (whole && args.alibi_slopes == nullptr);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto element = [&](int i) -> float& { return scores[i / 2][2 * r + i % 2]; };

@@ -66,7 +66,7 @@ struct HopperForwardWork {
     const Sequence sequence = sequence_of(work);
     const int last_query = std::min(work.first_query + kQueries, sequence.queries) - 1;
     const Range range = keys_seen(sequence, work.first_query, last_query);
-    // Masks are read by pairs of keys and known by tiles, and dropout draws for four keys at a time.
+    // Masks are read by pairs of keys and known by tiles, and dropout draws for eight keys at a time.
     constexpr int kTogetherKeys = kPlain ? 1 : MaskTiles::kSize;
     work.first_key = range.first / kTogetherKeys * kTogetherKeys;
     const int seen = range.empty() ? 0 : (range.last - work.first_key + kKeys - 1) / kKeys;

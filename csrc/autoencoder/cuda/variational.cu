@@ -65,7 +65,7 @@ template <class Access, bool PriorGiven>
 using ForwardWork = Share<Access, 2, PriorGiven ? 640 : 1024>;
 
 // A block takes a tile. An element costs two loads and a store of its type for each sample (12 bytes in float, 6 in
-// bf16), and some 90 instructions where the memory leaves time for 135; the KL goes through shared memory.
+// bf16), and Philox and Box–Muller; the KL goes through shared memory.
 template <class T, class Access, bool PriorGiven>
 __global__ void __launch_bounds__(kTileThreads, ForwardWork<Access, PriorGiven>::kThreads / kTileThreads)
     forward_kernel(const __grid_constant__ GaussianForward args) {
