@@ -35,8 +35,9 @@ except ModuleNotFoundError as error:
 BATCH, TESTED = 64, 1000
 STEPS_TRANSFORMER, STEPS_LSTM = 700, 300
 LEARNING_RATES = {"transformer": 8e-3, "LSTM": 1e-2}
-# Both sides compute the same but for rounding, which training amplifies: they are compared before it has.
-COMPARED_STEPS, TOLERANCE = 20, 1e-4
+# Both sides compute the same but for rounding, which training amplifies: they are compared before it has much. (1e-7 of
+# the first weights makes 1e-4 of the loss in these steps, on either side.)
+COMPARED_STEPS, TOLERANCE = 20, 1e-3
 SAMPLES = (("en_US", "short"), ("de", "full"), ("hu", "yMMMEd"), ("ru", "long"), ("ar_EG", "full"), ("ja", "full"))
 DRAWN = 4  # of the samples: those whose letters matplotlib's own font has
 

@@ -1,4 +1,4 @@
-"""``python -m lect11ext [--json]``: versions, build flags, CPU capability and backends; paste it into a bug report."""
+"""``python -m lect11ext [--json]``: versions, the compiler, CPU capability and backends; paste it into a bug report."""
 
 from __future__ import annotations
 

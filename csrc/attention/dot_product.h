@@ -4,7 +4,7 @@
 //   u_ij = softcap · tanh(s_ij / softcap)                       where there is a softcap; else u = s
 //   t_ij = u_ij − slope_h · |i + diagonal − j| + mask_ij        ALiBi and mask, where there are
 //   p_ij = exp(t_ij − lse_i),  lse_i = ln Σ_j exp(t_ij)         over the keys that query i may see
-//   out_i = Σ_j z_ij · p_ij · v_j                               z: 0 or 1 / (1 − dropout_p); 1 without dropout
+//   out_i = Σ_j z_ij · p_ij · v_j                               z: 0 or dropout_factor; 1 without dropout
 //
 // Query i may see key j where i + diagonal − window_left ≤ j ≤ i + diagonal + window_right, and the mask is not false
 // or −∞ there; diagonal is 0, or keys − queries with `bottom_right`. A causal attention has window_right 0. A query
@@ -36,6 +36,11 @@ namespace lect11ext {
 // dropout_p counts to 2⁻¹⁶.
 inline constexpr int kDropoutBlock = 8;  // keys that take the halves of one Philox block
 constexpr uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 0x1p16 + 0.5); }
+// What a kept weight is multiplied by: by what is dropped indeed, so that the mean stays.
+constexpr double dropout_factor(double p) {
+  const uint32_t threshold = dropout_threshold(p);
+  return threshold < 0x10000 ? 0x1p16 / (0x10000 - threshold) : 0;
+}
 
 // Of a [batch, heads, positions, columns] tensor, in elements; the stride of the columns is 1.
 struct AttentionStrides {

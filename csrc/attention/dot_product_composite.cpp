@@ -20,6 +20,7 @@
 
 #include <cmath>
 
+#include "attention/dot_product.h"
 #include "attention/dot_product_weights_inputs.h"
 
 namespace lect11ext::attention_op {
@@ -146,7 +147,7 @@ class Composite {
   Tensor find_kept(const Positions& k) const {
     Tensor kept = call_dropout_mask(*in_.dropout_key, barred_.sym_sizes(), in_.dropout_p);
     if (k.sequence.defined()) kept = kept.index_select(-1, k.local);
-    return kept.to(type_) * (in_.dropout_p < 1 ? 1 / (1 - in_.dropout_p) : 0.0);
+    return kept.to(type_) * dropout_factor(in_.dropout_p);
   }
 
   const Inputs& in_;

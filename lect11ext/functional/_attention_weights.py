@@ -243,7 +243,8 @@ class _Weights:
         if options.dropout_p == 0 or self.dropout_key is None:
             return weights
         kept = _kept(self.dropout_key, options.dropout_p, self.shape, first, last)
-        return torch.where(kept, weights / max(1 - options.dropout_p, 1e-30), 0)
+        dropped = _threshold(options.dropout_p) / 2**16
+        return torch.where(kept, weights / max(1 - dropped, 1e-30), 0)
 
 
 def _of_rows(x: Tensor, first: int, last: int | None) -> Tensor:
@@ -277,6 +278,10 @@ def _used(seen: Tensor, group: int) -> Tensor:
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
+def _threshold(dropout_p: float) -> int:
+    return math.floor(dropout_p * 2**16 + 0.5)
+
+
 def _kept(dropout_key: Tensor, dropout_p: float, shape: tuple[int, ...], first: int, last: int | None) -> Tensor:
     """What dropout leaves, as the op draws it: half words of Philox4x32-10 (docs/random.md), on any device."""
     batch, heads, queries, keys = shape
@@ -292,4 +297,4 @@ def _kept(dropout_key: Tensor, dropout_p: float, shape: tuple[int, ...], first: 
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = k0 + _W0 & _LOW, k1 + _W1 & _LOW
     halves = torch.stack([half for c in (c0, c1, c2, c3) for half in (c & 0xFFFF, c >> 16)], -1)
-    return halves.flatten(-2)[..., :keys] >= math.floor(dropout_p * 2**16 + 0.5)
+    return halves.flatten(-2)[..., :keys] >= _threshold(dropout_p)

@@ -53,8 +53,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcast to ``[*, H, L, S]``, without a copy (but where it broadcasts over some of several batch
             dimensions): bool, True where a query may see a key; or of the query's type, added to the scores, and
             float32 with 16-bit types too. What it and ``is_causal`` or ``window`` bar is barred.
-        dropout_p: probability with which a weight is dropped, to the nearest multiple of 2⁻¹⁶; what is kept is
-            divided by 1 − dropout_p.
+        dropout_p: probability with which a weight is dropped, to the nearest multiple p of 2⁻¹⁶; what is
+            kept is divided by 1 − p.
         is_causal: query i sees keys j ≤ i + d.
         scale: of the scores; None for 1/√D.
         enable_gqa: neighbouring H / Hk heads of query share a head of key and value. (One head of key and value is

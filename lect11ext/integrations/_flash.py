@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import Library
 
 from .._load import _C
-from ..functional.random import philox_key
+from ..functional._attention import dropout_key_for
 
 try:  # from torch 2.13 on
     from torch.nn.attention import _registry
@@ -101,9 +101,9 @@ def _forward(
 ) -> tuple[Any, ...]:
     if return_debug_mask:
         raise ValueError("return_debug_mask must be False, but got True")
-    batch, heads, queries, _ = query.shape
+    queries = query.size(2)
     keys = key.size(2)
-    drop = philox_key(query, 4 * batch * heads * queries * ((keys + 3) // 4)) if dropout_p > 0 else None
+    drop = dropout_key_for(query, keys, dropout_p, None, None)
     options = _options(dropout_p, is_causal, scale)
     output, lse = _C.attention(query, key, value, None, None, None, None, drop, *options)
     nothing = query.new_empty(0)

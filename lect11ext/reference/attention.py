@@ -35,6 +35,7 @@ def scaled_dot_product_attention(
     ``dropout_key`` drops what the fused function drops; without it ``torch.rand`` decides.
     """
     out_dtype, (query, key, value) = query.dtype, _widen(query, key, value)
+    dropout_p = _counted(dropout_p)
     key, value = _heads(query, key, enable_gqa), _heads(query, value, enable_gqa)
     seen = _allowed(query, key, attn_mask, is_causal, window, causal_alignment)
     kept = None
@@ -67,6 +68,7 @@ def attention_weights(
 ) -> Tensor:
     """See :func:`lect11ext.functional.attention_weights`."""
     out_dtype, (query, key) = query.dtype, _widen(query, key)
+    dropout_p = _counted(dropout_p)
     key = _heads(query, key, enable_gqa)
     seen = _allowed(query, key, attn_mask, is_causal, window, causal_alignment) & (lse != -math.inf)[..., None]
     key = _used(seen, key)
@@ -106,7 +108,7 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`lect11ext.functional.varlen_attention`: one sequence after the other."""
     total, heads = query.shape[:2]
-    kept = None
+    dropout_p, kept = _counted(dropout_p), None
     if dropout_p > 0 and dropout_key is not None:
         kept = _kept(torch.Size([heads, total, key.size(0)]), dropout_p, dropout_key)
     outs, lses = [], []
@@ -144,6 +146,7 @@ def kernel_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`lect11ext.functional.kernel_attention`: distances outright, without the identity."""
     out_dtype, (query, key, value) = query.dtype, _widen(query, key, value)
+    dropout_p = _counted(dropout_p)
     key, value = _heads(query, key, enable_gqa), _heads(query, value, enable_gqa)
     seen = _allowed(query, key, attn_mask, is_causal, window, causal_alignment)
     key, value = _used(seen, key), _used(seen, value)
@@ -239,13 +242,18 @@ def _softmax(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return raised / total[..., None], torch.where(some, top + total.log(), -math.inf)
 
 
+def _counted(dropout_p: float) -> float:
+    """The nearest of what half words count to."""
+    return math.floor(dropout_p * 2**16 + 0.5) / 2**16
+
+
 def _kept(shape: torch.Size, dropout_p: float, dropout_key: Tensor) -> Tensor:
     """What dropout leaves: element j of a row takes half word j of the row's stream."""
     *lead, keys = shape
     rows, blocks = math.prod(lead), -(-keys // 8)
     seed, offset = (int(v) % 2**64 for v in dropout_key.tolist())
     halves = philox_words(seed, offset, rows * blocks).astype("<u4").view("<u2").reshape(rows, 8 * blocks)[:, :keys]
-    return torch.from_numpy(halves >= math.floor(dropout_p * 2**16 + 0.5)).reshape(shape).to(dropout_key.device)
+    return torch.from_numpy(halves >= dropout_p * 2**16).reshape(shape).to(dropout_key.device)
 
 
 def _drop(weights: Tensor, kept: Tensor, dropout_p: float) -> Tensor:

@@ -132,8 +132,9 @@ class Attention:
             row = (b * self.heads + h) * self.queries + rows.start
             drawn = philox_words(seed, offset + row * blocks, L * blocks)
             halves[h] = torch.from_numpy(drawn.astype("<u4").view("<u2").astype("int64")).view(L, 8 * blocks)
-        scale = 1 / (1 - self.dropout) if self.dropout < 1 else 0.0
-        return (halves[..., :keys] >= math.floor(self.dropout * 2**16 + 0.5)).double() * scale
+        threshold = math.floor(self.dropout * 2**16 + 0.5)
+        scale = 2**16 / (2**16 - threshold) if threshold < 2**16 else 0.0
+        return (halves[..., :keys] >= threshold).double() * scale
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and lse, differentiable."""

@@ -160,7 +160,7 @@ class Dropout {
     if (!acts_) return;
     offset_ = static_cast<uint64_t>(args.dropout_key[1]);
     threshold_ = dropout_threshold(args.dropout_p);
-    kept_ = args.dropout_p < 1 ? static_cast<C>(1 / (1 - args.dropout_p)) : C(0);
+    kept_ = static_cast<C>(dropout_factor(args.dropout_p));
   }
 
   bool acts() const { return acts_; }

@@ -344,9 +344,7 @@ __device__ inline void drop_weights(C (&weights)[kTiles][4], const Dropout& drop
 }
 
 // What a kept weight is multiplied by.
-__host__ __device__ inline double kept_weight(const Attention& args) {
-  return args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0;
-}
+__host__ __device__ inline double kept_weight(const Attention& args) { return dropout_factor(args.dropout_p); }
 
 // --- whole tiles --------------------------------------------------------------------------------------------------
 
