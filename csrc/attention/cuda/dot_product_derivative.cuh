@@ -141,7 +141,7 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
   __device__ void weigh_pairs(Sums& sums, const uint32_t (&bits)[kRowTiles][2], State& state, const RowScores& scores,
                               const Dropout& dropout, const KnownRows& own, const Spot& spot, int first_column,
                               int stage, const Lane& lane) const {
-    const C kept = kPlain ? C(1) : C(kept_weight(args_));
+    const C kept = kPlain ? C(1) : C(dropout_factor(args_.dropout_p));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       C capped[kTiles][4] = {};

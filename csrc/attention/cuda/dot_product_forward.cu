@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const C* const maxima = static_cast<const C*>(plan.partial_largest);
   const C* const sums = static_cast<const C*>(plan.partial_sum);
   const C* const outs = static_cast<const C*>(plan.partial_out);
-  const C unit = C(plan.unit), kept = C(kept_weight(args));
+  const C unit = C(plan.unit), kept = C(dropout_factor(args.dropout_p));
   for (int64_t row = int64_t{blockIdx.x} * kMostWarps + lane.warp; row < rows; row += step) {
     C largest = -infinity<C>(), sum = 0;
 #pragma unroll 1

@@ -269,7 +269,7 @@ class Forward {
 
   __device__ void finish(const State& state, const Sequence& sequence, int first_row, int first_head,
                          const Lane& lane) const {
-    const C kept = C(kept_weight(args_));
+    const C kept = C(dropout_factor(args_.dropout_p));
     const int first_column = static_cast<int>(blockIdx.y) * kWidth;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {

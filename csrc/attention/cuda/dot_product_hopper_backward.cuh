@@ -141,7 +141,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
   __device__ float scale() const { return static_cast<float>(args.scale); }
   __device__ float unit() const { return static_cast<float>(args.scale * kLog2E); }
 
-  __device__ float kept() const { return kProducts ? 1.0f : static_cast<float>(kept_weight(args)); }
+  __device__ float kept() const { return kProducts ? 1.0f : static_cast<float>(dropout_factor(args.dropout_p)); }
 
   // Scores become weights. Queries beyond the last have weight zero by their lse. Exponents are multiply-adds but of a
   // tile with an lse so large that these would lose its digits: there they are differences, as of the options' kernel.

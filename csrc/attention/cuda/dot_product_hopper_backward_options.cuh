@@ -92,7 +92,7 @@ struct HopperBackwardOptions {
   // The weights' derivatives become the scores', of weights in `scores`; of what does not count, nothing stays.
   __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], const Marks& marks,
                          const float* corrections) const {
-    const float factor = scale() * static_cast<float>(kept_weight(args));
+    const float factor = scale() * static_cast<float>(dropout_factor(args.dropout_p));
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& grad = grads[i / 4][i % 4];

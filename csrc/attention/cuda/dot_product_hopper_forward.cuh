@@ -93,14 +93,9 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.
   __device__ float unit_of_scores() const { return static_cast<float>(kProducts ? args.scale * kLog2E : kLog2E); }
 
-  // Products become scores, −∞ where a query does not see the key.
+  // Products become scores, whoever sees them.
   __device__ void finish_scores(float (&scores)[kTiles][4], const Work& work, int query, View view,
                                 const uint32_t (&seen)[2]) const {
-    if (view == View::None) {
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) scores[i / 4][i % 4] = -INFINITY;
-      return;
-    }
     const bool whole = view == View::All;
     if (whole && args.softcap == 0 && args.alibi_slopes == nullptr) {
 #pragma unroll
@@ -117,9 +112,15 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
       const LaneRow row = options.row(work.head, query + lane.row + 8 * half, work.key + 2 * lane.q);
       const auto element = [&](int i) -> float& { return scores[i / 2][2 * half + i % 2]; };
       options.template finish<kTiles>(row, whole ? 0 : seen[half], element, [](int, float) {});
-      if (whole) continue;
+    }
+  }
+
+  // −∞ where a query does not see the key.
+  __device__ static void bar(float (&scores)[kTiles][4], const uint32_t (&seen)[2]) {
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) element(i) = (seen[half] >> i & 1) != 0 ? element(i) : -INFINITY;
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      const bool sees = (seen[i % 4 / 2] >> (i / 4 * 2 + i % 2) & 1) != 0;
+      scores[i / 4][i % 4] = sees ? scores[i / 4][i % 4] : -INFINITY;
     }
   }
 
@@ -167,15 +168,9 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
       if (view != View::All) cut(scores, query, work.key);
-    } else if constexpr (kProducts) {
-      if (view == View::All) return;
-#pragma unroll
-      for (int i = 0; i < 4 * kTiles; ++i) {
-        const bool sees = (seen[i % 4 / 2] >> (i / 4 * 2 + i % 2) & 1) != 0;
-        scores[i / 4][i % 4] = sees ? scores[i / 4][i % 4] : -INFINITY;
-      }
     } else {
-      finish_scores(scores, work, query, view, seen);
+      if (!kProducts && view != View::None) finish_scores(scores, work, query, view, seen);
+      if (view != View::All) bar(scores, seen);
     }
   }
 
@@ -224,7 +219,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      factors[half] = sum == 0 ? 0.0f : (kDrops ? static_cast<float>(kept_weight(args)) : 1) / sum;
+      factors[half] = sum == 0 ? 0.0f : (kDrops ? static_cast<float>(dropout_factor(args.dropout_p)) : 1) / sum;
       const int query = first_row + lane.row + 8 * half;
       if (lane.q == 0 && query < sequence.queries) {
         const float base = rows.base[half];

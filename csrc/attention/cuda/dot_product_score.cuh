@@ -252,7 +252,7 @@ class Dropout {
 
   // Of the lane's eight elements, tile by tile, a word a row, with a half for each of its two keys.
   template <class Lane>
-  __device__ void words(uint32_t (&words)[4], uint64_t place, int first_key, const Lane& lane) const {
+  __device__ void draw(uint32_t (&words)[4], uint64_t place, int first_key, const Lane& lane) const {
     const PhiloxBlock mine = philox(seed_, place + static_cast<uint64_t>(first_key / kDropoutBlock));
     // Lane q has a block, and needs word q of each: two steps, in which half of what a lane has changes hands.
     const bool odd = lane.q % 2 != 0, upper = lane.q / 2 != 0;
@@ -276,7 +276,7 @@ class Dropout {
   template <class Lane>
   __device__ uint32_t keep_of_queries(int head, int low, int high, int first_key, const Lane& lane) const {
     uint32_t of[4], keep = 0;
-    words(of, place(head, low, head, high, lane), first_key, lane);
+    draw(of, place(head, low, head, high, lane), first_key, lane);
 #pragma unroll
     for (int i = 0; i < 8; ++i) keep |= keeps(of[i / 2], i % 2) ? 1u << i : 0;
     return keep;
@@ -334,7 +334,7 @@ __device__ inline void drop_weights(C (&weights)[kTiles][4], const Dropout& drop
 #pragma unroll
   for (int n = 0; n < kTiles; n += 2) {
     uint32_t words[4];
-    dropout.words(words, place, first_key + 8 * n, lane);
+    dropout.draw(words, place, first_key + 8 * n, lane);
 #pragma unroll
     for (int i = 0; i < 8 && n + i / 4 < kTiles; ++i) {
       C& weight = weights[n + i / 4][i % 4];
@@ -342,9 +342,6 @@ __device__ inline void drop_weights(C (&weights)[kTiles][4], const Dropout& drop
     }
   }
 }
-
-// What a kept weight is multiplied by.
-__host__ __device__ inline double kept_weight(const Attention& args) { return dropout_factor(args.dropout_p); }
 
 // --- whole tiles --------------------------------------------------------------------------------------------------
 
