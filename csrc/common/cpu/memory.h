@@ -28,40 +28,45 @@ inline constexpr DType kDType = std::is_same_v<T, float>          ? DType::Float
 template <class T>
 inline constexpr bool kIsHalf = sizeof(T) == 2;
 
+// A vector of floats from and to a 16-bit type.
+template <class S>
+inline Vec<float> load_floats(const S* from) {
+  Vec<float> v;
+  at::vec::load_to_float<S>(from, v);
+  return v;
+}
+
+// The n first of them.
+template <class S>
+inline void store_floats(Vec<float> v, S* to, int64_t n = kLanes<float>) {
+  const Vec<S> rounded = at::vec::convert_from_float<S>(v, v);
+#if defined(CPU_CAPABILITY_AVX512)
+  if (n == kLanes<float>) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(rounded));
+#endif
+  rounded.store(to, n);
+}
+
 // Dense conversion. The 16-bit types go through at::vec, whose conversions round to nearest even.
 template <class From, class To>
 inline void convert(const From* from, To* to, int64_t n) {
-  if constexpr (kIsHalf<From> && kIsHalf<To>) {
-    float buffer[kLanes<From>];
-    for (int64_t i = 0; i < n; i += kLanes<From>) {
-      const int64_t count = std::min<int64_t>(kLanes<From>, n - i);
+  int64_t i = 0;
+  if constexpr (kIsHalf<From> && std::is_same_v<To, float>) {
+    for (; i + kLanes<float> <= n; i += kLanes<float>) load_floats(from + i).store(to + i);
+    if (i == n) return;
+    const auto [low, high] = at::vec::convert_to_float<From>(Vec<From>::loadu(from + i, n - i));
+    low.store(to + i, n - i);
+  } else if constexpr (std::is_same_v<From, float> && kIsHalf<To>) {
+    for (; i + kLanes<float> <= n; i += kLanes<float>) store_floats(Vec<float>::loadu(from + i), to + i);
+    if (i < n) store_floats(Vec<float>::loadu(from + i, n - i), to + i, n - i);
+  } else if constexpr (kIsHalf<From> || kIsHalf<To>) {  // two of them, or one and a double
+    float buffer[kLanes<float>];
+    for (; i < n; i += kLanes<float>) {
+      const int64_t count = std::min<int64_t>(kLanes<float>, n - i);
       convert(from + i, buffer, count);
       convert(buffer, to + i, count);
     }
-  } else if constexpr (kIsHalf<From>) {
-    for (int64_t i = 0; i < n; i += kLanes<From>) {
-      const int64_t count = std::min<int64_t>(kLanes<From>, n - i);
-      const auto [low, high] = at::vec::convert_to_float<From>(Vec<From>::loadu(from + i, count));
-      if constexpr (std::is_same_v<To, float>) {
-        low.store(to + i, std::min<int64_t>(count, kLanes<float>));
-        if (count > kLanes<float>) high.store(to + i + kLanes<float>, count - kLanes<float>);
-      } else {
-        float buffer[kLanes<From>];
-        low.store(buffer);
-        high.store(buffer + kLanes<float>);
-        std::copy(buffer, buffer + count, to + i);
-      }
-    }
-  } else if constexpr (kIsHalf<To>) {
-    for (int64_t i = 0; i < n; i += kLanes<To>) {
-      const int64_t count = std::min<int64_t>(kLanes<To>, n - i);
-      float buffer[kLanes<To>] = {};
-      for (int64_t j = 0; j < count; ++j) buffer[j] = static_cast<float>(from[i + j]);
-      at::vec::convert_from_float<To>(Vec<float>::loadu(buffer), Vec<float>::loadu(buffer + kLanes<float>))
-          .store(to + i, count);
-    }
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+    for (; i < n; ++i) to[i] = static_cast<To>(from[i]);
   }
 }
 

@@ -10,16 +10,11 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
-// A block's elements between storage and arithmetic: whole blocks by a number of bytes known in advance.
+// A block's elements between storage and arithmetic: whole blocks by a number of vectors known in advance.
 template <class From, class To>
 inline void move_units(const From* from, To* to, int64_t units) {
-  if constexpr (std::is_same_v<From, To>) {
-    if (units == kUnits) {
-      std::memcpy(to, from, kUnits * sizeof(From));
-      return;
-    }
-  }
-  convert(from, to, units);
+  if (units == kUnits) convert(from, to, kUnits);
+  else convert(from, to, units);
 }
 
 // kLanes elements of S, of which n exist, in arithmetic's type, and back.
@@ -29,8 +24,9 @@ inline Vec<Compute<S>> load_units(const S* from, int64_t n) {
   if constexpr (std::is_same_v<S, C>) {
     return n >= kLanes<C> ? Vec<C>::loadu(from) : Vec<C>::loadu(from, n);
   } else {
+    if (n >= kLanes<C>) return load_floats(from);
     C buffer[kLanes<C>];
-    convert(from, buffer, std::min<int64_t>(n, kLanes<C>));
+    convert(from, buffer, n);
     return Vec<C>::loadu(buffer);
   }
 }
