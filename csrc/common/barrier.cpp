@@ -18,14 +18,18 @@ void pause() {
 
 Barrier::Barrier(int64_t parties) : parties_(parties) {}
 
-void Barrier::arrive_and_wait(int64_t count) {
-  if (count == parties_) return;
+int64_t Barrier::arrive(int64_t count) {
+  if (count == parties_) return 0;
   const int64_t before = arrived_.fetch_add(count, std::memory_order_acq_rel);
   const int64_t target = (before / parties_ + 1) * parties_;
-  if (before + count == target) return arrived_.notify_all();
+  if (before + count == target) arrived_.notify_all();
+  return target;
+}
+
+void Barrier::wait(int64_t arrivals) {
   for (int polls = 0;; ++polls) {
     const int64_t arrived = arrived_.load(std::memory_order_acquire);
-    if (arrived >= target) return;
+    if (arrived >= arrivals) return;
     if (polls < kPolls) pause();
     else arrived_.wait(arrived, std::memory_order_acquire);
   }

@@ -10,8 +10,11 @@ class Barrier {
  public:
   explicit Barrier(int64_t parties);
 
-  // Arrives for `count` parties, and waits until all have arrived as often.
-  void arrive_and_wait(int64_t count);
+  // Arrives for `count` parties; the result is for them to wait for, then or later.
+  int64_t arrive(int64_t count);
+  // Waits until all have arrived as often. No party arrives again before it has waited.
+  void wait(int64_t arrivals);
+  void arrive_and_wait(int64_t count) { wait(arrive(count)); }
 
  private:
   const int64_t parties_;

@@ -15,11 +15,15 @@ namespace lect11ext {
 namespace {
 
 constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+// From here on a piece is whole huge pages: small ones lie anywhere in memory, and those that share sets of a
+// second-level cache put one another out of it (docs/performance-notes.md).
+constexpr size_t kWorthHugePages = kHugePage / 8;
 constexpr size_t kMostKept = size_t{64} << 20;  // of a piece
 
 char* allocate(size_t bytes) {
-  const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
-  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  const size_t alignment = bytes >= kWorthHugePages ? kHugePage : kLine;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, bytes);
   TORCH_CHECK(memory != nullptr, "could not allocate a workspace of ", bytes, " bytes");
 #if defined(MADV_HUGEPAGE)
   if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint: a refusal changes nothing

@@ -12,7 +12,8 @@
 //   rows with reset[t][b] start the step from a state of zero
 //
 // All threads stay in one parallel region for all steps. Each owns a share of the hidden units, whose rows of the
-// weights stay in its caches; after a step they wait for one another at a barrier. A norm, and a GRU that resets first,
+// weights stay in its caches; after a step they wait for one another at a barrier: of large batches half by half, so that
+// what others do late of one half is not waited for before the other half is done. A norm, and a GRU that resets first,
 // need what all of them have computed in mid-step, and wait twice.
 //
 // Tensors over time have rows of dense elements: row (t, b) lies at t·step + b·row. All have one storage type S;
@@ -104,8 +105,11 @@ struct Layer : LayerOutputs {
   void* moments;                // [blocks, B, 2] of C: mean and sum of squares about it, of a block's v
   int64_t chunk;
   int64_t shares;    // how many parts the blocks are cut into
-  Barrier* barrier;  // for `shares` arrivals
+  Barrier* barriers;  // kBatchParts, for `shares` arrivals each
 };
+
+// Parts that a batch may be cut into, with a barrier each.
+inline constexpr int kBatchParts = 2;
 
 // Rows that a product takes at a time; a multiple of every tile's.
 inline constexpr int64_t kLayerRows = 48;
@@ -146,7 +150,7 @@ struct LayerBackward : LayerGradients {
   void* carry_mask;  // the same: the mask's gradient so far; null without
   void* moments;     // [blocks, B, 2] of C: sums of a norm's gradient
   int64_t shares;
-  Barrier* barrier;
+  Barrier* barriers;  // as Layer's
 };
 
 LECT11EXT_CPU_KERNEL(layer_backward_kernel, LayerBackward)

@@ -123,8 +123,8 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   scratch.add(args.sums, blocks * B * kUnits * G * element, halts);
   scratch.add(args.moments, blocks * B * 2 * element, in.has_norm());
   scratch.place();
-  Barrier barrier(args.shares);
-  args.barrier = &barrier;
+  Barrier barriers[kBatchParts] = {Barrier(args.shares), Barrier(args.shares)};
+  args.barriers = barriers;
   run_shares(build_of(layer_kernel, without_dots::layer_kernel, in.input.scalar_type(), args), args);
   return out;
 }
@@ -151,8 +151,8 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   scratch.add(args.carry_mask, carry, has_mask);
   scratch.add(args.moments, blocks * B * 2 * element, has_norm);
   scratch.place();
-  Barrier barrier(args.shares);
-  args.barrier = &barrier;
+  Barrier barriers[kBatchParts] = {Barrier(args.shares), Barrier(args.shares)};
+  args.barriers = barriers;
   run_shares(build_of(layer_backward_kernel, without_dots::layer_backward_kernel, type, args), args);
 }
 

@@ -124,7 +124,7 @@ inline Vec<float> horner(Vec<float> x, const float (&coefficients)[kCount]) {
 
 // σ(x) = 1 / (1 + 2^n·e^−r); NaN survives. At the lower bound 2^n is inf, and σ 0; at the upper one σ is 1 and 2^n
 // still normal: a denormal takes hundreds of cycles. e^−r is a minimax polynomial, relative error 9e-8.
-inline Vec<float> sigmoid(Vec<float> x) {
+[[gnu::always_inline]] inline Vec<float> sigmoid(Vec<float> x) {
   const Vec<float> one(1.0f);
   const Halvings h = halvings(at::vec::clamp(x, Vec<float>(-89.0f), Vec<float>(80.0f)), 0.69314718055994531f);
   const Vec<float> p =
@@ -134,7 +134,7 @@ inline Vec<float> sigmoid(Vec<float> x) {
 
 // tanh(x) = sign(x) · m / (1 − m) with m = (1 − e^−2|x|) / 2 = (1 − 2^n) / 2 + 2^n · (1 − e^−2r) / 2, whose last factor
 // is r + r²·P(r), so that small x keep their digits (relative error 1.3e-8). Beyond 10 it is 1.
-inline Vec<float> tanh(Vec<float> x) {
+[[gnu::always_inline]] inline Vec<float> tanh(Vec<float> x) {
   const Vec<float> half(0.5f);
   const Halvings h = halvings(at::vec::clamp_max(x.abs(), Vec<float>(10.0f)), 0.34657359027997265f);
   const Vec<float> p = horner(h.r, {-4.4424058e-2f, 1.3386476e-1f, -3.3333761e-1f, 6.6666174e-1f, -9.9999996e-1f});

@@ -17,7 +17,10 @@ class Recurrence : LayerShare<S, kCell> {
   static constexpr int kKept = Cell::kKept;
 
  public:
-  Recurrence(const Layer& args, int64_t begin, int64_t end) : Share(args, begin, end), parties_(end - begin) {
+  Recurrence(const Layer& args, int64_t begin, int64_t end)
+      : Share(args, begin, end),
+        parties_(end - begin),
+        parts_(args, parties_, args.norm != nullptr || kResetFirst, is_multiplied_by_amx<P>()) {
     for (auto& sums : sums_at_) sums = sums_ + (&sums - sums_at_) * kWidth;
   }
 
@@ -25,18 +28,21 @@ class Recurrence : LayerShare<S, kCell> {
     start();
     for (int64_t s = 0; s < args_.steps; ++s) {
       if (s % args_.chunk == 0) this->multiply_inputs(s, std::min(s + args_.chunk, args_.steps));
-      if constexpr (kCell == LayerCell::GruResetFirst) {
-        step_reset_first(s);
-      } else {
-        args_.norm == nullptr ? step(s) : step_normed(s);
+      for (BatchPart& part : parts_) {
+        part.barrier->wait(part.due);
+        if constexpr (kResetFirst) {
+          step_reset_first(s, part);
+        } else {
+          args_.norm == nullptr ? step(s, part) : step_normed(s, part);
+        }
+        part.due = part.barrier->arrive(parties_);
       }
-      wait();
     }
     finish();
   }
 
  private:
-  void wait() const { args_.barrier->arrive_and_wait(parties_); }
+  static constexpr bool kResetFirst = kCell == LayerCell::GruResetFirst;
 
   P* exchange(int64_t s, int64_t row) const {
     return static_cast<P*>(args_.exchange[s % 2]) + row * even(args_.hidden);
@@ -79,7 +85,7 @@ class Recurrence : LayerShare<S, kCell> {
       }
       if (args_.reset_state != nullptr) reset_state(b)[args_.hidden] = P(0);
     }
-    wait();
+    for (BatchPart& part : parts_) part.due = part.barrier->arrive(parties_);
   }
 
   void clear(int64_t s, int64_t block, int64_t b) {
@@ -100,9 +106,9 @@ class Recurrence : LayerShare<S, kCell> {
 
   // --- steps
 
-  void step(int64_t s) {
+  void step(int64_t s, const BatchPart& part) {
     const int64_t t = schedule_.time(s);
-    each_group(s, t, [&](const int64_t* rows, int64_t n) {
+    each_group(s, t, part, [&](const int64_t* rows, int64_t n) {
       // With few rows the products of several blocks come first: their activations are then independent of one another,
       // and fill one another's waiting times.
       const int64_t together = n == 0 ? 1 : kLayerRows / n;
@@ -134,12 +140,12 @@ class Recurrence : LayerShare<S, kCell> {
   // Calls back for groups of rows whose products go together: of those that take part, or, where the weights are read
   // in place, of neighbours.
   template <class Call>
-  void each_group(int64_t s, int64_t t, const Call& call) {
+  void each_group(int64_t s, int64_t t, const BatchPart& part, const Call& call) {
     int64_t rows[kLayerRows];
-    for (int64_t b = 0; b < args_.batch;) {
+    for (int64_t b = part.first; b < part.last;) {
       int64_t n = 0;
-      const int64_t most = packed() ? kLayerRows : next_rows_of_x(args_.batch - b);
-      for (; b < args_.batch && n < most; ++b) {
+      const int64_t most = packed() ? kLayerRows : next_rows_of_x(part.last - b);
+      for (; b < part.last && n < most; ++b) {
         const bool active = schedule_.active(t, b);
         if (!active) keep(s, t, b);
         if (active || !packed()) rows[n++] = b;
@@ -150,11 +156,11 @@ class Recurrence : LayerShare<S, kCell> {
 
   // The same in the second part of a step.
   template <class Call>
-  void each_active_group(int64_t t, const Call& call) const {
+  void each_active_group(int64_t t, const BatchPart& part, const Call& call) const {
     int64_t rows[kLayerRows];
-    for (int64_t b = 0; b < args_.batch;) {
+    for (int64_t b = part.first; b < part.last;) {
       int64_t n = 0;
-      for (; b < args_.batch && n < kLayerRows; ++b) {
+      for (; b < part.last && n < kLayerRows; ++b) {
         if (schedule_.active(t, b)) rows[n++] = b;
       }
       call(rows, n);
@@ -178,9 +184,9 @@ class Recurrence : LayerShare<S, kCell> {
   }
 
   // The norm's statistics are over the units of all shares.
-  void step_normed(int64_t s) {
+  void step_normed(int64_t s, const BatchPart& part) {
     const int64_t t = schedule_.time(s);
-    each_group(s, t, [&](const int64_t* rows, int64_t n) {
+    each_group(s, t, part, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
       each_swept([&](int64_t block) {
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]);
@@ -188,8 +194,8 @@ class Recurrence : LayerShare<S, kCell> {
         for (int64_t i = 0; i < n; ++i) measure_block<kGates>(sums[i], units(block), moments(block, rows[i]));
       });
     });
-    wait();
-    each_active_group(t, [&](const int64_t* rows, int64_t n) {
+    part.barrier->arrive_and_wait(parties_);
+    each_active_group(t, part, [&](const int64_t* rows, int64_t n) {
       Statistics<C> statistics[kLayerRows];
       for (int64_t i = 0; i < n; ++i) {
         statistics[i] = row_statistics<kGates, C>(args_.moments, args_.hidden, args_.batch, rows[i]);
@@ -205,13 +211,13 @@ class Recurrence : LayerShare<S, kCell> {
     });
   }
 
-  void step_reset_first(int64_t s) {
+  void step_reset_first(int64_t s, const BatchPart& part) {
     const int64_t t = schedule_.time(s);
     constexpr int64_t kFirst = 2 * kUnits;  // columns of r and z, before those of n
     const auto columns = [&](int64_t block, int64_t first) {
       return panel(args_.panels_hh, block, args_.hidden) + first * kDeep;
     };
-    each_group(s, t, [&](const int64_t* rows, int64_t n) {
+    each_group(s, t, part, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = operand(s, rows[i]);
@@ -221,8 +227,8 @@ class Recurrence : LayerShare<S, kCell> {
         for (int64_t i = 0; i < n; ++i) reset(s, block, rows[i], sums[i]);
       });
     });
-    wait();
-    each_active_group(t, [&](const int64_t* rows, int64_t n) {
+    part.barrier->arrive_and_wait(parties_);
+    each_active_group(t, part, [&](const int64_t* rows, int64_t n) {
       C* sums[kLayerRows];
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = reset_state(rows[i]);
@@ -351,6 +357,7 @@ class Recurrence : LayerShare<S, kCell> {
   }
 
   const int64_t parties_;
+  BatchParts parts_;
   Sweep sweep_;
   C* sums_at_[kLayerRows];
   alignas(64) C sums_[kLayerRows * kWidth] = {};

@@ -12,34 +12,56 @@ class Backward : BackwardShare<S, kCell> {
   using Share::at, Share::sums_at, Share::normed_grad, Share::publish, Share::multiply, Share::each_group;
   using Share::first_unit, Share::units, Share::columns, Share::scratch_row, Share::carry_h, Share::carry_c;
   using Share::kLstm, Share::kResetFirst, Share::kGates;
-  using typename Share::C;
+  using typename Share::C, typename Share::P;
 
  public:
-  Backward(const LayerBackward& args, int64_t begin, int64_t end) : Share(args, begin, end), parties_(end - begin) {}
+  Backward(const LayerBackward& args, int64_t begin, int64_t end)
+      : Share(args, begin, end),
+        parties_(end - begin),
+        parts_(args, parties_, args.norm != nullptr || kResetFirst, is_multiplied_by_amx<P>()) {}
 
   void run() {
     start();
     for (int64_t s = args_.steps - 1; s >= 0; --s) {
-      const int64_t t = schedule_.time(s);
-      for (int64_t b = 0; b < args_.batch; ++b) schedule_.active(t, b) ? activate(s, t, b) : skip(t, b);
-      if constexpr (kResetFirst) {
-        publish(s, t, 2, 3);
-        wait();
-        back_through_reset(s, t);
-      } else if (args_.norm != nullptr) {
-        wait();
-        back_through_norm(t);
+      for (BatchPart& part : parts_) {
+        if (s + 1 < args_.steps) back_to_state(s + 1, part);
+        step(s, part);
       }
-      if (s == 0 && args_.grad_h == nullptr && args_.grad_mask == nullptr) break;
-      publish(s, t, 0, kResetFirst ? 2 : kGates);
-      wait();
-      args_.product == nullptr ? back_to_state(s, t) : back_through_product(s, t);
+    }
+    if (args_.steps > 0 && wants_start()) {
+      for (BatchPart& part : parts_) back_to_state(0, part);
     }
     finish();
   }
 
  private:
-  void wait() const { args_.barrier->arrive_and_wait(parties_); }
+  // Whether anything before the first step has a gradient.
+  bool wants_start() const { return args_.grad_h != nullptr || args_.grad_mask != nullptr; }
+
+  // The gradients of a step's sums.
+  void step(int64_t s, BatchPart& part) {
+    const int64_t t = schedule_.time(s);
+    for (int64_t b = part.first; b < part.last; ++b) schedule_.active(t, b) ? activate(s, t, b) : skip(t, b);
+    if constexpr (kResetFirst) {
+      publish(s, t, part, 2, 3);
+      part.barrier->arrive_and_wait(parties_);
+      back_through_reset(s, t, part);
+    } else if (args_.norm != nullptr) {
+      part.barrier->arrive_and_wait(parties_);
+      back_through_norm(t, part);
+    }
+    if (s == 0 && !wants_start()) return;
+    publish(s, t, part, 0, kResetFirst ? 2 : kGates);
+    part.due = part.barrier->arrive(parties_);
+  }
+
+  // From there to the state before the step.
+  void back_to_state(int64_t s, const BatchPart& part) {
+    part.barrier->wait(part.due);
+    const int64_t t = schedule_.time(s);
+    args_.product == nullptr ? back_to_carry(s, t, part) : back_through_product(s, t, part);
+  }
+
   // Whether a step's state reaches the next without the product.
   bool passes_by() const { return !kLstm || args_.zoneout_h.acts(); }
   // Whether the gradient of the state before the step ends there.
@@ -216,10 +238,10 @@ class Backward : BackwardShare<S, kCell> {
     }
   }
 
-  void back_through_norm(int64_t t) {
+  void back_through_norm(int64_t t, const BatchPart& part) {
     const int64_t blocks = (args_.hidden + kUnits - 1) / kUnits;
     const C each = C(1) / C(kGates * args_.hidden);
-    for (int64_t b = 0; b < args_.batch; ++b) {
+    for (int64_t b = part.first; b < part.last; ++b) {
       if (!schedule_.active(t, b)) continue;
       C mean = 0, along = 0;
       for (int64_t block = 0; block < blocks; ++block) {
@@ -241,22 +263,23 @@ class Backward : BackwardShare<S, kCell> {
   // --- products
 
   // The gradient of the state before the step, straight to where it is carried; a part may be there already.
-  void back_to_state(int64_t s, int64_t t) {
-    for (int64_t b = 0; b < args_.batch; ++b) {
+  void back_to_carry(int64_t s, int64_t t, const BatchPart& part) {
+    for (int64_t b = part.first; b < part.last; ++b) {
       if (schedule_.active(t, b) && is_cut(s, t, b)) std::fill(carry_h(b) + first_, carry_h(b) + end_, C(0));
     }
     each_group(
-        [&](int64_t b) { return schedule_.active(t, b) && !is_cut(s, t, b); },
+        part, [&](int64_t b) { return schedule_.active(t, b) && !is_cut(s, t, b); },
         [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 0, columns(), args_.carry_h, passes_by()); });
   }
 
   // From n through r ⊙ u: the gradient of r, and u's part of it.
-  void back_through_reset(int64_t s, int64_t t) {
+  void back_through_reset(int64_t s, int64_t t, const BatchPart& part) {
     const int64_t H = args_.hidden;
-    each_group([&](int64_t b) { return schedule_.active(t, b); },
-               [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 2 * H, H, args_.product, false); });
+    each_group(
+        part, [&](int64_t b) { return schedule_.active(t, b); },
+        [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 2 * H, H, args_.product, false); });
     const Vec<C> one(C(1));
-    for (int64_t b = 0; b < args_.batch; ++b) {
+    for (int64_t b = part.first; b < part.last; ++b) {
       if (!schedule_.active(t, b)) continue;
       const S* h = before(s, t, b, args_.h, args_.out);
       const S* mask = mask_row(b);
@@ -281,11 +304,12 @@ class Backward : BackwardShare<S, kCell> {
   }
 
   // The same where what was multiplied was not the state itself.
-  void back_through_product(int64_t s, int64_t t) {
+  void back_through_product(int64_t s, int64_t t, const BatchPart& part) {
     const int64_t depth = kResetFirst ? 2 * args_.hidden : columns();
-    each_group([&](int64_t b) { return schedule_.active(t, b); },
-               [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 0, depth, args_.product, kResetFirst); });
-    for (int64_t b = 0; b < args_.batch; ++b) {
+    each_group(
+        part, [&](int64_t b) { return schedule_.active(t, b); },
+        [&](const int64_t* rows, int64_t n) { multiply(s, t, rows, n, 0, depth, args_.product, kResetFirst); });
+    for (int64_t b = part.first; b < part.last; ++b) {
       if (!schedule_.active(t, b)) continue;
       const bool cut = is_cut(s, t, b);
       const S* mask = mask_row(b);
@@ -320,6 +344,7 @@ class Backward : BackwardShare<S, kCell> {
   }
 
   const int64_t parties_;
+  BatchParts parts_;
 };
 
 }  // namespace

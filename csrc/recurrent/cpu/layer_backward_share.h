@@ -60,9 +60,9 @@ class BackwardShare {
 
   // Rounds this share's units of gates first … last − 1, for all to multiply. Another share may still be reading what
   // the step after this one has given: hence two buffers.
-  void publish(int64_t s, int64_t t, int first, int last) const {
+  void publish(int64_t s, int64_t t, const BatchPart& part, int first, int last) const {
     if constexpr (kRounds) {
-      for (int64_t b = 0; b < args_.batch; ++b) {
+      for (int64_t b = part.first; b < part.last; ++b) {
         if (!schedule_.active(t, b)) continue;
         for (int64_t at = first * args_.hidden + first_; at < last * args_.hidden; at += args_.hidden) {
           convert(sums_at(product_grad(), t, b) + at, exchange(s, b) + at, end_ - first_);
@@ -98,13 +98,13 @@ class BackwardShare {
     sweep_.turn();
   }
 
-  // Calls back for groups of the rows that `wanted` holds for.
+  // Calls back for groups of a part's rows that `wanted` holds for.
   template <class Wanted, class Call>
-  void each_group(const Wanted& wanted, const Call& call) const {
+  void each_group(const BatchPart& part, const Wanted& wanted, const Call& call) const {
     int64_t rows[kLayerRows];
-    for (int64_t b = 0; b < args_.batch;) {
+    for (int64_t b = part.first; b < part.last;) {
       int64_t n = 0;
-      for (; b < args_.batch && n < kLayerRows; ++b) {
+      for (; b < part.last && n < kLayerRows; ++b) {
         if (wanted(b)) rows[n++] = b;
       }
       call(rows, n);

@@ -10,11 +10,19 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
-// A block's elements between storage and arithmetic: whole blocks by a number of vectors known in advance.
+// A block's elements between storage and arithmetic: whole blocks in registers.
 template <class From, class To>
 inline void move_units(const From* from, To* to, int64_t units) {
-  if (units == kUnits) convert(from, to, kUnits);
-  else convert(from, to, units);
+  if (units != kUnits) return convert(from, to, units);
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(to, from, kUnits * sizeof(From));
+  } else if constexpr (std::is_same_v<From, float> && kIsHalf<To>) {
+    for (int64_t u = 0; u < kUnits; u += kLanes<float>) store_floats(Vec<float>::loadu(from + u), to + u);
+  } else if constexpr (kIsHalf<From> && std::is_same_v<To, float>) {
+    for (int64_t u = 0; u < kUnits; u += kLanes<float>) load_floats(from + u).store(to + u);
+  } else {
+    convert(from, to, kUnits);
+  }
 }
 
 // kLanes elements of S, of which n exist, in arithmetic's type, and back.
@@ -69,6 +77,38 @@ struct Blocks {
 
   int64_t count() const { return last - first; }
 };
+
+// Rows of a batch that all shares take through a step before the next part.
+struct BatchPart {
+  int64_t first, last;
+  Barrier* barrier;
+  int64_t due = 0;  // what its next step waits for
+};
+
+// Two where shares meet without halting in mid-step and both have rows for whole tiles; else one.
+class BatchParts {
+ public:
+  template <class Args>
+  BatchParts(const Args& args, int64_t parties, bool halts, bool by_amx) {
+    const bool cut = parties < args.shares && !halts && args.batch >= (by_amx ? 64 : 24);
+    const int64_t middle = cut ? (args.batch + 1) / 2 : args.batch;
+    parts_[0] = {0, middle, args.barriers};
+    parts_[1] = {middle, args.batch, args.barriers + 1};
+    count_ = cut ? kBatchParts : 1;
+  }
+
+  BatchPart* begin() { return parts_; }
+  BatchPart* end() { return parts_ + count_; }
+
+ private:
+  BatchPart parts_[kBatchParts];
+  int count_;
+};
+
+template <class P>
+inline bool is_multiplied_by_amx() {
+  return std::is_same_v<P, at::BFloat16> && capability() == Capability::AMX;
+}
 
 // An order of panels that are all read in every step: from the first to the last, then back. Where a share's weights
 // are more than its cache holds, what was read last is found there again; always from the first, nothing would be.
