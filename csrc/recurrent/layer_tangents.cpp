@@ -81,7 +81,7 @@ class Tangents {
         hidden_(known(in_.hidden())),
         all_h_(steps_.count),
         all_c_(steps_.count),
-        all_gates_(steps_.count) {
+        all_sums_(steps_.count) {
     gates_ = steps_.first(out.gates).chunk(in_.kept_gates(), 2);
     before_ = steps_.before(steps_.first(out.out), in_.h);
     multiplied_ = steps_.masked(before_);
@@ -94,14 +94,13 @@ class Tangents {
   }
 
   OutputGradients run() {
-    if (in_.is_lstm()) lstm();
-    else if (in_.reset_after) gru();
-    else gru_reset_first();
-    const auto over_time = [&](const std::vector<Tensor>& parts, const Tensor& like) {
-      return parts.empty() ? at::zeros_like(like) : steps_.first(at::stack(parts));
-    };
-    return {over_time(all_h_, out_.out), dh_, dc_, over_time(all_gates_, out_.gates),
-            in_.is_lstm() ? over_time(all_c_, out_.cells) : Tensor()};
+    if (steps_.count == 0) {
+      return {at::zeros_like(out_.out), dh_, dc_, at::zeros_like(out_.gates),
+              in_.is_lstm() ? at::zeros_like(out_.cells) : Tensor()};
+    }
+    const Tensor gates = in_.is_lstm() ? lstm() : in_.reset_after ? gru() : gru_reset_first();
+    return {steps_.first(at::stack(all_h_)), dh_, dc_, steps_.first(steps_.active_part(gates)),
+            in_.is_lstm() ? steps_.first(at::stack(all_c_)) : Tensor()};
   }
 
  private:
@@ -137,10 +136,20 @@ class Tangents {
     // Of a GRU that resets first the mask goes through r ⊙ u as well, and is taken step by step.
     if (by_mask_.defined() && !in_.resets_first()) accumulate(by_product_, by_mask_.matmul(in_.weight_hh.t()));
     if (!by_product_.defined()) by_product_ = zeros();
-    Tensor d_bias = tangent(dual_.bias_hh);
-    by_bias_ = d_bias.defined() ? d_bias : at::zeros({columns}, in_.input.options());
-    if (!in_.has_norm()) by_product_ = by_product_ + by_bias_;
-    else if (tangent(dual_.weight_norm).defined()) by_norm_ = normed_ * tangent(dual_.weight_norm);
+    // The input's part of n is no part of what r multiplies.
+    Tensor added = by_input_;
+    if (!in_.is_lstm() && in_.reset_after) {
+      added = at::cat({part(by_input_, 0, 2), at::zeros_like(part(by_input_, 2))}, 2);
+    }
+    accumulate(added, tangent(dual_.bias_hh));
+    if (in_.has_norm()) {
+      if (tangent(dual_.weight_norm).defined()) added = added + normed_ * tangent(dual_.weight_norm);
+      after_norm_ = added.unbind(0);
+    } else {
+      by_product_ = by_product_ + added;
+    }
+    each_by_product_ = by_product_.unbind(0);
+    by_state_ = in_.weight_hh.t();
   }
 
   // The tangents of the states as the step finds them.
@@ -152,90 +161,106 @@ class Tangents {
     }
   }
 
-  // The state's part of the sums, with its bias.
+  // The tangents of a step's sums, but for the input's part of a GRU's n.
   Tensor product(int64_t t) const {
-    const Tensor d = at::addmm(by_product_[t], steps_.masked(dh_), in_.weight_hh.t());
+    const Tensor d = at::addmm(each_by_product_[t], steps_.masked(dh_), by_state_);
     if (!in_.has_norm()) return d;
-    const Tensor scaled = through_norm(d, normed_[t], rstd_[t]) * *in_.weight_norm + by_bias_;
-    return by_norm_.defined() ? scaled + by_norm_[t] : scaled;
+    return at::addcmul(after_norm_[t], through_norm(d, normed_[t], rstd_[t]), *in_.weight_norm);
   }
 
-  void end(int64_t t, Tensor new_h, Tensor new_c, const Tensor& gates) {
+  void end(int64_t t, Tensor new_h, Tensor new_c = {}) {
     new_h = keep_h_.zone_out(dh_, new_h, t);
     if (new_c.defined()) new_c = keep_c_.zone_out(dc_, new_c, t);
     const auto finish = [&](const Tensor& after, Tensor& state, Tensor& out) {
       out = steps_.active_or(t, after, at::zeros_like(after));
       state = steps_.active_or(t, after, state);
     };
-    all_gates_[t] = steps_.active_or(t, gates, at::zeros_like(gates));
     finish(new_h, dh_, all_h_[t]);
     if (new_c.defined()) finish(new_c, dc_, all_c_[t]);
   }
 
-  void lstm() {
+  // A step is linear in the tangents of its sums and of the states: their factors, and the gates' tangents, are for all
+  // steps at once.
+  Tensor sum_of_parts(const Tensor& sums, const Tensor& factors) const {
+    return (sums * factors).unflatten(1, {-1, hidden_}).sum(1);
+  }
+
+  Tensor lstm() {
     const Tensor &i = gates_[0], &f = gates_[1], &g = gates_[2], &o = gates_[3], cells = steps_.first(out_.cells);
     const Tensor c_before = steps_.before(cells, *in_.c);
     const Tensor c_after = in_.zones_out_c() ? f * c_before + i * g : cells;
-    const Tensor tanh_c = c_after.tanh(), by_c = o * (1 - tanh_c * tanh_c);
+    const Tensor tanh_c = c_after.tanh();
     const Tensor slope_g = in_.sigmoid_candidate() ? g * (1 - g) : 1 - g * g;
-    const Tensor slopes = at::cat({i * (1 - i), f * (1 - f), slope_g}, 2), slope_o = o * (1 - o);
-    const Tensor into_c = at::stack({g, c_before, i}, 2);  // [T, B, 3, H]
+    const Tensor slopes = at::cat({i * (1 - i), f * (1 - f), slope_g, o * (1 - o)}, 2);
+    const Tensor into_c = part(slopes, 0, 3) * at::cat({g, c_before, i}, 2), into_h = part(slopes, 3) * tanh_c;
+    Tensor c_into_c = f, c_into_h = o * (1 - tanh_c * tanh_c), by_peephole;
     const Tensor peephole = autograd::tensor_or_none(in_.weight_peephole), d_peephole = tangent(dual_.weight_peephole);
-    Tensor by_peephole;  // of i, f and o
+    if (peephole.defined()) {
+      c_into_c = c_into_c + part(into_c, 0) * peephole[0] + part(into_c, 1) * peephole[1];
+      c_into_h = c_into_h + into_h * peephole[2];
+    }
     if (d_peephole.defined()) {
-      by_peephole = at::cat({c_before * d_peephole[0], c_before * d_peephole[1], c_after * d_peephole[2]}, 2);
+      by_peephole = at::cat(
+          {c_before * d_peephole[0], c_before * d_peephole[1], at::zeros_like(c_before), c_after * d_peephole[2]}, 2);
     }
+    const auto each_into_c = into_c.unbind(0), each_into_h = into_h.unbind(0);
+    const auto each_c_into_c = c_into_c.unbind(0), each_c_into_h = c_into_h.unbind(0);
+    std::vector<Tensor> found_c(steps_.count), given_c(steps_.count);
     for (int64_t s = 0; s < steps_.count; ++s) {
       const int64_t t = steps_.time(s);
       begin(s);
-      const Tensor sums = by_input_[t] + product(t);
-      Tensor sums_ifg = part(sums, 0, 3), sum_o = part(sums, 3);
-      if (peephole.defined()) {
-        Tensor peep = (dc_.unsqueeze(1) * peephole.narrow(0, 0, 2)).flatten(1);
-        if (by_peephole.defined()) peep = peep + part(by_peephole[t], 0, 2);
-        sums_ifg = at::cat({part(sums_ifg, 0, 2) + peep, part(sums_ifg, 2)}, 1);
-      }
-      const Tensor ifg = sums_ifg * slopes[t];
-      const Tensor new_c = at::addcmul((ifg.unflatten(1, {3, hidden_}) * into_c[t]).sum(1), f[t], dc_);
-      if (peephole.defined()) {
-        sum_o = at::addcmul(sum_o, new_c, peephole[2]);
-        if (by_peephole.defined()) sum_o = sum_o + part(by_peephole[t], 2);
-      }
-      const Tensor d_o = sum_o * slope_o[t];
-      end(t, at::addcmul(d_o * tanh_c[t], new_c, by_c[t]), new_c, at::cat({ifg, d_o}, 1));
+      Tensor& sums = all_sums_[t] = product(t);
+      if (by_peephole.defined()) sums = sums + by_peephole[t];
+      found_c[t] = dc_;
+      given_c[t] = at::addcmul(sum_of_parts(part(sums, 0, 3), each_into_c[t]), each_c_into_c[t], dc_);
+      end(t, at::addcmul(given_c[t] * each_c_into_h[t], part(sums, 3), each_into_h[t]), given_c[t]);
     }
+    Tensor sums = at::stack(all_sums_);
+    if (peephole.defined()) {
+      const Tensor found = at::stack(found_c);
+      sums = sums + at::cat({found * peephole[0], found * peephole[1], at::zeros_like(found),
+                             at::stack(given_c) * peephole[2]},
+                            2);
+    }
+    return sums * slopes;
   }
 
-  void gru() {
+  Tensor gru() {
     const Tensor &r = gates_[0], &z = gates_[1], &n = gates_[2], &hidden = gates_[3];
-    const Tensor slopes = at::cat({r * (1 - r), z * (1 - z)}, 2), slope_n = 1 - n * n;
-    const Tensor n_to_h = 1 - z, z_to_h = before_ - n;
+    const Tensor slopes = at::cat({r * (1 - r), z * (1 - z)}, 2), slope_n = 1 - n * n, n_into_h = (1 - z) * slope_n;
+    const Tensor into_n = at::cat({part(slopes, 0) * hidden, r}, 2);  // of r's sums and of what r multiplies
+    const Tensor into_h = at::cat({part(into_n, 0) * n_into_h, part(slopes, 1) * (before_ - n), r * n_into_h}, 2);
+    const Tensor of_n = part(by_input_, 2);
+    const auto each_into_h = into_h.unbind(0), each_z = z.unbind(0), each_of_n = (of_n * n_into_h).unbind(0);
     for (int64_t s = 0; s < steps_.count; ++s) {
       const int64_t t = steps_.time(s);
       begin(s);
-      const Tensor x = by_input_[t], sums = product(t), d_hidden = part(sums, 2);
-      const Tensor rz = (part(x, 0, 2) + part(sums, 0, 2)) * slopes[t];
-      const Tensor dn = (part(x, 2) + part(rz, 0) * hidden[t] + r[t] * d_hidden) * slope_n[t];
-      end(t, part(rz, 1) * z_to_h[t] + n_to_h[t] * dn + z[t] * dh_, {}, at::cat({rz, dn, d_hidden}, 1));
+      all_sums_[t] = product(t);
+      end(t, sum_of_parts(all_sums_[t], each_into_h[t]) + at::addcmul(each_of_n[t], each_z[t], dh_));
     }
+    const Tensor sums = at::stack(all_sums_), d_hidden = part(sums, 2);
+    const Tensor dn = (of_n + part(sums, 0) * part(into_n, 0) + d_hidden * r) * slope_n;
+    return at::cat({part(sums, 0, 2) * slopes, dn, d_hidden}, 2);
   }
 
-  void gru_reset_first() {
+  Tensor gru_reset_first() {
     const Tensor &r = gates_[0], &z = gates_[1], &n = gates_[2];
-    const Tensor slopes = at::cat({r * (1 - r), z * (1 - z)}, 2), slope_n = 1 - n * n;
-    const Tensor n_to_h = 1 - z, z_to_h = before_ - n, constant = by_input_ + by_product_;
-    const Tensor by_gates = in_.weight_hh.narrow(0, 0, 2 * hidden_).t();
-    const Tensor by_n = in_.weight_hh.narrow(0, 2 * hidden_, hidden_).t();
+    const Tensor slopes = at::cat({r * (1 - r), z * (1 - z), 1 - n * n}, 2);
+    const auto into_reset = (part(slopes, 0) * multiplied_).unbind(0), each_r = r.unbind(0), each_z = z.unbind(0);
+    const auto z_into_h = (part(slopes, 1) * (before_ - n)).unbind(0), n_into_h = (part(slopes, 2) * (1 - z)).unbind(0);
+    const Tensor by_gates = part(by_state_, 0, 2), by_n = part(by_state_, 2);
     for (int64_t s = 0; s < steps_.count; ++s) {
       const int64_t t = steps_.time(s);
       begin(s);
       Tensor du = steps_.masked(dh_);
       if (by_mask_.defined()) du = du + by_mask_[t];
-      const Tensor rz = (part(constant[t], 0, 2) + du.matmul(by_gates)) * slopes[t];
-      const Tensor d_reset = part(rz, 0) * multiplied_[t] + r[t] * du;
-      const Tensor dn = (part(constant[t], 2) + d_reset.matmul(by_n)) * slope_n[t];
-      end(t, part(rz, 1) * z_to_h[t] + n_to_h[t] * dn + z[t] * dh_, {}, at::cat({rz, dn}, 1));
+      const Tensor rz = at::addmm(part(each_by_product_[t], 0, 2), du, by_gates);
+      const Tensor d_reset = at::addcmul(each_r[t] * du, part(rz, 0), into_reset[t]);
+      const Tensor sum_n = at::addmm(part(each_by_product_[t], 2), d_reset, by_n);
+      all_sums_[t] = at::cat({rz, sum_n}, 1);
+      end(t, at::addcmul(at::addcmul(each_z[t] * dh_, part(rz, 1), z_into_h[t]), sum_n, n_into_h[t]));
     }
+    return at::stack(all_sums_) * slopes;
   }
 
   const Inputs& dual_;
@@ -247,9 +272,10 @@ class Tangents {
   const int64_t hidden_;
   std::vector<Tensor> gates_;
   Tensor before_, multiplied_;  // the state before every step, and what of it is multiplied
-  Tensor normed_, rstd_, by_mask_, by_input_, by_product_, by_bias_, by_norm_;
+  Tensor normed_, rstd_, by_mask_, by_input_, by_product_, by_state_;
+  std::vector<Tensor> each_by_product_, after_norm_;  // of every step
   Tensor dh_, dc_;
-  std::vector<Tensor> all_h_, all_c_, all_gates_;
+  std::vector<Tensor> all_h_, all_c_, all_sums_;
 };
 
 }  // namespace
