@@ -12,9 +12,9 @@
 //   rows with reset[t][b] start the step from a state of zero
 //
 // All threads stay in one parallel region for all steps. Each owns a share of the hidden units, whose rows of the
-// weights stay in its caches; after a step they wait for one another at a barrier: of large batches half by half, so that
-// what others do late of one half is not waited for before the other half is done. A norm, and a GRU that resets first,
-// need what all of them have computed in mid-step, and wait twice.
+// weights stay in its caches; after a step they wait for one another at a barrier: of large batches half by half, so
+// that what others do late of one half is not waited for before the other half is done. A norm, and a GRU that resets
+// first, need what all of them have computed in mid-step, and wait twice.
 //
 // Tensors over time have rows of dense elements: row (t, b) lies at t·step + b·row. All have one storage type S;
 // arithmetic is in C, float, or double for double. Pointers are borrowed; no output overlaps anything.
@@ -104,7 +104,7 @@ struct Layer : LayerOutputs {
   void* sums;                   // [blocks, B, 16·G] of C: what waits in mid-step; null where nothing does
   void* moments;                // [blocks, B, 2] of C: mean and sum of squares about it, of a block's v
   int64_t chunk;
-  int64_t shares;    // how many parts the blocks are cut into
+  int64_t shares;     // how many parts the blocks are cut into
   Barrier* barriers;  // kBatchParts, for `shares` arrivals each
 };
 

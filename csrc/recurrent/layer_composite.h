@@ -56,6 +56,10 @@ struct Steps {
     return at::where(inactive, at::zeros_like(over_time), over_time);
   }
 
+  Tensor active_part(int64_t t, const Tensor& of_step) const {
+    return inactive.defined() ? choose(inactive, t, at::zeros_like(of_step), of_step) : of_step;
+  }
+
   // The states before every step, where `states` are those after it. Zero where it does not take place, both.
   Tensor before(const Tensor& states, const Tensor& initial) const {
     if (count == 0) return states;

@@ -106,8 +106,6 @@ class CompositeBackward {
     return grad_gates_.empty() ? Tensor() : grad_gates_[gate] * slope;
   }
 
-  Tensor zero_inactive(int64_t t, const Tensor& grad) const { return steps_.active_or(t, grad, at::zeros_like(grad)); }
-
   // Where a step does not take place the gradient passes by; where the state before it was set to zero, or is cut off,
   // none does.
   Tensor leave(int64_t s, const Tensor& grad, const Tensor& outside) const {
@@ -155,7 +153,7 @@ class CompositeBackward {
       dc = at::addcmul(dc, dh, into_c[t]);
       if (peephole.defined()) dc = at::addcmul(dc, pre_o, peephole[2]);
       const Tensor pre_ifg = plus(dc.unsqueeze(1) * by_c[t], outer_ifg[t]);
-      sums_[t] = zero_inactive(t, at::cat({pre_ifg, pre_o.unsqueeze(1)}, 1).flatten(1));
+      sums_[t] = steps_.active_part(t, at::cat({pre_ifg, pre_o.unsqueeze(1)}, 1).flatten(1));
       Tensor to_c = plus(dc * f_at[t], by_zoned_c);
       if (peephole.defined()) to_c = to_c + (pre_ifg.narrow(1, 0, 2) * peephole.narrow(0, 0, 2)).sum(1);
       carry_h_ = leave(s, plus(to_state(t, sums_[t]), by_zoned_h), carry_h_);
@@ -177,8 +175,8 @@ class CompositeBackward {
       const Tensor dn = plus(dh * n_by_h[t], outer_n[t]), dz = plus(dh * z_by_h[t], outer_z[t]);
       const Tensor dr = plus(dn * r_by_n[t], outer_r[t]);
       const Tensor d_hidden = plus(dn * r_at[t], outer_hidden[t]);
-      sums_[t] = zero_inactive(t, at::cat({dr, dz, dn}, 1));
-      sums_hidden_[t] = zero_inactive(t, at::cat({dr, dz, d_hidden}, 1));
+      sums_[t] = steps_.active_part(t, at::cat({dr, dz, dn}, 1));
+      sums_hidden_[t] = steps_.active_part(t, at::cat({dr, dz, d_hidden}, 1));
       const Tensor to_h = at::addcmul(to_state(t, sums_hidden_[t]), dh, z_at[t]);
       carry_h_ = leave(s, plus(to_h, by_zoned), carry_h_);
     }
@@ -198,9 +196,9 @@ class CompositeBackward {
       const Tensor by_zoned = zone_out(keep_h_, t, dh);
       const Tensor dn = plus(dh * n_by_h[t], outer_n[t]), dz = plus(dh * z_by_h[t], outer_z[t]);
       const Tensor d_reset = dn.matmul(by_n), dr = plus(d_reset * r_by_product[t], outer_r[t]);
-      sums_[t] = zero_inactive(t, at::cat({dr, dz, dn}, 1));
+      sums_[t] = steps_.active_part(t, at::cat({dr, dz, dn}, 1));
       const Tensor to_product = at::cat({dr, dz}, 1).matmul(by_gates) + d_reset * r_at[t];
-      products_[t] = zero_inactive(t, to_product);
+      products_[t] = steps_.active_part(t, to_product);
       const Tensor to_h = at::addcmul(steps_.masked(to_product), dh, z_at[t]);
       carry_h_ = leave(s, plus(to_h, by_zoned), carry_h_);
     }

@@ -120,11 +120,11 @@ Outputs step_by_step(const Inputs& in, bool save) {
     }
     // What a row without the step holds must not reach the weights' gradients, not even times zero.
     State before = state;
-    before.h = steps.active_or(t, state.h, at::zeros_like(state.h));
-    if (state.c.defined()) before.c = steps.active_or(t, state.c, at::zeros_like(state.c));
+    before.h = steps.active_part(t, state.h);
+    if (state.c.defined()) before.c = steps.active_part(t, state.c);
     const State after = plain ? cell_step(in, input[t], before) : general(input[t], before, t);
     const auto finish = [&](const Tensor& now, Tensor& kept, Tensor& out) {
-      out = steps.active_or(t, now, at::zeros_like(now));
+      out = steps.active_part(t, now);
       kept = steps.active_or(t, now, kept);
     };
     finish(after.h, state.h, outputs[t]);

@@ -172,7 +172,7 @@ class Tangents {
     new_h = keep_h_.zone_out(dh_, new_h, t);
     if (new_c.defined()) new_c = keep_c_.zone_out(dc_, new_c, t);
     const auto finish = [&](const Tensor& after, Tensor& state, Tensor& out) {
-      out = steps_.active_or(t, after, at::zeros_like(after));
+      out = steps_.active_part(t, after);
       state = steps_.active_or(t, after, state);
     };
     finish(new_h, dh_, all_h_[t]);
