@@ -69,7 +69,7 @@ Terms terms_of(const Inputs& in) {
       const double constant = 0.5 * std::log(2 * M_PI);
       const Tensor d = x - t;
       if (!in.has_logvar()) return {d * d * 0.5 + constant, d, -d, Tensor()};
-      const Tensor v = in.logvar->to(type), root = at::exp(v * -0.5), scaled = d * root, square = scaled * scaled;
+      const Tensor v = in.logvar->to(type), root = finite_exp(v * -0.5), scaled = d * root, square = scaled * scaled;
       return {(square + v) * 0.5 + constant, scaled * root, -scaled * root, (1 - square) * 0.5};
     }
     case Likelihood::SquaredError: {

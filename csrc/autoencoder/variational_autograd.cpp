@@ -21,6 +21,7 @@ using namespace gaussian;
 struct Terms {
   Tensor mean, logvar, root;    // in the type of the arithmetic; logvar clamped; e^(logvar/2)
   Tensor u, precision_root, d;  // mean − prior_mean, e^(−prior_logvar/2), logvar − prior_logvar
+  Tensor scaled;                // u · precision_root
   Tensor kl;                    // per element, before free bits
 };
 
@@ -40,15 +41,15 @@ Terms composite_terms(const Inputs& in) {
   t.root = at::exp(t.logvar * 0.5);
   t.u = t.mean;
   t.d = t.logvar;
-  Tensor scaled = t.u;
+  t.scaled = t.u;
   if (in.has_prior()) {
     const Tensor prior_logvar = in.prior_logvar->to(type);
     t.u = t.mean - in.prior_mean->to(type);
     t.d = t.logvar - prior_logvar;
-    t.precision_root = at::exp(prior_logvar * -0.5);
-    scaled = t.u * t.precision_root;
+    t.precision_root = finite_exp(prior_logvar * -0.5);
+    t.scaled = t.u * t.precision_root;
   }
-  t.kl = (scaled * scaled + at::expm1(t.d) - t.d) * 0.5;
+  t.kl = (t.scaled * t.scaled + at::expm1(t.d) - t.d) * 0.5;
   return t;
 }
 
@@ -83,14 +84,13 @@ Gradients composite_backward(const OptionalTensor& grad_z, const OptionalTensor&
     const auto active = [&](const Tensor& grad) {
       return in.free_bits > 0 ? at::where(t.kl >= in.free_bits, grad, at::zeros_like(grad)) : grad;
     };
-    const Tensor precision = in.has_prior() ? t.precision_root * t.precision_root : Tensor();
-    const Tensor d_mean = active(in.has_prior() ? w * t.u * precision : w * t.u);
+    const Tensor d_mean = active(in.has_prior() ? w * t.scaled * t.precision_root : w * t.u);
     const Tensor d_logvar = active(w * at::expm1(t.d) * 0.5);
     mean = add(mean, d_mean);
     logvar = add(logvar, d_logvar);
     if (in.has_prior()) {
       prior_mean = -d_mean;
-      prior_logvar = -(d_logvar + active(w * t.u * t.u * precision * 0.5));
+      prior_logvar = -(d_logvar + active(w * t.scaled * t.scaled * 0.5));
     }
   }
   if (in.clamps() && logvar.defined()) {

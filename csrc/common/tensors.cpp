@@ -1,6 +1,8 @@
 #include "common/tensors.h"
 
+#include <ATen/ops/clamp_max.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/exp.h>
 #include <c10/util/Exception.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -99,6 +101,11 @@ at::Tensor with_unit_columns(const at::Tensor& matrix) {
   const bool unit = matrix.size(1) <= 1 || matrix.stride(1) == 1;
   const bool apart = matrix.size(0) <= 1 || matrix.stride(0) >= matrix.size(1);
   return unit && apart ? matrix : matrix.contiguous();
+}
+
+at::Tensor finite_exp(const at::Tensor& x) {
+  const double largest = x.scalar_type() == at::kDouble ? 709.7 : 88.7;
+  return at::exp(at::clamp_max(x, largest));
 }
 
 void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors) {

@@ -41,6 +41,9 @@ inline at::Tensor sum_rows(const at::Tensor& tensor) {
   return tensor.sum(at::OptionalIntArrayRef{at::IntArrayRef{0, 1}});
 }
 
+// e^x, in place of infinity a number next to the largest: zero times it is zero, as its slope there is.
+at::Tensor finite_exp(const at::Tensor& x);
+
 // Throws unless all defined tensors are on the device of the first.
 void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors);
 

@@ -213,6 +213,29 @@ def test_extremes() -> None:
     assert small.isfinite().all()  # 1/s² overflows, (x − t)/s does not
 
 
+@pytest.mark.parametrize("logvar", [-180.0, -3e38])
+def test_no_difference_is_none_whatever_the_variance(logvar: float, capability: str) -> None:
+    x, t = torch.ones(19, requires_grad=True), torch.ones(19, requires_grad=True)
+    v = torch.full((19,), logvar, requires_grad=True)
+    out = loss(x, t, "gaussian", logvar=v, reduction="none")
+    torch.testing.assert_close(out, 0.5 * v + 0.5 * math.log(2 * math.pi))
+    first = torch.autograd.grad(out.sum(), [x, t, v], create_graph=True)
+    for got, expected in zip(first, (0.0, 0.0, 0.5), strict=True):
+        assert torch.equal(got, torch.full_like(got, expected))
+    assert torch.autograd.grad(sum(g.sum() for g in first), v)[0].isfinite().all()
+    assert loss(x + 1e-10, t * 0, "gaussian", logvar=v, reduction="none").isinf().all()
+
+
+def test_confident_logits_keep_their_digits(capability: str) -> None:
+    x = torch.linspace(-80, 80, 801).repeat(2).requires_grad_()
+    t = torch.tensor([0.0, 1.0]).repeat_interleave(801)
+    out = loss(x, t, reduction="none")
+    wrong = torch.where(t == 0, x, -x).detach().double()  # the loss is log(1 + e^wrong), whose slope is its sigmoid
+    torch.testing.assert_close(out.double(), torch.logaddexp(wrong, wrong * 0), rtol=1e-6, atol=1e-38)
+    slope = wrong.sigmoid() * torch.where(t == 0, 1, -1)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0].double(), slope, rtol=1e-6, atol=1e-38)
+
+
 def test_subclasses_come_out() -> None:
     x = torch.randn(3, 4).as_subclass(Tagged)
     assert isinstance(loss(x, torch.rand(3, 4)), Tagged)

@@ -28,7 +28,10 @@ struct Logistic {
 
   Vec<T> sigmoid() const { return select_less(x, Vec<T>(T(0)), least, Vec<T>(T(1)) - least); }
   Vec<T> slope() const { return at::vec::fnmadd(least, least, least); }
-  Vec<T> softplus() const { return at::vec::maximum(x, Vec<T>(T(0))) + minus_log1m(least); }
+  Vec<T> softplus() const { return at::vec::maximum(x, Vec<T>(T(0))) + beyond_relu(); }
+  // What softplus and σ have beyond what they tend to, max(x, 0) and 0 or 1.
+  Vec<T> beyond_relu() const { return minus_log1m(least); }
+  Vec<T> beyond_step() const { return select_less(x, Vec<T>(T(0)), least, least.neg()); }
   // The second derivative of σ.
   Vec<T> curvature() const {
     const Vec<T> magnitude = slope() * at::vec::fnmadd(Vec<T>(T(2)), least, Vec<T>(T(1)));

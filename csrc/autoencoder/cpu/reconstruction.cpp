@@ -47,8 +47,10 @@ template <Likelihood kLikelihood, bool kLogvar, class T>
 inline Element<T> element(Vec<T> x, Vec<T> t, Vec<T> logvar) {
   const Vec<T> zero(T(0)), half(T(0.5)), two(T(2));
   if constexpr (kLikelihood == Likelihood::Bernoulli) {
+    // Without the digits that max(x, 0) − t·x and 0 or 1 − t would cost where both are alike.
     const Logistic<T> s(x);
-    return {at::vec::fnmadd(x, t, s.softplus()), s.sigmoid() - t, x.neg(), zero};
+    const Vec<T> limit = select_less(x, zero, t.neg(), Vec<T>(T(1)) - t);
+    return {at::vec::fmadd(x, limit, s.beyond_relu()), limit + s.beyond_step(), x.neg(), zero};
   } else if constexpr (kLikelihood == Likelihood::ContinuousBernoulli) {
     const LogSinhc<T> f = log_sinhc(half * x.abs());
     const Vec<T> slope = half * f.slope;
@@ -56,8 +58,9 @@ inline Element<T> element(Vec<T> x, Vec<T> t, Vec<T> logvar) {
   } else if constexpr (kLikelihood == Likelihood::Gaussian) {
     const Vec<T> d = x - t, constant{T(kHalfLog2Pi)};
     if constexpr (!kLogvar) return {at::vec::fmadd(half * d, d, constant), d, d.neg(), zero};
-    // By its root, so that a small variance does not overflow before it meets a small difference.
-    const Vec<T> root = e_to(logvar * Vec<T>(T(-0.5))), scaled = d * root, square = scaled * scaled;
+    // By its root, so that a small variance does not overflow before it meets a small difference; and finite, so that no
+    // difference is none.
+    const Vec<T> root = finite(e_to(logvar * Vec<T>(T(-0.5)))), scaled = d * root, square = scaled * scaled;
     return {half * (square + logvar) + constant, scaled * root, (scaled * root).neg(), half * (Vec<T>(T(1)) - square)};
   } else {
     const Vec<T> d = x - t;

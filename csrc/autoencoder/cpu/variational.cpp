@@ -72,7 +72,7 @@ class Tile {
     if constexpr (PriorGiven) {
       const Vec<T> prior_logvar = Vec<T>::loadu(prior_logvar_ + i);
       const HalfExp<T> d = half_exp(logvar - prior_logvar);
-      const Vec<T> precision_root = root_exp(prior_logvar.neg());
+      const Vec<T> precision_root = finite(root_exp(prior_logvar.neg()));
       u = u - Vec<T>::loadu(prior_mean_ + i);
       const Vec<T> t = u * precision_root;
       e.scale = root_exp(logvar);

@@ -16,7 +16,9 @@ struct Logistic {
 
   __device__ T sigmoid() const { return x < T(0) ? e * large : large; }
   __device__ T slope() const { return e * large * large; }
-  __device__ T softplus() const { return (x < T(0) ? T(0) : x) + log1p_of_unit(e); }
+  __device__ T softplus() const { return (x < T(0) ? T(0) : x) + beyond_relu(); }
+  __device__ T beyond_relu() const { return log1p_of_unit(e); }
+  __device__ T beyond_step() const { return x < T(0) ? e * large : -e * large; }
   __device__ T curvature() const {
     const T magnitude = slope() * (T(1) - e) * large;
     return x < T(0) ? magnitude : -magnitude;

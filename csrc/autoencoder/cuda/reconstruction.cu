@@ -56,7 +56,8 @@ __device__ inline Element<T> element(T x, T t, T logvar) {
   const T half = T(0.5), d = x - t;
   if constexpr (kLikelihood == Likelihood::Bernoulli) {
     const Logistic<T> s(x);
-    return {std::fma(-x, t, s.softplus()), s.sigmoid() - t, -x, T(0)};
+    const T limit = x < T(0) ? -t : T(1) - t;
+    return {std::fma(x, limit, s.beyond_relu()), limit + s.beyond_step(), -x, T(0)};
   } else if constexpr (kLikelihood == Likelihood::ContinuousBernoulli) {
     const LogSinhc<T> f = log_sinhc(half * std::abs(x));
     const T slope = half * f.slope;
@@ -66,7 +67,7 @@ __device__ inline Element<T> element(T x, T t, T logvar) {
   } else if constexpr (!kVariance) {
     return {std::fma(half * d, d, T(kHalfLog2Pi)), d, -d, T(0)};
   } else {
-    const T root = std::exp(-half * logvar), scaled = d * root, square = scaled * scaled;
+    const T root = finite(std::exp(-half * logvar)), scaled = d * root, square = scaled * scaled;
     return {half * (square + logvar) + T(kHalfLog2Pi), scaled * root, -(scaled * root), half * (T(1) - square)};
   }
 }

@@ -22,7 +22,7 @@ __device__ inline Element<T> element(T mean, T logvar, T prior_mean, T prior_log
   const T half = T(0.5);
   if constexpr (PriorGiven) {
     const HalfExp<T> d = half_exp(logvar - prior_logvar);
-    const T precision_root = std::exp(-half * prior_logvar), t = (mean - prior_mean) * precision_root;
+    const T precision_root = finite(std::exp(-half * prior_logvar)), t = (mean - prior_mean) * precision_root;
     return {std::exp(half * logvar), half * std::fma(t, t, d.expm1_less_x), t * precision_root, half * d.expm1,
             -half * std::fma(t, t, d.expm1)};
   } else {

@@ -2,6 +2,8 @@
 // the arithmetic around it. Polynomial coefficients: Cephes (S. Moshier), single precision.
 #pragma once
 
+#include <limits>
+
 #include "common/cpu/namespace.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -10,6 +12,12 @@ using VecI = Vec<int32_t>;
 
 inline VecI bits(Vec<float> x) { return at::vec::cast<int32_t>(x); }
 inline Vec<float> from_bits(VecI x) { return at::vec::cast<float>(x); }
+
+// The largest number in place of +∞; NaN survives.
+template <class T>
+inline Vec<T> finite(Vec<T> x) {
+  return at::vec::clamp_max(x, Vec<T>(std::numeric_limits<T>::max()));
+}
 
 // a < b ? x : y and a == b ? x : y, neither being true of NaN. at::vec's comparisons make lanes of ones, which its
 // blendv then tests again.

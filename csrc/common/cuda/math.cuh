@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "common/cuda/memory.cuh"
 
@@ -12,6 +13,13 @@ namespace lect11ext::cuda {
 template <class T>
 __device__ inline T clamp(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
+}
+
+// The largest number in place of +∞.
+template <class T>
+__device__ inline T finite(T x) {
+  constexpr T kLargest = std::numeric_limits<T>::max();
+  return x > kLargest ? kLargest : x;
 }
 
 // 1/x by one instruction, to one unit in the last place: 0 of what is beyond 2^126. A division takes ten times that.
