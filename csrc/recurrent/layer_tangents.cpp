@@ -179,8 +179,8 @@ class Tangents {
     if (new_c.defined()) finish(new_c, dc_, all_c_[t]);
   }
 
-  // A step is linear in the tangents of its sums and of the states: their factors, and the gates' tangents, are for all
-  // steps at once.
+  // A step is linear in the tangents of its sums and of the states: their factors are computed for all steps before the
+  // first, the gates' tangents after the last.
   Tensor sum_of_parts(const Tensor& sums, const Tensor& factors) const {
     return (sums * factors).unflatten(1, {-1, hidden_}).sum(1);
   }
@@ -228,8 +228,8 @@ class Tangents {
   Tensor gru() {
     const Tensor &r = gates_[0], &z = gates_[1], &n = gates_[2], &hidden = gates_[3];
     const Tensor slopes = at::cat({r * (1 - r), z * (1 - z)}, 2), slope_n = 1 - n * n, n_into_h = (1 - z) * slope_n;
-    const Tensor into_n = at::cat({part(slopes, 0) * hidden, r}, 2);  // of r's sums and of what r multiplies
-    const Tensor into_h = at::cat({part(into_n, 0) * n_into_h, part(slopes, 1) * (before_ - n), r * n_into_h}, 2);
+    const Tensor r_into_n = part(slopes, 0) * hidden;
+    const Tensor into_h = at::cat({r_into_n * n_into_h, part(slopes, 1) * (before_ - n), r * n_into_h}, 2);
     const Tensor of_n = part(by_input_, 2);
     const auto each_into_h = into_h.unbind(0), each_z = z.unbind(0), each_of_n = (of_n * n_into_h).unbind(0);
     for (int64_t s = 0; s < steps_.count; ++s) {
@@ -239,7 +239,7 @@ class Tangents {
       end(t, sum_of_parts(all_sums_[t], each_into_h[t]) + at::addcmul(each_of_n[t], each_z[t], dh_));
     }
     const Tensor sums = at::stack(all_sums_), d_hidden = part(sums, 2);
-    const Tensor dn = (of_n + part(sums, 0) * part(into_n, 0) + d_hidden * r) * slope_n;
+    const Tensor dn = (of_n + part(sums, 0) * r_into_n + d_hidden * r) * slope_n;
     return at::cat({part(sums, 0, 2) * slopes, dn, d_hidden}, 2);
   }
 

@@ -222,6 +222,19 @@ def test_no_gradient_where_a_factor_is_infinite() -> None:
         assert slope[0, 0] == 0 and slope[0, 1] == 0 and slope[0, 2] != 0
 
 
+def test_a_mean_on_a_narrow_prior_is_no_distance() -> None:
+    mean, prior_mean = torch.ones(2, 19, requires_grad=True), torch.ones(19, requires_grad=True)
+    narrow = torch.full((19,), -200.0, requires_grad=True)  # its precision overflows
+    _, kl = functional.gaussian_rsample_kl(
+        mean, narrow.expand(2, 19), prior_mean=prior_mean, prior_logvar=narrow, key=KEY
+    )
+    assert torch.equal(kl, torch.zeros(2))
+    for create_graph in (False, True):
+        grads = torch.autograd.grad(kl.sum(), [mean, prior_mean, narrow], retain_graph=True, create_graph=create_graph)
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(sum(g.sum() for g in grads), narrow))
+
+
 def test_types_of_the_results() -> None:
     for dtype, kl_dtype in [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2]:
         t = torch.zeros(2, 3, dtype=dtype)

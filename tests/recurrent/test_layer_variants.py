@@ -151,6 +151,24 @@ def test_batch_first_and_threads(kind: str, variant: str) -> None:
         torch.testing.assert_close(a.transpose(0, 1) if i in (0, outputs) else a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [24, 29, 101])
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_batches_in_two_parts(kind: str, variant: str, batch: int, dtype: torch.dtype) -> None:
+    """Threads of a large batch take turns at its halves, which changes no bit."""
+    case = Case(kind, variant, (6, batch, 9, 70), dtype)
+    threads = torch.get_num_threads()
+    for options in rows(6, batch):
+        results = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(gradients(case, {**options, "grad_clip": 0.5}))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def gradients(case: Case, options: dict[str, Any]) -> list[Tensor]:
     outputs = case.ours(*case.args, **options)
     return [*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), case.args)]

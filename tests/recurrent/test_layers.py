@@ -181,6 +181,8 @@ def grads(function: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
         (torch.float32, (23, 3, 64, 256)),
         (torch.float32, (64, 12, 64, 256)),  # products may be the BLAS's
         (torch.bfloat16, (23, 3, 64, 256)),  # the same
+        (torch.float32, (9, 50, 33, 97)),  # in two parts
+        (torch.bfloat16, (9, 50, 33, 97)),
     ],
     ids=str,
 )

@@ -46,29 +46,58 @@ inline void for_vectors(int64_t width, F f) {
 
 // --- weighted sums ------------------------------------------------------------------------------------------------
 
-template <class S, int N>
-inline void add_rows(const S* const* rows, const Compute<S>* weights, int64_t width, const S* const* next,
-                     Compute<S>* sums) {
+// Columns whose sums stay in registers while all rows of a batch pass.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kHeld = 16;
+#else
+constexpr int kHeld = 8;
+#endif
+// Rows whose places are looked up together, and how many rows ahead their columns are asked for.
+constexpr int kBatch = 64, kAhead = 8;
+
+// sums[0 … V vectors − 1] += Σ weights[i] · rows[i], `far` being the rows to ask for.
+template <class S, int V>
+inline void add_columns(const S* const* rows, const S* const* far, const Compute<S>* weights, int64_t count, int64_t d,
+                        Compute<S>* sums) {
   using T = Compute<S>;
-  Vec<T> weight[N];
-  for (int i = 0; i < N; ++i) weight[i] = Vec<T>(weights[i]);
-  for_vectors<S>(width, [&](int64_t d, auto load) {
-    Lanes<S> sum;
-    for (int part = 0; part < kParts<S>; ++part) sum.part[part] = Vec<T>::loadu(sums + d + part * kLanes<T>);
-    for (int i = 0; i < N; ++i) {
-      __builtin_prefetch(next[i] + d);
-      const Lanes<S> row = load(rows[i]);
+  constexpr int kPart = V / kParts<S>;  // vectors of storage
+  constexpr int64_t kLine = 64 / sizeof(S);
+  Vec<T> sum[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) sum[v] = Vec<T>::loadu(sums + d + v * kLanes<T>);
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec<T> weight(weights[i]);
+    for (int64_t at = 0; at < kPart * kLanes<S>; at += kLine) __builtin_prefetch(far[i] + d + at);
+#pragma GCC unroll 16
+    for (int v = 0; v < kPart; ++v) {
+      const Lanes<S> row = widen<S>(Vec<S>::loadu(rows[i] + d + v * kLanes<S>));
       for (int part = 0; part < kParts<S>; ++part) {
-        sum.part[part] = at::vec::fmadd(weight[i], row.part[part], sum.part[part]);
+        Vec<T>& to = sum[v * kParts<S> + part];
+        to = at::vec::fmadd(weight, row.part[part], to);
       }
     }
-    for (int part = 0; part < kParts<S>; ++part) sum.part[part].store(sums + d + part * kLanes<T>);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) sum[v].store(sums + d + v * kLanes<T>);
+}
+
+// What is left beside whole blocks of columns.
+template <class S>
+inline void add_rest(const S* row, Compute<S> weight, int64_t first, int64_t width, Compute<S>* sums) {
+  using T = Compute<S>;
+  for_vectors<S>(width - first, [&](int64_t d, auto load) {
+    const Lanes<S> from = load(row + first);
+    for (int part = 0; part < kParts<S>; ++part) {
+      T* const to = sums + first + d + part * kLanes<T>;
+      at::vec::fmadd(Vec<T>(weight), from.part[part], Vec<T>::loadu(to)).store(to);
+    }
   });
 }
 
 template <class S>
 void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
   using T = Compute<S>;
+  constexpr int64_t kColumns = kHeld * kLanes<T>;
   const bool ordered = args.order != nullptr;
   const auto start = [&](int64_t r) { return ordered ? args.starts[r] : r * args.k; };
   const auto place = [&](int64_t e) { return ordered ? args.order[e] : e; };
@@ -77,30 +106,33 @@ void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
   };
   const T* const values = static_cast<const T*>(args.values);
   const T* const bias = static_cast<const T*>(args.bias);
-  Scratch<T> sums(args.width);
-  const int64_t last = start(end);
-  const S *rows[kAtOnce], *next[kAtOnce];
-  T weights[kAtOnce];
-  // Rows of the entries from e on, those beyond the end the first again.
-  const auto rows_from = [&](int64_t e, const S** out) {
-    for (int i = 0; i < kAtOnce; ++i) out[i] = e + i < last ? table_row(place(e + i)) : i > 0 ? out[0] : rows[0];
-  };
-  if (start(begin) < last) rows_from(start(begin), next);
+  const bool direct = args.out_dtype == kDType<T>;
+  Scratch<T> buffer(direct ? 0 : args.width);
+  const int64_t last = start(end), whole = args.width / kColumns * kColumns;
+  const S* rows[kBatch + kAhead];  // of a batch, and the first of those behind it
+  T weights[kBatch];
+  // Those beyond the end are the first again.
+  const auto row_at = [&](int64_t e) { return e < last ? table_row(place(e)) : rows[0]; };
+  if (start(begin) < last) {
+    for (int64_t i = 0; i < kAhead; ++i) rows[i] = row_at(start(begin) + i);
+  }
   for (int64_t r = begin; r < end; ++r) {
     const int64_t stop = start(r + 1);
-    if (bias != nullptr) std::copy(bias, bias + args.width, static_cast<T*>(sums));
-    else std::fill(static_cast<T*>(sums), sums + args.width, T(0));
-    for (int64_t e = start(r); e < stop; e += kAtOnce) {
-      const int64_t count = std::min<int64_t>(kAtOnce, stop - e);
-      std::copy(next, next + kAtOnce, rows);
+    T* const sums = direct ? static_cast<T*>(args.out) + r * args.width : static_cast<T*>(buffer);
+    if (bias != nullptr) std::copy(bias, bias + args.width, sums);
+    else std::fill(sums, sums + args.width, T(0));
+    for (int64_t e = start(r); e < stop; e += kBatch) {
+      const int64_t count = std::min<int64_t>(kBatch, stop - e);
       for (int64_t i = 0; i < count; ++i) weights[i] = values[place(e + i)];
-      rows_from(e + count, next);
-      if (count == kAtOnce) {
-        add_rows<S, kAtOnce>(rows, weights, args.width, next, sums);
-      } else {
-        for (int64_t i = 0; i < count; ++i) add_rows<S, 1>(rows + i, weights + i, args.width, next + i, sums);
+      for (int64_t i = 0; i < count; ++i) rows[kAhead + i] = row_at(e + kAhead + i);
+      for (int64_t d = 0; d < whole; d += kColumns) {
+        add_columns<S, kHeld>(rows, rows + kAhead, weights, count, d, sums);
       }
+      for (int64_t i = 0; i < count && whole < args.width; ++i)
+        add_rest<S>(rows[i], weights[i], whole, args.width, sums);
+      std::copy(rows + count, rows + count + kAhead, rows);
     }
+    if (direct) continue;
     with_type(args.out_dtype, [&](auto* type) {
       convert(static_cast<const T*>(sums), static_cast<decltype(type)>(args.out) + r * args.width, args.width);
     });

@@ -85,12 +85,14 @@ struct BatchPart {
   int64_t due = 0;  // what its next step waits for
 };
 
-// Two where shares meet without halting in mid-step and both have rows for whole tiles; else one.
+// Two, where threads do not wait in mid-step and both parts are worth their reading of the weights; else one.
 class BatchParts {
  public:
   template <class Args>
   BatchParts(const Args& args, int64_t parties, bool halts, bool by_amx) {
-    const bool cut = parties < args.shares && !halts && args.batch >= (by_amx ? 64 : 24);
+    constexpr int64_t kTwoTiles = 12, kTwoTilesOfAmx = 32;  // rows
+    const int64_t least = by_amx ? kTwoTilesOfAmx : kTwoTiles;
+    const bool cut = parties < args.shares && !halts && args.batch >= kBatchParts * least;
     const int64_t middle = cut ? (args.batch + 1) / 2 : args.batch;
     parts_[0] = {0, middle, args.barriers};
     parts_[1] = {middle, args.batch, args.barriers + 1};
