@@ -58,8 +58,8 @@ inline Element<T> element(Vec<T> x, Vec<T> t, Vec<T> logvar) {
   } else if constexpr (kLikelihood == Likelihood::Gaussian) {
     const Vec<T> d = x - t, constant{T(kHalfLog2Pi)};
     if constexpr (!kLogvar) return {at::vec::fmadd(half * d, d, constant), d, d.neg(), zero};
-    // By its root, so that a small variance does not overflow before it meets a small difference; and finite, so that no
-    // difference is none.
+    // By its root, so that a small variance does not overflow before it meets a small difference; and finite, so that
+    // no difference is none.
     const Vec<T> root = finite(e_to(logvar * Vec<T>(T(-0.5)))), scaled = d * root, square = scaled * scaled;
     return {half * (square + logvar) + constant, scaled * root, (scaled * root).neg(), half * (Vec<T>(T(1)) - square)};
   } else {
