@@ -42,8 +42,10 @@ inline void store_floats(Vec<float> v, S* to, int64_t n = kLanes<float>) {
   const Vec<S> rounded = at::vec::convert_from_float<S>(v, v);
 #if defined(CPU_CAPABILITY_AVX512)
   if (n == kLanes<float>) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(rounded));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if (n == kLanes<float>) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(rounded));
 #endif
-  rounded.store(to, n);
+  rounded.store(to, std::min<int64_t>(n, kLanes<float>));
 }
 
 // Dense conversion. The 16-bit types go through at::vec, whose conversions round to nearest even.
