@@ -1,5 +1,5 @@
 // Sums and dot products of rows of a table at scattered places. The table is usually larger than the caches, and every
-// row comes from memory: four rows are read at a time, and the next four asked for.
+// row comes from memory: those to be read next are asked for ahead.
 #include "autoencoder/sparse_code.h"
 
 #include "common/cpu/memory.h"
@@ -7,8 +7,6 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
-
-constexpr int kAtOnce = 4;
 
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -55,19 +53,18 @@ constexpr int kHeld = 8;
 // Rows whose places are looked up together, and how many rows ahead their columns are asked for.
 constexpr int kBatch = 64, kAhead = 8;
 
-// sums[0 … V vectors − 1] += Σ weights[i] · rows[i], `far` being the rows to ask for.
-template <class S, int V>
-inline void add_columns(const S* const* rows, const S* const* far, const Compute<S>* weights, int64_t count, int64_t d,
-                        Compute<S>* sums) {
+// sums[d …] += Σ weights[i] · rows[i][d …], of kHeld vectors; behind the rows lie kAhead more.
+template <class S>
+inline void add_columns(const S* const* rows, const Compute<S>* weights, int64_t count, int64_t d, Compute<S>* sums) {
   using T = Compute<S>;
-  constexpr int kPart = V / kParts<S>;  // vectors of storage
+  constexpr int kPart = kHeld / kParts<S>;  // vectors of storage
   constexpr int64_t kLine = 64 / sizeof(S);
-  Vec<T> sum[V];
+  Vec<T> sum[kHeld];
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) sum[v] = Vec<T>::loadu(sums + d + v * kLanes<T>);
+  for (int v = 0; v < kHeld; ++v) sum[v] = Vec<T>::loadu(sums + d + v * kLanes<T>);
   for (int64_t i = 0; i < count; ++i) {
     const Vec<T> weight(weights[i]);
-    for (int64_t at = 0; at < kPart * kLanes<S>; at += kLine) __builtin_prefetch(far[i] + d + at);
+    for (int64_t at = 0; at < kPart * kLanes<S>; at += kLine) __builtin_prefetch(rows[i + kAhead] + d + at);
 #pragma GCC unroll 16
     for (int v = 0; v < kPart; ++v) {
       const Lanes<S> row = widen<S>(Vec<S>::loadu(rows[i] + d + v * kLanes<S>));
@@ -78,10 +75,10 @@ inline void add_columns(const S* const* rows, const S* const* far, const Compute
     }
   }
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) sum[v].store(sums + d + v * kLanes<T>);
+  for (int v = 0; v < kHeld; ++v) sum[v].store(sums + d + v * kLanes<T>);
 }
 
-// What is left beside whole blocks of columns.
+// What is left beside whole blocks of columns; of a last vector that is not whole, `sums` has room for all.
 template <class S>
 inline void add_rest(const S* row, Compute<S> weight, int64_t first, int64_t width, Compute<S>* sums) {
   using T = Compute<S>;
@@ -106,7 +103,8 @@ void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
   };
   const T* const values = static_cast<const T*>(args.values);
   const T* const bias = static_cast<const T*>(args.bias);
-  const bool direct = args.out_dtype == kDType<T>;
+  // Rows of whole vectors are summed where they belong; add_rest writes beyond the end of others.
+  const bool direct = args.out_dtype == kDType<T> && args.width % kLanes<S> == 0;
   Scratch<T> buffer(direct ? 0 : args.width);
   const int64_t last = start(end), whole = args.width / kColumns * kColumns;
   const S* rows[kBatch + kAhead];  // of a batch, and the first of those behind it
@@ -126,10 +124,11 @@ void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) weights[i] = values[place(e + i)];
       for (int64_t i = 0; i < count; ++i) rows[kAhead + i] = row_at(e + kAhead + i);
       for (int64_t d = 0; d < whole; d += kColumns) {
-        add_columns<S, kHeld>(rows, rows + kAhead, weights, count, d, sums);
+        add_columns<S>(rows, weights, count, d, sums);
       }
-      for (int64_t i = 0; i < count && whole < args.width; ++i)
+      for (int64_t i = 0; i < count && whole < args.width; ++i) {
         add_rest<S>(rows[i], weights[i], whole, args.width, sums);
+      }
       std::copy(rows + count, rows + count + kAhead, rows);
     }
     if (direct) continue;
@@ -140,6 +139,8 @@ void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
 }
 
 // --- dot products -------------------------------------------------------------------------------------------------
+
+constexpr int kAtOnce = 4;  // rows, and as many are asked for
 
 template <class S, int N>
 inline void dot_rows(const S* const* rows, const Compute<S>* dense, int64_t width, const S* const* next,
