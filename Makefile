@@ -18,7 +18,7 @@ BUILT := .venv/built-$(call tag,$(TORCH) $(LECT11EXT_CUDA) $(LECT11EXT_CUDA_ARCH
 LINTERS := .venv/linters-$(call tag,$(LINT_TOOLS))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help demo dates sunspots autoencoders test nightly bench cuda gpu-check gpu-peers lint format wheel compat oldest newest link clean
+.PHONY: help demo dates sunspots autoencoders test nightly sanitize bench cuda gpu-check gpu-peers lint format wheel compat oldest newest link clean
 .SILENT:
 
 help:  ## this list
@@ -56,13 +56,27 @@ autoencoders: $(BUILT)  ## the lecture's autoencoders on digits, each beside wha
 	$(BIN)/python examples/digits_autoencoders.py $(ARGS)
 
 # Several processes of two threads each. Idle ones sleep: spinning, they would take the cores from one another.
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(CURDIR)/$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test: $(BUILT)  ## the tests (ARGS="-k lstm" or TESTS=tests/attention for some)
 	$(PYTEST) $(TESTS) -m 'not slow' $(ARGS)
 
 nightly: $(BUILT)  ## the long sweeps
 	$(PYTEST) $(TESTS) -m slow $(ARGS)
+
+# A copy of the tree: the module beside it is built with -O1, and the compiler's checks.
+SANITIZED := build/sanitize
+SANITIZER := -O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fsanitize=address
+SANITIZER_RUNTIME = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)
+
+sanitize: $(BUILT)  ## the tests of the CPU under AddressSanitizer: what reads or writes beyond its memory
+	mkdir -p $(SANITIZED)
+	git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t $(SANITIZED)
+	cmake -G Ninja -S $(SANITIZED) -B $(SANITIZED)/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DLECT11EXT_OUTPUT=$(CURDIR)/$(SANITIZED)/lect11ext -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='$(SANITIZER)'
+	cmake --build $(SANITIZED)/build --parallel $${MAX_JOBS:-$$(nproc)}
+	cd $(SANITIZED) && PYTHONPATH=. LD_PRELOAD="$(SANITIZER_RUNTIME)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(PYTEST) $(TESTS) -m 'not slow' --ignore tests/cuda_on_host $(ARGS)
 
 bench: $(BUILT)  ## all benchmarks and one table of ratios
 	$(BIN)/python -m bench $(ARGS)

@@ -1,4 +1,4 @@
-"""Builds the extension by driving CMakeLists.txt, the only build description, with Ninja."""
+"""Drives CMakeLists.txt, the only build description, with Ninja, and says what it is built for."""
 
 import os
 import sys
@@ -8,6 +8,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+VERSION = "0.1.0"
+OLDEST_TORCH = "2.11"
 GIB_PER_JOB = 3  # a file that includes torch/extension.h peaks near 2.5 GiB
 
 
@@ -20,6 +22,22 @@ def build_jobs() -> int:
     except (ValueError, OSError):
         gib = 8.0
     return max(1, min(os.cpu_count() or 1, int(0.7 * gib / GIB_PER_JOB)))
+
+
+def identity() -> tuple[str, str]:
+    """The version, with what the module is compiled against (0.1.0+torch2.14cu130), and the torch that it then needs.
+
+    torch keeps its C++ interface within a minor version only. CUDA is named where it was asked for: else
+    CMake finds out, later, whether there is an nvcc.
+    """
+    try:
+        import torch
+    except ImportError:  # nothing can be compiled, but pip may read what a source folder is
+        return VERSION, f"torch>={OLDEST_TORCH}"
+    minor = ".".join(torch.__version__.split(".")[:2])
+    cuda = "cu" + torch.version.cuda.replace(".", "") if torch.version.cuda else ""
+    asked = os.environ.get("LECT11EXT_CUDA") == "1"
+    return f"{VERSION}+torch{minor}{cuda if asked else ''}", f"torch=={minor}.*"
 
 
 class CMakeBuild(build_ext):
@@ -48,4 +66,10 @@ class CMakeBuild(build_ext):
         self.spawn(["cmake", "--build", str(build), "--parallel", str(jobs)])
 
 
-setup(ext_modules=[Extension("lect11ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+version, torch_needed = identity()
+setup(
+    version=version,
+    install_requires=[torch_needed, "numpy"],
+    ext_modules=[Extension("lect11ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

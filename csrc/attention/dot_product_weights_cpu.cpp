@@ -38,9 +38,9 @@ Tensor weights(const WeightsInputs& w) {
   Describer described(w.in, args);
   args.lse = described.dense(w.lse);
   args.average = w.average;
-  const auto shape = C10_AS_INTARRAYREF_SLOW(w.shape());
-  if (is_empty(args)) return at::full(shape, std::nan(""), w.in.query.options());  // an average over no heads
-  Tensor result = at::empty(shape, w.in.query.options());
+  const auto shape = w.shape();
+  if (is_empty(args)) return at::full_symint(shape, std::nan(""), w.in.query.options());  // an average over no heads
+  Tensor result = at::empty_symint(shape, w.in.query.options());
   args.weights = result.mutable_data_ptr();
   Packing packing(args, /*may_share=*/true);
   packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);

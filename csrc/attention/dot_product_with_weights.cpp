@@ -50,8 +50,7 @@ OutputsAndWeights cpu_with_weights(WITH_WEIGHTS_PARAMETERS) {
   AttentionWithWeightsCpu args{};
   const Describer described(in, args);
   const Tensor output = empty_output(in), lse = empty_lse(in);
-  const auto shape = C10_AS_INTARRAYREF_SLOW(weights_inputs(in, lse, average_heads).shape());
-  const Tensor weights = at::empty(shape, query.options());
+  const Tensor weights = at::empty_symint(weights_inputs(in, lse, average_heads).shape(), query.options());
   args.out = output.mutable_data_ptr();
   args.out_strides = strides_of(output);
   args.lse = lse.mutable_data_ptr();

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,24 @@ def test_without_a_module_that_loads_the_import_says_what_to_do(tmp_path: Path, 
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert all(word in message for word in words), message
+
+
+def test_a_module_of_another_minor_version_of_torch_is_refused() -> None:
+    code = "import torch; torch.__version__ = '2.999.0'; import lect11ext"
+    done = run("-c", code, cwd=PACKAGE.parent)
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert f"was built against torch {_C.build_info()['torch']} and this is torch 2.999.0; build it again" in message
+
+
+def test_the_package_names_the_torch_that_it_was_built_against() -> None:
+    minor = ".".join(torch.__version__.split(".")[:2])
+    try:
+        installed = metadata.distribution("lect11ext")
+    except metadata.PackageNotFoundError:
+        pytest.skip("built in place, and not installed")
+    assert re.fullmatch(rf"\d+\.\d+\.\d+\+torch{re.escape(minor)}(cu\d+)?", installed.version)
+    assert f"torch=={minor}.*" in (installed.requires or [])
 
 
 def test_without_torch_the_build_stops_with_one_sentence(tmp_path: Path) -> None:
