@@ -98,6 +98,19 @@ def test_values_and_gradients_of_large_ones(sizes: Sizes, name: str, dtype: torc
     compare(args, **options)
 
 
+@pytest.mark.cpu  # on a GPU D is made of the rounded output, as in flash attention
+@pytest.mark.parametrize("keys", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_few_keys_are_not_left_to_the_outputs_rounding(keys: int, dtype: torch.dtype) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        args = [
+            *operands(Sizes(1, 2, 1, 130, keys, 24, 70), dtype),
+            float_mask(2, 130, keys, dtype=dtype).requires_grad_(),
+        ]
+        compare(args, low_slack=1.0, dropout_p=0.3, dropout_key=KEY, window=(126, None), **BOTTOM)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_capability(name: str, dtype: torch.dtype, capability: str) -> None:
     for sizes in (Sizes(1, 4, 2, 37, 131, 24, 40), Sizes(1, 1, 1, 1, 70, 33, 9)):

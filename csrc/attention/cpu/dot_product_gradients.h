@@ -4,6 +4,7 @@
 // With a tangent every quantity has a dot: the products are those of the backward differentiated once.
 #pragma once
 
+#include "attention/cpu/dot_product_delta.h"
 #include "attention/cpu/dot_product_factor.h"
 #include "common/workspace.h"
 
@@ -14,6 +15,13 @@ class Gradients {
   using C = Compute<S>;
   static constexpr int64_t kRows = kTileQueries, kKeys = kBackwardKeys;
   static constexpr int64_t kDeep = PanelStep<P>::kDeep;
+  // Outputs of 16 bits are rounded, and with them D = grad_out · out. Of few keys, gradients of scores are often
+  // smaller than what that leaves (with one key and dropout by a factor of 80 in bfloat16): then D is the sum of
+  // weights times inner products, as exact as these are. Beyond so many keys the rule of the tests holds without.
+  static constexpr int64_t kFewKeys = 16;
+  // The sum is D if the keys have all of the weight but this, less than what the output's rounding does: a caller may
+  // bring the output and the LSE of more keys than it passes, as a ring of processes does.
+  static constexpr C kNoWeight = C(1) / 4096;
   static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights and gradients are operands as they are
 
  public:
@@ -23,6 +31,7 @@ class Gradients {
         biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0),
         columns_(round_up(args.head_dim, kColumnStep)),
         value_columns_(round_up(args.value_dim, kColumnStep)),
+        of_outputs_(args),
         dropout_(args) {
     for (int pass = 0; pass < 2; ++pass) {  // reserve, then place
       place_ = pass == 1;
@@ -83,6 +92,7 @@ class Gradients {
     keys_[0] = HeadRows<P>(args_.packed_key, s, kv_head, first_panel_);
     if constexpr (kTangent) keys_[1] = HeadRows<P>(args_.packed_key_t, s, kv_head, first_panel_);
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
+    adds_deltas_ = sizeof(S) == 2 && s.keys <= kFewKeys;
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     if (begin == end) return;
     for (int64_t g = 0; g < group; ++g)
@@ -116,42 +126,11 @@ class Gradients {
     }
   }
 
-  // D and its tangent, of all queries of a head.
   void find_deltas(const AttentionSequence& s, int64_t head, C* delta, C* delta_t) const {
-    const C *grad_lse = static_cast<const C*>(args_.grad_lse), *grad_lse_t = static_cast<const C*>(args_.grad_lse_t);
     for (int64_t i = 0; i < s.queries; ++i) {
-      const int64_t position = s.query_start + i, at = lse_row(args_, s.batch, head, position);
-      const auto dot = [&](const AttentionOperand& a, const AttentionOperand& b) {
-        if (a.data == nullptr || b.data == nullptr) return C(0);
-        return inner_product(row_of<S>(a, s.batch, head, position), row_of<S>(b, s.batch, head, position));
-      };
-      delta[i] = dot(args_.grad_out, args_.out) - (grad_lse != nullptr ? grad_lse[at] : C(0));
-      if constexpr (kTangent) {
-        delta_t[i] = dot(args_.grad_out_t, args_.out) + dot(args_.grad_out, args_.out_t) -
-                     (grad_lse_t != nullptr ? grad_lse_t[at] : C(0));
-      }
+      if (!adds_deltas_) delta[i] = of_outputs_(s, head, i);
+      if constexpr (kTangent) delta_t[i] = of_outputs_.tangent(s, head, i);
     }
-  }
-
-  C inner_product(const S* x, const S* y) const {
-    constexpr int64_t kMost = 64;
-    Vec<C> sum(C(0));
-    C u[kMost], v[kMost];
-    for (int64_t c = 0; c < args_.value_dim; c += kMost) {
-      const int64_t n = std::min(kMost, args_.value_dim - c);
-      const C *left = u, *right = v;
-      if constexpr (std::is_same_v<S, C>) {
-        left = x + c, right = y + c;
-      } else {
-        convert(x + c, u, n);
-        convert(y + c, v, n);
-      }
-      for (int64_t e = 0; e < n; e += kLanes<C>) {
-        const int64_t lanes = std::min<int64_t>(kLanes<C>, n - e);
-        sum = at::vec::fmadd(Vec<C>::loadu(left + e, lanes), Vec<C>::loadu(right + e, lanes), sum);
-      }
-    }
-    return sum_of_lanes(sum);
   }
 
   // --- a tile of queries meets a block of keys
@@ -306,34 +285,52 @@ class Gradients {
     const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
     const Vec<C> factor(factor_), base(kLogBase<C>), shift(-lse * kLogBase<C>);
     const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
-    const Vec<C> delta(delta_[g * args_.queries + i + r]),
-        delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
+    const Vec<C> delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     const bool keeps_bias = args_.grad_mask != nullptr;
     const bool fast = !has_bias_ && std::abs(lse) < kLargeExponent<C> / 2;
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
+    const auto kept_at = [&](int64_t e) { return dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1)); };
+    // A weight; the derivative of its score by what the softcap takes, and that one's, divided by the slope.
+    const auto weight_at = [&](int64_t e, Vec<C>& slope, Vec<C>& bend) __attribute__((always_inline)) {
+      if (fast) return power(at::vec::fmadd(Vec<C>::loadu(p + e), factor, shift));
+      Vec<C> t = Vec<C>::loadu(p + e) * scale;
+      if (args_.softcap != 0) {
+        const Vec<C> ratio = tanh(t * steep);
+        t = ratio * cap;
+        slope = Vec<C>(C(1)) - ratio * ratio;
+        if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
+      }
+      if (has_bias_) {
+        const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
+        t = select_equal(b, low, low, greater(lowest, t + b));
+      }
+      return power(bounded(t - Vec<C>(lse)) * base);
+    };
+    C own_delta;
+    if (adds_deltas_) {
+      const Vec<C> first(static_cast<C>(begin)), last(static_cast<C>(end - 1));
+      Vec<C> sum = zero, of_output = zero;
+      for (int64_t e = from; e < to; e += kWidth) {
+        Vec<C> slope, bend;
+        const Vec<C> key = Vec<C>::arange(static_cast<C>(e), C(1)), is_seen = (key >= first) & (key <= last);
+        const Vec<C> weight = Vec<C>::blendv(zero, weight_at(e, slope, bend), is_seen);
+        sum = sum + weight;
+        const Vec<C> term = has_inner_ ? weight * kept_at(e) * Vec<C>::loadu(inner + e) : zero;
+        of_output = of_output + select_equal(weight, zero, zero, term);
+      }
+      const bool is_all = std::abs(sum_of_lanes(sum) - 1) < kNoWeight;
+      own_delta = is_all ? sum_of_lanes(of_output) - of_outputs_.grad_lse(at) : of_outputs_(s, head, i + r);
+    } else {
+      own_delta = delta_[g * args_.queries + i + r];
+    }
+    const Vec<C> delta(own_delta);
     for (int64_t k = from; k < to; k += kKeyStep) {
 #pragma GCC unroll 4
       for (int64_t e = k; e < k + kKeyStep; e += kWidth) {
-        Vec<C> weight, slope(C(1)), bend = zero;
-        if (fast) {
-          weight = power(at::vec::fmadd(Vec<C>::loadu(p + e), factor, shift));
-        } else {
-          Vec<C> t = Vec<C>::loadu(p + e) * scale;
-          if (args_.softcap != 0) {
-            const Vec<C> ratio = tanh(t * steep);
-            t = ratio * cap;
-            slope = Vec<C>(C(1)) - ratio * ratio;
-            if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
-          }
-          if (has_bias_) {
-            const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-            t = select_equal(b, low, low, greater(lowest, t + b));
-          }
-          weight = power(bounded(t - Vec<C>(lse)) * base);
-        }
-        const Vec<C> kept = dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1));
+        Vec<C> slope(C(1)), bend = zero;
+        const Vec<C> weight = weight_at(e, slope, bend), kept = kept_at(e);
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.
         const auto seen = [&](const Vec<C>& v) { return select_equal(weight, zero, zero, v); };
         const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
@@ -371,6 +368,7 @@ class Gradients {
   const C factor_;  // from a score to an exponent of the base
   const bool biased_;
   const int64_t columns_, value_columns_;
+  const Deltas<S> of_outputs_;
   const Dropout<C> dropout_;
   Workspace space_;
   size_t parts_[48];
@@ -383,7 +381,8 @@ class Gradients {
   P *query_buffer_[2], *grad_buffer_[2], *query_panel_[2], *grad_panel_[2], *copy_[2];
   Factor<P> query_[2], grad_[2];
   HeadRows<P> keys_[2];
-  bool has_bias_ = false;  // whether the block has biases; where not, they are zero
+  bool adds_deltas_ = false;  // D is added up from the keys' own inner products
+  bool has_bias_ = false;     // whether the block has biases; where not, they are zero
   bool has_inner_ = false, has_score_t_ = false, has_inner_t_ = false;
   C *delta_ = nullptr, *delta_t_ = nullptr;
   int64_t first_panel_ = 0;
