@@ -35,12 +35,23 @@ double rounded(double threshold, at::ScalarType type) {
   }
 }
 
-// x > t of an integer x is x > ⌊t⌋, in integers: exact beyond what a float tells apart.
+// The integers that a type holds, from `least` to below `end`.
+struct Range {
+  double least, end;
+};
+
+// x > t of an integer x is x > ⌊t⌋, in integers: exact beyond what a float tells apart. torch's common types are
+// compared as they are, others as int64.
 Tensor integers_above(const Tensor& input, double threshold) {
+  const auto type = input.scalar_type();
+  const bool is_signed = type == at::kChar || type == at::kShort || type == at::kInt;
+  const double half = std::ldexp(1.0, 8 * static_cast<int>(input.element_size()) - 1);
+  const Range range = is_signed ? Range{-half, half} : type == at::kByte ? Range{0, 2 * half} : Range{-0x1p63, 0x1p63};
   const double floor = std::floor(threshold);
-  if (floor < -0x1p63) return at::full_like(input, true, input.options().dtype(at::kBool));
-  if (floor >= 0x1p63) return at::full_like(input, false, input.options().dtype(at::kBool));
-  return at::gt(input.to(at::kLong), static_cast<int64_t>(floor));
+  if (floor < range.least) return at::full_like(input, true, input.options().dtype(at::kBool));
+  if (floor >= range.end) return at::full_like(input, false, input.options().dtype(at::kBool));
+  const Tensor integers = is_signed || type == at::kByte ? input : input.to(at::kLong);
+  return at::gt(integers, static_cast<int64_t>(floor));
 }
 
 // --- kernels ------------------------------------------------------------------------------------------------------

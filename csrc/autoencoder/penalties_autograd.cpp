@@ -39,8 +39,9 @@ Terms terms_of(const Inputs& in) {
     }
     case Activation::Softplus: {
       constexpr double kThreshold = 40;  // beyond it log(1 + e^a) is a, in float64 too
-      const Tensor s = at::sigmoid(a);
-      return {at::softplus(a, 1, kThreshold), s, s * at::sigmoid(-a)};
+      // For the derivatives of σ too: at::sigmoid's own, σ(1 − σ), has no digits where σ is saturated.
+      const Tensor other = at::sigmoid(-a), s = at::where(a > 0, 1 - other, at::sigmoid(a));
+      return {at::softplus(a, 1, kThreshold), s, s * other};
     }
     case Activation::Tanh: {
       const Tensor t = at::tanh(a), slope = at::sigmoid(a * 2) * at::sigmoid(a * -2) * 4;

@@ -58,8 +58,10 @@ Terms terms_of(const Inputs& in) {
   const Tensor x = in.input.to(type), t = in.target.to(type);
   switch (in.likelihood) {
     case Likelihood::Bernoulli: {
-      constexpr double kThreshold = 40;  // beyond it log(1 + e^x) is x, in float64 too
-      return {at::softplus(x, 1, kThreshold) - x * t, at::sigmoid(x) - t, -x, Tensor()};
+      // From the side on which the exponential is small, so that a confident logit's digits stay in every derivative.
+      const Tensor positive = x > 0, other = 1 - t;
+      return {at::where(positive, at::softplus(-x) + x * other, at::softplus(x) - x * t),
+              at::where(positive, other - at::sigmoid(-x), at::sigmoid(x) - t), -x, Tensor()};
     }
     case Likelihood::ContinuousBernoulli: {
       const LogSinhc f = log_sinhc(x * 0.5);

@@ -1,8 +1,10 @@
 #include "common/tensors.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/clamp_max.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/where.h>
 #include <c10/util/Exception.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -104,8 +106,10 @@ at::Tensor with_unit_columns(const at::Tensor& matrix) {
 }
 
 at::Tensor finite_exp(const at::Tensor& x) {
-  const double largest = x.scalar_type() == at::kDouble ? 709.7 : 88.7;
-  return at::exp(at::clamp_max(x, largest));
+  const double largest = x.scalar_type() == at::kDouble ? 709.7827 : 88.72283;
+  // The bound stops no derivative: where the value is cut off, the exponential is still its own slope.
+  const at::Tensor finite = at::clamp_max(x, 1e30);
+  return at::exp(at::where(finite > largest, (finite - finite.detach()) + largest, finite));
 }
 
 void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors) {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from lect11ext import functional, nn, reference
@@ -191,3 +192,19 @@ M = torch.zeros(3, 4)
 def test_errors_name_the_argument(arguments: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sample(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tangents_of_the_kl_keep_their_digits_near_the_prior(dtype: torch.dtype) -> None:
+    logvar = torch.cat([10.0 ** torch.arange(-12, 1), -(10.0 ** torch.arange(-12, 1)), torch.tensor([0.0, 0.5, 3.0])])
+    logvar, zeros = logvar.to(dtype), torch.zeros(29, dtype=dtype)
+
+    def kl(v: Tensor, prior: Tensor | None = None) -> Tensor:
+        given = {} if prior is None else {"prior_mean": zeros, "prior_logvar": prior}
+        return functional.gaussian_rsample_kl(zeros, v, reduction="none", key=torch.tensor([7, 0]), **given)[1]
+
+    expected = torch.expm1(logvar.double()) / 2
+    close = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 0.0}
+    for function in (kl, lambda v: kl(v, zeros)):
+        tangent = torch.func.jvp(function, (logvar,), (torch.ones_like(logvar),))[1]
+        torch.testing.assert_close(tangent.double(), expected, **close)

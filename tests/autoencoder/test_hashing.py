@@ -286,3 +286,12 @@ def test_the_longest_codes(capability: str) -> None:
     query, codes = random_codes(3, 8191), random_codes(300, 8191)
     codes[17] = ~query[1]
     check_search(query, codes, [1, 9, 300], [0, 32764, 65528])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_integers_at_the_ends_of_their_types(dtype: torch.dtype) -> None:
+    ends = torch.iinfo(dtype)
+    x = torch.tensor([[ends.min, 0, 1, 2, 3, 5, ends.max - 1, ends.max]], dtype=dtype)
+    for threshold in (-1e30, -129.0, -1.0, -0.5, 0.0, 0.5, 1.0, 127.0, 254.5, 255.0, 256.0, float(ends.max), 1e30):
+        bits = functional.unpack_bits(functional.pack_bits(x, threshold=threshold), 8)[0]
+        assert [bool(bit) for bit in bits] == [value > threshold for value in x[0].tolist()]

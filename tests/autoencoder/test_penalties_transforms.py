@@ -146,3 +146,24 @@ def test_autocast() -> None:
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         code, penalty = functional.contractive_linear(x, weight)
     assert code.dtype == torch.bfloat16 and penalty.dtype == torch.float32
+
+
+def test_a_saturated_softplus_has_its_tangent() -> None:
+    x, one = torch.linspace(-30, 60, 91).unsqueeze(1), torch.ones(1, 1)
+
+    def penalty(x: Tensor) -> Tensor:
+        return functional.contractive_linear(x, one, None, "softplus")[1]
+
+    s, other = x.double().sigmoid().flatten(), (-x.double()).sigmoid().flatten()
+    torch.testing.assert_close(
+        torch.func.jvp(penalty, (x,), (torch.ones_like(x),))[1].double(), 2 * s * s * other, rtol=2e-6, atol=1e-38
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kl_of_units_always_on_or_never_has_derivatives_of_zero(dtype: torch.dtype) -> None:
+    x = torch.tensor([[17.0, 50.0, -90.0, 800.0]], dtype=dtype, requires_grad=True)
+    penalty = functional.sparse_activation(x, "sigmoid", penalty="kl")[1]
+    (grad,) = torch.autograd.grad(penalty, x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert not grad.any() and not second.any()  # their means lie beyond the floor

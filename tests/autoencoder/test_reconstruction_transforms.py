@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,3 +122,35 @@ def test_export() -> None:
     exported = torch.export.export(Loss(), (torch.randn(4, 6), torch.rand(4, 6)), dynamic_shapes=shapes)
     x, t = torch.randn(9, 6), torch.rand(9, 6)
     torch.testing.assert_close(exported.module()(x, t), functional.reconstruction_loss(x, t))
+
+
+def test_every_derivative_keeps_the_digits_of_confident_logits() -> None:
+    x = torch.linspace(-60, 60, 241).repeat(2)
+    t = torch.tensor([0.0, 1.0]).repeat_interleave(241)
+    wrong = torch.where(t == 0, x, -x).double()  # the loss is log(1 + e^wrong)
+    sign, curvature = torch.where(t == 0, 1, -1), wrong.sigmoid() * (-wrong).sigmoid()
+
+    def total(x: Tensor) -> Tensor:
+        return functional.reconstruction_loss(x, t, reduction="none")
+
+    slopes = torch.func.jvp(total, (x,), (torch.ones_like(x),))[1]
+    again = torch.func.jvp(torch.func.grad(lambda x: total(x).sum()), (x,), (torch.ones_like(x),))
+    twice = torch.func.jvp(lambda x: torch.func.jvp(total, (x,), (torch.ones_like(x),))[1], (x,), (torch.ones_like(x),))
+    for got in (slopes, again[0]):
+        torch.testing.assert_close(got.double(), wrong.sigmoid() * sign, rtol=2e-6, atol=1e-38)
+    for got in (again[1], twice[1]):
+        torch.testing.assert_close(got.double(), curvature, rtol=2e-6, atol=1e-38)
+
+
+def test_derivatives_by_a_logvar_whose_precision_overflows() -> None:
+    logvar = torch.tensor([-200.0, -400.0])
+
+    def loss(apart: float) -> Callable[[Tensor], Tensor]:
+        x = torch.full((2,), apart)
+        return lambda v: functional.reconstruction_loss(x, torch.zeros(2), "gaussian", logvar=v, reduction="sum")
+
+    ones = torch.ones(2)
+    assert torch.func.jvp(loss(1.0), (logvar,), (ones,))[1] == -torch.inf
+    assert torch.equal(torch.func.hessian(loss(1.0))(logvar).diagonal(), ones * torch.inf)
+    assert torch.func.jvp(loss(0.0), (logvar,), (ones,))[1] == 1
+    assert torch.equal(torch.func.hessian(loss(0.0))(logvar), torch.zeros(2, 2))

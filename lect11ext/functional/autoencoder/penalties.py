@@ -33,7 +33,8 @@ def _kl_sparsity(mean: Tensor, target: float) -> Tensor:
     entropy = -target * math.log(target) - (1 - target) * math.log1p(-target)
     wide = mean.double()
     wanted = wide.new_full((), target).expand_as(wide)
-    loss = reconstruction_loss(torch.logit(wide, KL_FLOOR), wanted, reduction="sum") - mean.numel() * entropy
+    inside = wide.clamp(KL_FLOOR, 1 - KL_FLOOR)  # torch.logit's own bound has infinite slopes beyond it, times zero
+    loss = reconstruction_loss(torch.logit(inside), wanted, reduction="sum") - mean.numel() * entropy
     return loss.to(mean.dtype)
 
 

@@ -273,7 +273,7 @@ class LSTM(_Layers):
 
     def _rates(self) -> tuple[float, float]:
         """Zoneout's, of h and of c."""
-        return zoneout_rates(self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout))
+        return zoneout_rates(self.zoneout if isinstance(self.zoneout, (tuple, list)) else (self.zoneout, self.zoneout))
 
     def _sizes(self) -> tuple[int, ...]:
         return self.proj_size or self.hidden_size, self.hidden_size
