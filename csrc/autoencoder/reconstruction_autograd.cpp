@@ -2,12 +2,12 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/log.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sgn.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softplus.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -26,10 +26,10 @@ using namespace reconstruction;
 
 // --- the definition in differentiable ATen ------------------------------------------------------------------------
 
-// log(sinh(u) / u) and its derivative. Where u is small, by their series; each branch gets an argument at which its own
-// derivatives are finite, of any order.
+// log(sinh(u) / u) and its derivative. Where u is small, by their series, elsewhere less |u| and 1, as the kernels have
+// them; each branch gets an argument at which its own derivatives are finite, of any order.
 struct LogSinhc {
-  Tensor value, slope;
+  Tensor value, slope, is_small;
 };
 
 LogSinhc log_sinhc(const Tensor& u) {
@@ -43,8 +43,8 @@ LogSinhc log_sinhc(const Tensor& u) {
     slope = slope * z + 2 * k * kLogSinhcSeries[k - 1];
   }
   const Tensor y = at::abs(far), e = at::exp(y * -2);
-  return {at::where(is_small, value * z, y + at::log((1 - e) / (y * 2))),
-          at::where(is_small, slope * near, 1 / at::tanh(far) - 1 / far)};
+  return {at::where(is_small, value * z, at::log((1 - e) / (y * 2))),
+          at::where(is_small, slope * near, at::sgn(far) * e * 2 / (1 - e) - 1 / far), is_small};
 }
 
 // Of each element: the loss and its derivatives by input and logvar. That by target is minus the input, or minus that
@@ -65,7 +65,8 @@ Terms terms_of(const Inputs& in) {
     }
     case Likelihood::ContinuousBernoulli: {
       const LogSinhc f = log_sinhc(x * 0.5);
-      return {x * (0.5 - t) + f.value, 0.5 - t + f.slope * 0.5, -x, Tensor()};
+      const Tensor limit = at::where(f.is_small, at::full_like(x, 0.5), (x > 0).to(type)) - t;
+      return {x * limit + f.value, limit + f.slope * 0.5, -x, Tensor()};
     }
     case Likelihood::Gaussian: {
       const double constant = 0.5 * std::log(2 * M_PI);

@@ -236,6 +236,15 @@ def test_confident_logits_keep_their_digits(capability: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0].double(), slope, rtol=1e-6, atol=1e-38)
 
 
+def test_confident_logits_of_the_continuous_bernoulli_keep_their_digits(capability: str) -> None:
+    x = torch.cat([10.0 ** torch.arange(1, 30), -(10.0 ** torch.arange(1, 30))]).requires_grad_()
+    out = loss(x, (x > 0).float(), "continuous_bernoulli", reduction="none")
+    y = x.detach().abs().double()  # the loss is log((1 − e^−y) / y)
+    torch.testing.assert_close(out.double(), torch.log(-torch.expm1(-y) / y), rtol=1e-6, atol=0)
+    slope = (1 / torch.expm1(y) - 1 / y) * x.sign()
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0].double(), slope, rtol=1e-6, atol=0)
+
+
 def test_subclasses_come_out() -> None:
     x = torch.randn(3, 4).as_subclass(Tagged)
     assert isinstance(loss(x, torch.rand(3, 4)), Tagged)

@@ -12,7 +12,8 @@ inline Vec<float> e_to(Vec<float> x) { return exp(x); }
 inline Vec<double> e_to(Vec<double> x) { return x.exp(); }
 
 // log(sinh(u) / u) and its derivative, coth(u) − 1/u (Langevin's function), of u ≥ 0. Below kSmall by their series,
-// whose first term left out is 2e-8 (float) and 1e-17 (double) of the value; above it no more than three bits cancel.
+// whose first term left out is 2e-8 (float) and 1e-17 (double) of the value. Above it they are less their asymptotes, u
+// and 1, which the other terms of a loss mostly cancel.
 template <class T>
 struct LogSinhc {
   Vec<T> value, slope;
@@ -33,7 +34,7 @@ inline LogSinhc<T> log_sinhc(Vec<T> u) {
     slope = at::vec::fmadd(slope, z, Vec<T>(T(2 * (k + 1) * kLogSinhcSeries[k])));
   }
   const Vec<T> e = e_to((u * two).neg()), rest = one - e, small{kSmall<T>};
-  const Vec<T> far_value = u + (rest / (u * two)).log(), far_slope = (one + e) / rest - one / u;
+  const Vec<T> far_value = (rest / (u * two)).log(), far_slope = two * e / rest - one / u;
   return {select_less(u, small, value * z, far_value), select_less(u, small, slope * u, far_slope)};
 }
 
@@ -52,9 +53,10 @@ inline Element<T> element(Vec<T> x, Vec<T> t, Vec<T> logvar) {
     const Vec<T> limit = select_less(x, zero, t.neg(), Vec<T>(T(1)) - t);
     return {at::vec::fmadd(x, limit, s.beyond_relu()), limit + s.beyond_step(), x.neg(), zero};
   } else if constexpr (kLikelihood == Likelihood::ContinuousBernoulli) {
-    const LogSinhc<T> f = log_sinhc(half * x.abs());
-    const Vec<T> slope = half * f.slope;
-    return {at::vec::fmadd(x, half - t, f.value), half - t + select_less(x, zero, slope.neg(), slope), x.neg(), zero};
+    const Vec<T> u = half * x.abs(), step = select_less(x, zero, zero, Vec<T>(T(1)));
+    const LogSinhc<T> f = log_sinhc(u);
+    const Vec<T> limit = select_less(u, Vec<T>(kSmall<T>), half, step) - t, slope = half * f.slope;
+    return {at::vec::fmadd(x, limit, f.value), limit + select_less(x, zero, slope.neg(), slope), x.neg(), zero};
   } else if constexpr (kLikelihood == Likelihood::Gaussian) {
     const Vec<T> d = x - t, constant{T(kHalfLog2Pi)};
     if constexpr (!kLogvar) return {at::vec::fmadd(half * d, d, constant), d, d.neg(), zero};

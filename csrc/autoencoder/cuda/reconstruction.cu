@@ -13,11 +13,15 @@ using Constant = std::integral_constant<Likelihood, kLikelihood>;
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
-// log(sinh(u) / u) and its derivative, of u ≥ 0, as autoencoder/cpu/reconstruction.cpp has them.
+// log(sinh(u) / u) and its derivative, of u ≥ 0, less u and 1 from kSmall on: as autoencoder/cpu/reconstruction.cpp has
+// them.
 template <class T>
 struct LogSinhc {
   T value, slope;
 };
+
+template <class T>
+inline constexpr T kSmall = sizeof(T) == 4 ? T(1) : T(0.5);
 
 template <class T>
 __device__ inline LogSinhc<T> log_sinhc(T u) {
@@ -32,7 +36,7 @@ __device__ inline LogSinhc<T> log_sinhc(T u) {
                                 43867.0 / 350813659321125,
                                 -174611.0 / 15313294652906250};
   constexpr int kTerms = sizeof(T) == 4 ? 7 : 10;
-  if (u < (sizeof(T) == 4 ? T(1) : T(0.5))) {
+  if (u < kSmall<T>) {
     const T z = u * u;
     T value = T(0), slope = T(0);
 #pragma unroll
@@ -43,7 +47,7 @@ __device__ inline LogSinhc<T> log_sinhc(T u) {
     return {value * z, slope * u};
   }
   const T e = std::exp(T(-2) * u), rest = T(1) - e;
-  return {u + std::log(rest / (T(2) * u)), (T(1) + e) / rest - T(1) / u};
+  return {std::log(rest / (T(2) * u)), T(2) * e / rest - T(1) / u};
 }
 
 template <class T>
@@ -59,9 +63,10 @@ __device__ inline Element<T> element(T x, T t, T logvar) {
     const T limit = x < T(0) ? -t : T(1) - t;
     return {std::fma(x, limit, s.beyond_relu()), limit + s.beyond_step(), -x, T(0)};
   } else if constexpr (kLikelihood == Likelihood::ContinuousBernoulli) {
-    const LogSinhc<T> f = log_sinhc(half * std::abs(x));
-    const T slope = half * f.slope;
-    return {std::fma(x, half - t, f.value), half - t + (x < T(0) ? -slope : slope), -x, T(0)};
+    const T u = half * std::abs(x);
+    const LogSinhc<T> f = log_sinhc(u);
+    const T limit = (u < kSmall<T> ? half : x < T(0) ? T(0) : T(1)) - t, slope = half * f.slope;
+    return {std::fma(x, limit, f.value), limit + (x < T(0) ? -slope : slope), -x, T(0)};
   } else if constexpr (kLikelihood == Likelihood::SquaredError) {
     return {d * d, T(2) * d, T(-2) * d, T(0)};
   } else if constexpr (!kVariance) {
