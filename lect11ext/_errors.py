@@ -20,7 +20,9 @@ _WORDS = {NoneType: "None", Tensor: "a Tensor", float: "a float", int: "an int",
 
 def _expected(name: str, value: object, types: tuple[type, ...]) -> TypeError:
     words = " or ".join(_WORDS.get(t, f"a {t.__name__}") for t in types)
-    return TypeError(f"{name} must be {words}, but got {type(value).__name__}")
+    kind = type(value)
+    got = f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__  # numpy has a bool too
+    return TypeError(f"{name} must be {words}, but got {got}")
 
 
 def check_type(name: str, value: object, types: tuple[type, ...]) -> None:

@@ -24,6 +24,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 inline Reduction parse_reduction(c10::string_view name) { return lect11ext::parse_reduction(name, "sum_latent"); }
 
 // The arguments that are the same for the forward and its derivatives.
+constexpr int64_t kMostSamples = (int64_t(1) << 31) - 1;
+
 struct Inputs {
   const Tensor &mean, &logvar;
   const OptionalTensor &prior_mean, &prior_logvar;
@@ -79,6 +81,9 @@ struct Inputs {
     }
     TORCH_CHECK_VALUE(!num_samples.has_value() || *num_samples >= 1, "num_samples must be at least 1, but got ",
                       *num_samples);
+    // A symbolic number is left alone: the bound would become one of an exported program.
+    const auto known = num_samples.has_value() ? num_samples->maybe_as_int() : std::nullopt;
+    TORCH_CHECK_VALUE(!known || *known <= kMostSamples, "num_samples must be at most 2**31 - 1, but got ", *known);
     TORCH_CHECK_VALUE(free_bits >= 0, "free_bits must be nonnegative, but got ", free_bits);
     TORCH_CHECK_VALUE(!clamps() || logvar_min.value_or(-INFINITY) <= logvar_max.value_or(INFINITY),
                       "logvar_range must be (low, high) with low <= high, but got (", logvar_min.value_or(-INFINITY),

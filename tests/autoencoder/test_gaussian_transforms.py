@@ -180,6 +180,7 @@ M = torch.zeros(3, 4)
         ((M, M), {"prior_mean": M, "prior_logvar": M[None]}, ValueError, "prior_logvar must broadcast"),
         ((M, M), {"prior_mean": M.int(), "prior_logvar": M}, TypeError, "prior_mean must be float32"),
         ((M, M), {"num_samples": 0}, ValueError, "num_samples must be at least 1, but got 0"),
+        ((M, M), {"num_samples": 2**59}, ValueError, r"num_samples must be at most 2\*\*31 - 1, but got 576460752"),
         ((M, M), {"free_bits": -0.1}, ValueError, "free_bits must be nonnegative, but got -0.1"),
         ((M, M), {"logvar_range": (1.0, -1.0)}, ValueError, "low <= high"),
         ((M, M), {"reduction": "mean"}, ValueError, "reduction must be one of .* but got 'mean'"),
