@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from types import NoneType
 
@@ -21,7 +22,8 @@ _WORDS = {NoneType: "None", Tensor: "a Tensor", float: "a float", int: "an int",
 def _expected(name: str, value: object, types: tuple[type, ...]) -> TypeError:
     words = " or ".join(_WORDS.get(t, f"a {t.__name__}") for t in types)
     kind = type(value)
-    got = f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__  # numpy has a bool too
+    is_namesake = hasattr(builtins, kind.__name__) and kind.__module__ != "builtins"  # numpy has a bool too
+    got = f"{kind.__module__}.{kind.__name__}" if is_namesake else kind.__name__
     return TypeError(f"{name} must be {words}, but got {got}")
 
 
