@@ -23,9 +23,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 inline Reduction parse_reduction(c10::string_view name) { return lect11ext::parse_reduction(name, "sum_latent"); }
 
-// The arguments that are the same for the forward and its derivatives.
-constexpr int64_t kMostSamples = (int64_t(1) << 31) - 1;
+constexpr int64_t kMostSamples = (int64_t(1) << 31) - 1;  // more, times the elements, soon leave 64 bits
 
+// The arguments that are the same for the forward and its derivatives.
 struct Inputs {
   const Tensor &mean, &logvar;
   const OptionalTensor &prior_mean, &prior_logvar;

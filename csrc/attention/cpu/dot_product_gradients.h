@@ -126,6 +126,7 @@ class Gradients {
     }
   }
 
+  // Of all queries of a head, but what weigh() adds up itself.
   void find_deltas(const AttentionSequence& s, int64_t head, C* delta, C* delta_t) const {
     for (int64_t i = 0; i < s.queries; ++i) {
       if (!adds_deltas_) delta[i] = of_outputs_(s, head, i);
