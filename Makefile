@@ -111,7 +111,8 @@ define try
 	rm -rf build/try
 	$(PYTHON) -m venv build/try/venv
 	build/try/venv/bin/python $(PIP) install $(1) $(BUILD_TOOLS)
-	PATH="$(CURDIR)/build/try/venv/bin:$$PATH" LECT11EXT_CUDA=$(2) build/try/venv/bin/python setup.py --quiet build --build-lib build/try/lib
+	PATH="$(CURDIR)/build/try/venv/bin:$$PATH" LECT11EXT_CUDA=$(2) build/try/venv/bin/python setup.py --quiet \
+	  egg_info --egg-base build/try build --build-lib build/try/lib
 	cd build/try/lib && ../venv/bin/python -m lect11ext && ../venv/bin/python -c "$(CALL)"
 endef
 
