@@ -100,7 +100,6 @@ def test_values_and_gradients_of_large_ones(sizes: Sizes, name: str, dtype: torc
 
 @pytest.mark.cpu  # on a GPU D is made of the rounded output, as in flash attention
 @pytest.mark.parametrize("keys", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_few_keys_are_not_left_to_the_outputs_rounding(keys: int, dtype: torch.dtype) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
@@ -109,6 +108,18 @@ def test_gradients_of_few_keys_are_not_left_to_the_outputs_rounding(keys: int, d
             float_mask(2, 130, keys, dtype=dtype).requires_grad_(),
         ]
         compare(args, low_slack=1.0, dropout_p=0.3, dropout_key=KEY, window=(126, None), **BOTTOM)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_score_of_a_single_key_has_no_gradient(dtype: torch.dtype, capability: str) -> None:
+    query, key, value = operands(Sizes(2, 3, 3, 130, 1, 64, 64), dtype)
+    grad_out = torch.randn(value.shape[:2] + (130, 64), dtype=dtype)
+    grad_query, grad_key, _ = torch.autograd.grad(sdpa(query, key, value), (query, key, value), grad_out)
+    # As far as the inner product, divided by a weight of which it is a multiple, is itself.
+    scores = 2 * torch.finfo(dtype).eps * (grad_out * value).sum(-1, keepdim=True).abs() / 64**0.5
+    assert (grad_query.abs() <= scores * key.abs()).all()
+    assert (grad_key.abs() <= (scores * query.abs()).sum(-2, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

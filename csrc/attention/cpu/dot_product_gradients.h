@@ -15,13 +15,13 @@ class Gradients {
   using C = Compute<S>;
   static constexpr int64_t kRows = kTileQueries, kKeys = kBackwardKeys;
   static constexpr int64_t kDeep = PanelStep<P>::kDeep;
-  // Outputs of 16 bits are rounded, and with them D = grad_out · out. Of few keys, gradients of scores are often
-  // smaller than what that leaves (with one key and dropout by a factor of 80 in bfloat16): then D is the sum of
-  // weights times inner products, as exact as these are. Beyond so many keys the rule of the tests holds without.
+  // Outputs are rounded, and with them D = grad_out · out. Of few keys, gradients of scores are often smaller than
+  // what that leaves (with one key and dropout by a factor of 80 in bfloat16): then D is the sum of weights times
+  // inner products, as exact as these are. Beyond so many keys the rule of the tests holds without.
   static constexpr int64_t kFewKeys = 16;
-  // The sum is D if the keys have all of the weight but this, less than what the output's rounding does: a caller may
+  // The sum is D if the keys have all of the weight but this, about what the output's rounding does: a caller may
   // bring the output and the LSE of more keys than it passes, as a ring of processes does.
-  static constexpr C kNoWeight = C(1) / 4096;
+  static constexpr C kNoWeight = sizeof(S) == 2 ? C(1) / 4096 : 8 * std::numeric_limits<C>::epsilon();
   static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights and gradients are operands as they are
 
  public:
@@ -92,7 +92,7 @@ class Gradients {
     keys_[0] = HeadRows<P>(args_.packed_key, s, kv_head, first_panel_);
     if constexpr (kTangent) keys_[1] = HeadRows<P>(args_.packed_key_t, s, kv_head, first_panel_);
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
-    adds_deltas_ = sizeof(S) == 2 && s.keys <= kFewKeys;
+    adds_deltas_ = s.keys <= kFewKeys;
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     if (begin == end) return;
     for (int64_t g = 0; g < group; ++g)
@@ -321,8 +321,9 @@ class Gradients {
         const Vec<C> term = has_inner_ ? weight * kept_at(e) * Vec<C>::loadu(inner + e) : zero;
         of_output = of_output + select_equal(weight, zero, zero, term);
       }
-      const bool is_all = std::abs(sum_of_lanes(sum) - 1) < kNoWeight;
-      own_delta = is_all ? sum_of_lanes(of_output) - of_outputs_.grad_lse(at) : of_outputs_(s, head, i + r);
+      const C total = sum_of_lanes(sum);  // divided by, or the rounding of the LSE would be D's
+      own_delta = std::abs(total - 1) < kNoWeight ? sum_of_lanes(of_output) / total - of_outputs_.grad_lse(at)
+                                                  : of_outputs_(s, head, i + r);
     } else {
       own_delta = delta_[g * args_.queries + i + r];
     }
