@@ -94,6 +94,7 @@ def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> 
     names = [a.name.replace("output_mask", "mask") for a in arguments]
     over_time = {
         "input",
+        "factors",
         "reset",
         "zoneout_h",
         "zoneout_c",
@@ -118,10 +119,10 @@ def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> 
         mask = args[names.index("mask")][len(backward_outputs) : -1] if backward else ()
         size = info.batch_size
         # With recompute the cells that are kept lie otherwise.
-        recomputes = args[names.index("recompute")] > 0
+        recomputes = "recompute" in names and args[names.index("recompute")] > 0
         if size == 0 or recomputes or any(_is_batched(in_dims[i]) for i in weights) or any(mask):
             return _run_each(op, size, in_dims, args)
-        batch = 0 if args[names.index("batch_first")] else 1
+        batch = 0 if "batch_first" in names and args[names.index("batch_first")] else 1
         folded = list(args)
         for i, name in enumerate(names):
             if name in states:
@@ -375,5 +376,6 @@ def register() -> None:
         (ops.lstm_layer_backward, True),
         (ops.gru_layer, False),
         (ops.gru_layer_backward, True),
+        (ops.layer_tangents, False),
     ):
         torch.library.register_vmap(op.default, _layer(op, op.default._schema.arguments, backward))

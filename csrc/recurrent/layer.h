@@ -92,6 +92,15 @@ struct Layer : LayerOutputs {
   int64_t weight_ih_stride;
   const void *bias_ih, *bias_hh;  // [G·H]; null for none
 
+  // Not null: the recurrence of a layer's tangents, [T, B, K·H] over time, whose input is multiplied already. A step is
+  // linear in the tangents of its sums, s = x + v, and of the states; the factors are
+  //   LSTM, K = 6: c' = f₀·s_i + f₁·s_f + f₂·s_g + f₄·c, h' = f₃·s_o + f₅·c'
+  //   GRU, K = 5: h' = f₀·s_r + f₁·s_z + f₂·s_n + f₃ + f₄·h
+  // with s in the place of the gates, [T, B, G·H], and neither a norm nor a GRU that resets first.
+  const void* factors;
+  TimeStrides factors_strides;
+  int64_t truncate;  // of the tangents, as LayerGradients has it of the gradients
+
   // --- scratch, every block of units its own part
   // Weights laid out as panels of S, or of C where the machine does not multiply S. Null: they are read in place.
   void *panels_ih, *panels_hh;  // [blocks, I or H rounded up to even, 16·G]

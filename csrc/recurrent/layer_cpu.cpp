@@ -102,6 +102,11 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   }
   args.bias_ih = bias_ih.data();
   args.bias_hh = bias_hh.data();
+  if (in.factors != nullptr) {
+    args.factors = read(*in.factors);
+    args.factors_strides = strides_of(in, *in.factors);
+    args.truncate = in.truncate;
+  }
 
   const bool halts = in.has_norm() || in.resets_first();  // in mid-step
   const bool packs = T * B >= kRowsWorthPacking || halts || !is_multiplied(in.input.scalar_type(), T, B);

@@ -39,6 +39,7 @@ struct Inputs {
   std::optional<double> grad_clip;
   int64_t truncate, recompute;  // in steps; 0: neither
   bool reverse, batch_first;
+  const Tensor* factors = nullptr;  // of the recurrence of tangents (layer.h)
 
   bool is_lstm() const { return autograd::defined(c); }
   bool has_projection() const { return autograd::defined(weight_hr); }
@@ -47,7 +48,7 @@ struct Inputs {
   bool zones_out_c() const { return is_lstm() && (autograd::defined(zoneout_c) || zoneout_rate_c != 0); }
   bool resets_first() const { return !is_lstm() && !reset_after; }
   int64_t gates() const { return is_lstm() ? 4 : 3; }
-  int64_t kept_gates() const { return resets_first() ? 3 : 4; }
+  int64_t kept_gates() const { return resets_first() || factors != nullptr ? gates() : 4; }
   bool sigmoid_candidate() const { return candidate == "sigmoid"; }
   double clip() const { return grad_clip.value_or(INFINITY); }
   int64_t time_dim() const { return batch_first ? 1 : 0; }

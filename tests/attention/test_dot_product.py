@@ -114,7 +114,7 @@ def test_gradients_of_few_keys_are_not_left_to_the_outputs_rounding(keys: int, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_score_of_a_single_key_has_no_gradient(dtype: torch.dtype, capability: str) -> None:
     query, key, value = operands(Sizes(2, 3, 3, 130, 1, 64, 64), dtype)
-    grad_out = torch.randn(value.shape[:2] + (130, 64), dtype=dtype)
+    grad_out = torch.randn((*value.shape[:2], 130, 64), dtype=dtype)
     grad_query, grad_key, _ = torch.autograd.grad(sdpa(query, key, value), (query, key, value), grad_out)
     # As far as the inner product, divided by a weight of which it is a multiple, is itself.
     scores = 2 * torch.finfo(dtype).eps * (grad_out * value).sum(-1, keepdim=True).abs() / 64**0.5

@@ -5,15 +5,14 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-// One share's run through all steps.
-template <class S, LayerCell kCell>
+// One share's run through all steps, of the layer or of its tangents.
+template <class S, LayerCell kCell, class Cell = CellBlock<S, kCell>>
 class Recurrence : LayerShare<S, kCell> {
   using Share = LayerShare<S, kCell>;
   using Share::args_, Share::schedule_, Share::blocks_;
   using Share::kLstm, Share::kResetAfter, Share::kGates, Share::kWidth, Share::kDeep;
   using Share::packed, Share::first_unit, Share::units, Share::even, Share::deep, Share::pre, Share::panel;
   using typename Share::C, typename Share::P;
-  using Cell = CellBlock<S, kCell>;
   static constexpr int kKept = Cell::kKept;
 
  public:
@@ -32,6 +31,8 @@ class Recurrence : LayerShare<S, kCell> {
         part.barrier->wait(part.due);
         if constexpr (kResetFirst) {
           step_reset_first(s, part);
+        } else if constexpr (Cell::kLinear) {
+          step(s, part);
         } else {
           args_.norm == nullptr ? step(s, part) : step_normed(s, part);
         }
@@ -116,7 +117,7 @@ class Recurrence : LayerShare<S, kCell> {
         const int64_t last = std::min(first + together, blocks_.count());
         for (int64_t i = first; i < last; ++i) multiply_states(s, swept(i), rows, n, sums_at_ + (i - first) * n);
         for (int64_t i = first; i < last; ++i) {
-          const Cell cell(args_, swept(i));
+          Cell cell(args_, swept(i));
           for (int64_t row = 0; row < n; ++row) {
             if (!packed() && !schedule_.active(t, rows[row])) continue;
             activate(s, t, swept(i), rows[row], sums_at_[(i - first) * n + row], cell);
@@ -202,7 +203,7 @@ class Recurrence : LayerShare<S, kCell> {
         save_rstd(t, rows[i], statistics[i].rstd);
       }
       for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
-        const Cell cell(args_, block);
+        Cell cell(args_, block);
         for (int64_t i = 0; i < n; ++i) {
           normalize(t, block, rows[i], statistics[i], cell);
           activate(s, t, block, rows[i], waiting_sums(block, rows[i]), cell);
@@ -233,7 +234,7 @@ class Recurrence : LayerShare<S, kCell> {
       const P* from[kLayerRows];
       for (int64_t i = 0; i < n; ++i) from[i] = reset_state(rows[i]);
       each_swept([&](int64_t block) {
-        const Cell cell(args_, block);
+        Cell cell(args_, block);
         for (int64_t i = 0; i < n; ++i) sums[i] = waiting_sums(block, rows[i]) + kFirst;
         panel_product<kUnits>(from, n, deep(args_.hidden), columns(block, kFirst), kWidth * kDeep, sums, false);
         for (int64_t i = 0; i < n; ++i) activate(s, t, block, rows[i], sums[i] - kFirst, cell);
@@ -289,7 +290,13 @@ class Recurrence : LayerShare<S, kCell> {
   }
 
   void begin_next(int64_t s, int64_t block, int64_t b) {
-    if (s + 1 < args_.steps && schedule_.restarts(schedule_.time(s + 1), b)) clear(s + 1, block, b);
+    const int64_t t = schedule_.time(s + 1);
+    bool clears = s + 1 < args_.steps && schedule_.restarts(t, b);
+    if constexpr (Cell::kLinear) {
+      const bool is_cut = args_.truncate > 0 && (s + 1) % args_.truncate == 0 && s + 1 < args_.steps;
+      clears = clears || (is_cut && schedule_.active(t, b));
+    }
+    if (clears) clear(s + 1, block, b);
     mask_state(s + 1, block, b);
   }
 
@@ -302,8 +309,9 @@ class Recurrence : LayerShare<S, kCell> {
     }
   }
 
-  void activate(int64_t s, int64_t t, int64_t block, int64_t b, const C* sums, const Cell& cell) {
+  void activate(int64_t s, int64_t t, int64_t block, int64_t b, const C* sums, Cell& cell) {
     const int64_t at = first_unit(block), n = units(block);
+    cell.begin(t, b);
     alignas(64) C h[kUnits], kept[kKept][kUnits], before[kUnits] = {};
     const C* pre = pre_of(s, block, b);
     if (!kLstm || args_.zoneout_h.acts()) move_units(exchange(s, b) + at, before, n);
@@ -368,10 +376,16 @@ class Recurrence : LayerShare<S, kCell> {
 void layer_kernel(const Layer& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
+    constexpr LayerCell kLstm = LayerCell::Lstm, kGru = LayerCell::Gru, kResetFirst = LayerCell::GruResetFirst;
+    const bool linear = args.factors != nullptr;
     switch (args.cell) {
-      case LayerCell::Lstm: return Recurrence<S, LayerCell::Lstm>(args, begin, end).run();
-      case LayerCell::Gru: return Recurrence<S, LayerCell::Gru>(args, begin, end).run();
-      case LayerCell::GruResetFirst: return Recurrence<S, LayerCell::GruResetFirst>(args, begin, end).run();
+      case kLstm:
+        return linear ? Recurrence<S, kLstm, LinearCell<S, kLstm>>(args, begin, end).run()
+                      : Recurrence<S, kLstm>(args, begin, end).run();
+      case kGru:
+        return linear ? Recurrence<S, kGru, LinearCell<S, kGru>>(args, begin, end).run()
+                      : Recurrence<S, kGru>(args, begin, end).run();
+      case kResetFirst: return Recurrence<S, kResetFirst>(args, begin, end).run();
     }
   });
 }

@@ -15,6 +15,7 @@ class CellBlock {
 
  public:
   static constexpr int kKept = kCell == LayerCell::GruResetFirst ? 3 : 4;  // parts of Layer::gates
+  static constexpr bool kLinear = false;
 
   CellBlock(const Layer& args, int64_t block)
       : sigmoid_candidate_(args.sigmoid_candidate), has_peephole_(args.peephole != nullptr) {
@@ -30,6 +31,8 @@ class CellBlock {
   }
 
   const C* norm(int gate) const { return norm_[gate]; }
+
+  void begin(int64_t /*t*/, int64_t /*b*/) {}
 
   void lstm(C* c, const C* pre, const C* sums, C* h, C (&kept)[kKept][kUnits]) const {
     has_peephole_ ? lstm_units<true>(c, pre, sums, h, kept) : lstm_units<false>(c, pre, sums, h, kept);
@@ -79,6 +82,57 @@ class CellBlock {
   alignas(64) C bias_[kUnits] = {};  // of the state's part of n, where the reset gate multiplies it
   alignas(64) C peephole_[3][kUnits] = {};
   alignas(64) C norm_[kGates][kUnits] = {};
+};
+
+// The same of the tangents, by the factors of a step and row.
+template <class S, LayerCell kCell>
+class LinearCell {
+  using C = Compute<S>;
+  static constexpr bool kLstm = kCell == LayerCell::Lstm;
+  static constexpr int kGates = kLstm ? 4 : 3;
+  static constexpr int kFactors = kLstm ? 6 : 5;
+
+ public:
+  static constexpr int kKept = kGates;
+  static constexpr bool kLinear = true;
+
+  LinearCell(const Layer& args, int64_t block)
+      : args_(args), at_(block * kUnits), units_(std::min(kUnits, args.hidden - at_)) {}
+
+  void begin(int64_t t, int64_t b) {
+    const S* factors = over_time(static_cast<const S*>(args_.factors), args_.factors_strides, t, b) + at_;
+    for (int k = 0; k < kFactors; ++k) move_units(factors + k * args_.hidden, factors_[k], units_);
+  }
+
+  void lstm(C* c, const C* pre, const C* sums, C* h, C (&kept)[kKept][kUnits]) const {
+    for (int64_t u = 0; u < kUnits; u += kLanes<C>) {
+      Vec<C> state = factor(4, u) * Vec<C>::loadu(c + u);
+      for (int g = 0; g < 3; ++g) state = at::vec::fmadd(factor(g, u), sum(g, u, pre, sums, kept), state);
+      state.store(c + u);
+      at::vec::fmadd(factor(3, u), sum(3, u, pre, sums, kept), factor(5, u) * state).store(h + u);
+    }
+  }
+
+  void gru(const C* before, const C* pre, const C* sums, C* h, C (&kept)[kKept][kUnits]) const {
+    for (int64_t u = 0; u < kUnits; u += kLanes<C>) {
+      Vec<C> state = at::vec::fmadd(factor(4, u), Vec<C>::loadu(before + u), factor(3, u));
+      for (int g = 0; g < 3; ++g) state = at::vec::fmadd(factor(g, u), sum(g, u, pre, sums, kept), state);
+      state.store(h + u);
+    }
+  }
+
+ private:
+  Vec<C> factor(int k, int64_t u) const { return Vec<C>::loadu(factors_[k] + u); }
+
+  static Vec<C> sum(int g, int64_t u, const C* pre, const C* sums, C (&kept)[kKept][kUnits]) {
+    const Vec<C> s = Vec<C>::loadu(pre + g * kUnits + u) + Vec<C>::loadu(sums + g * kUnits + u);
+    s.store(kept[g] + u);
+    return s;
+  }
+
+  const Layer& args_;
+  const int64_t at_, units_;
+  alignas(64) C factors_[kFactors][kUnits] = {};
 };
 
 }  // namespace lect11ext::CPU_CAPABILITY
