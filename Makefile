@@ -65,11 +65,12 @@ nightly: $(BUILT)  ## the long sweeps
 	$(PYTEST) $(TESTS) -m slow $(ARGS)
 
 # A copy of the tree: the module beside it is built with -O1, and the compiler's checks.
-SANITIZED := build/sanitize
-SANITIZER := -O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fsanitize=address
-SANITIZER_RUNTIME = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)
+SANITIZE ?= address
+SANITIZED := build/sanitize-$(SANITIZE)
+SANITIZER := -O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize=vptr -fno-sanitize-recover
+SANITIZER_RUNTIME = $$(g++ -print-file-name=lib$(if $(filter address,$(SANITIZE)),asan,ubsan).so) $$(g++ -print-file-name=libstdc++.so)
 
-sanitize: $(BUILT)  ## the tests of the CPU under AddressSanitizer: what reads or writes beyond its memory
+sanitize: $(BUILT)  ## the CPU's tests under AddressSanitizer, or what SANITIZE=undefined finds
 	mkdir -p $(SANITIZED)
 	git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t $(SANITIZED)
 	cmake -G Ninja -S $(SANITIZED) -B $(SANITIZED)/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \

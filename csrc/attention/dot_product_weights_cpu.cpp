@@ -74,7 +74,7 @@ Gradients weights_backward(const Tensor& grad, const WeightsInputs& w, GradientM
   if (mask[0]) {
     const int64_t bytes = args.parts * rows * round_up(args.head_dim, kColumnStep) * compute_size(args.dtype);
     args.query_sums = space.at(space.reserve(bytes));
-    std::memset(args.query_sums, 0, bytes);
+    if (bytes > 0) std::memset(args.query_sums, 0, bytes);
   }
   const Tensor lse_sums = at::zeros({args.parts, args.batch, args.heads, args.queries}, w.lse.options());
   args.lse_sums = lse_sums.mutable_data_ptr();

@@ -13,6 +13,18 @@ using VecI = Vec<int32_t>;
 inline VecI bits(Vec<float> x) { return at::vec::cast<int32_t>(x); }
 inline Vec<float> from_bits(VecI x) { return at::vec::cast<float>(x); }
 
+// The sum of words, which wraps around: where at::vec has loops, it adds ints.
+inline VecI add_words(VecI a, int32_t b) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return a + VecI(b);
+#else
+  uint32_t lanes[kLanes<int32_t>];
+  a.store(lanes);
+  for (uint32_t& lane : lanes) lane += static_cast<uint32_t>(b);
+  return VecI::loadu(lanes);
+#endif
+}
+
 // The largest number in place of +∞; NaN survives.
 template <class T>
 inline Vec<T> finite(Vec<T> x) {
@@ -205,7 +217,7 @@ struct SinCos {
 // Sine and cosine of 2π·U, U = x·2⁻³² + 2⁻³³, x an unsigned word. The quadrant and the sign are the word's upper bits,
 // and what is left is exact: no reduction by π is needed.
 inline SinCos sincos_turns(VecI x) {
-  const VecI quadrant = x + VecI(1 << 29);
+  const VecI quadrant = add_words(x, 1 << 29);
   const Vec<float> a = at::vec::fmadd(at::vec::convert_to_fp_of_same_size<float>(x << VecI(2)), Vec<float>(0x1p-32f),
                                       Vec<float>(0x1p-31f));
   const Vec<float> z = a * a;
@@ -224,7 +236,7 @@ inline SinCos sincos_turns(VecI x) {
   const VecI exchange = (bits(s) ^ bits(c)) & odd;
   const VecI sign(INT32_MIN);
   return {from_bits((bits(s) ^ exchange) ^ (quadrant & sign)),
-          from_bits((bits(c) ^ exchange) ^ ((quadrant + VecI(1 << 30)) & sign))};
+          from_bits((bits(c) ^ exchange) ^ (add_words(quadrant, 1 << 30) & sign))};
 }
 
 }  // namespace lect11ext::CPU_CAPABILITY
