@@ -44,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> draw_gaussian_rsample_kl(
                              reduction);
 }
 
-std::tuple<at::Tensor, at::Tensor> draw_corrupt(
+std::tuple<at::Tensor, OptionalTensor> draw_corrupt(
     const at::Tensor& input, const std::string& kind, double amount, double low, double high, bool return_mask,
     const std::optional<at::Generator>& generator, const OptionalTensor& key) {
   at::Tensor used = key.value_or(at::Tensor());

@@ -33,7 +33,8 @@ Outputs meta_forward(const Inputs& in, bool save_weights) {
   in.check();
   const auto options = in.query.options();
   return {at::empty_symint(in.output_size(), options),
-          save_weights ? at::empty_symint(in.weights_size(), options.dtype(in.compute_dtype())) : Tensor()};
+          save_weights ? OptionalTensor(at::empty_symint(in.weights_size(), options.dtype(in.compute_dtype())))
+                       : std::nullopt};
 }
 
 Gradients meta_backward(const Tensor& grad_output, const Inputs& in, const Tensor& weights, const Wanted& wanted) {
@@ -245,7 +246,8 @@ Outputs kernel_forward(const Inputs& in, bool save_weights) {
   Tensor output = empty_output(concrete(in.output_size()), options);
   Tensor weights;
   if (save_weights || cuda) weights = empty_output(concrete(in.weights_size()), options.dtype(in.compute_dtype()));
-  if (output.numel() == 0 && (!weights.defined() || weights.numel() == 0)) return {output, weights};
+  if (output.numel() == 0 && (!weights.defined() || weights.numel() == 0))
+    return {output, autograd::optional_of(weights)};
   AdditiveForward args{};
   Held held;
   describe(in, Tensor(), nullptr, args, held);
@@ -255,7 +257,7 @@ Outputs kernel_forward(const Inputs& in, bool save_weights) {
 #ifdef LECT11EXT_WITH_CUDA
   else cuda::additive_forward(args, c10::cuda::getCurrentCUDAStream().stream());
 #endif
-  return {output, save_weights ? weights : Tensor()};
+  return {output, save_weights ? OptionalTensor(weights) : std::nullopt};
 }
 
 // How the queries of an element of the batch are divided: enough parts for the processors of a large machine where the
@@ -359,7 +361,7 @@ Outputs additive_attention(ADDITIVE_PARAMETERS, bool save_weights) {
 #define ADDITIVE_SCHEMA "Tensor query, Tensor key, Tensor value, Tensor score_weight, Tensor? attn_mask"
 
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
-  m.def("additive_attention(" ADDITIVE_SCHEMA ", bool save_weights) -> (Tensor output, Tensor weights)",
+  m.def("additive_attention(" ADDITIVE_SCHEMA ", bool save_weights) -> (Tensor output, Tensor? weights)",
         {at::Tag::pt2_compliant_tag});
   m.def("additive_attention_backward(Tensor grad_output, " ADDITIVE_SCHEMA
         ", Tensor weights, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

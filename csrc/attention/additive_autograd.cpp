@@ -128,12 +128,15 @@ Outputs autograd_forward(ADDITIVE_PARAMETERS, bool save_weights) {
       return autograd::SavedVariable(autograd::tensor_or_none(t), /*is_output=*/false);
     };
     node->inputs_ = {save(query), save(key), save(value), save(score_weight), save(attn_mask)};
-    node->weights_ = autograd::SavedVariable(weights, /*is_output=*/false);
+    node->weights_ = autograd::SavedVariable(autograd::tensor_or_none(weights), /*is_output=*/false);
     torch::autograd::set_history(output, node);
   }
   if (autograd::has_tangent(ADDITIVE_ARGUMENTS)) {
     autograd::copy_tangent(output, composite_forward(Inputs{ADDITIVE_ARGUMENTS}));
   }
+  // Not what the Node alone wants: what an op gives must not depend on who needs a gradient, or a trace made for one
+  // would not fit the other.
+  if (!save_weights) std::get<1>(out).reset();
   return out;
 }
 

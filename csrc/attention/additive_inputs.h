@@ -16,7 +16,7 @@ namespace lect11ext::additive_op {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, OptionalTensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Wanted = std::array<bool, 5>;
 

@@ -21,7 +21,8 @@ namespace {
 
 using namespace corruption;
 
-using Outputs = std::tuple<Tensor, Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, OptionalTensor>;
 
 #define CORRUPT_PARAMETERS                                                                                         \
   const Tensor &input, const Tensor &key, c10::string_view kind, double amount, double low, double high, bool return_mask
@@ -31,7 +32,8 @@ using Outputs = std::tuple<Tensor, Tensor>;
 Outputs meta_forward(CORRUPT_PARAMETERS) {
   Inputs{input, "input", parse_kind(kind), amount}.check(key);
   return {at::empty_symint(input.sym_sizes(), input.options()),
-          return_mask ? at::empty_symint(input.sym_sizes(), input.options().dtype(at::kBool)) : Tensor()};
+          return_mask ? OptionalTensor(at::empty_symint(input.sym_sizes(), input.options().dtype(at::kBool)))
+                      : std::nullopt};
 }
 
 Tensor meta_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
@@ -95,16 +97,17 @@ Outputs kernel_forward(CORRUPT_PARAMETERS) {
   if (in.kind == Kind::Gaussian) {
     CorruptionDrift args{};
     args.deviation = amount;
-    return {run(args, input, key), return_mask ? at::ones(input.sizes(), mask_options) : Tensor()};
+    return {run(args, input, key), return_mask ? OptionalTensor(at::ones(input.sizes(), mask_options)) : std::nullopt};
   }
   if (in.threshold() == 0) {
-    return {input.clone(at::MemoryFormat::Contiguous), return_mask ? at::zeros(input.sizes(), mask_options) : Tensor()};
+    return {input.clone(at::MemoryFormat::Contiguous),
+            return_mask ? OptionalTensor(at::zeros(input.sizes(), mask_options)) : std::nullopt};
   }
   const bool masks = in.kind == Kind::Masking;
   Tensor mask = return_mask ? empty_output(input.sizes(), mask_options) : Tensor();
   Tensor out =
       replace(in, key, masks ? 0 : low, masks ? 0 : high, return_mask ? mask.mutable_data_ptr<bool>() : nullptr);
-  return {out, mask};
+  return {out, return_mask ? OptionalTensor(mask) : std::nullopt};
 }
 
 Tensor kernel_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
@@ -146,7 +149,7 @@ Tensor corrupt_backward(const Tensor& grad, const Tensor& key, c10::string_view 
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def(
       "corrupt(Tensor input, Tensor key, str kind, float amount, float low, float high, bool return_mask)"
-      " -> (Tensor output, Tensor mask)",
+      " -> (Tensor output, Tensor? mask)",
       {at::Tag::pt2_compliant_tag});
   m.def("corrupt_backward(Tensor grad, Tensor key, str kind, float amount) -> Tensor", {at::Tag::pt2_compliant_tag});
 }

@@ -43,9 +43,10 @@ void differentiate(const Tensor& in, const Tensor& out, const Tensor& key, c10::
   }
 }
 
-std::tuple<Tensor, Tensor> autograd_forward(const Tensor& input, const Tensor& key, c10::string_view kind,
-                                            double amount, double low, double high, bool return_mask) {
-  std::tuple<Tensor, Tensor> out;
+std::tuple<Tensor, std::optional<Tensor>> autograd_forward(const Tensor& input, const Tensor& key,
+                                                           c10::string_view kind, double amount, double low,
+                                                           double high, bool return_mask) {
+  std::tuple<Tensor, std::optional<Tensor>> out;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     out = corrupt(input, key, kind, amount, low, high, return_mask);

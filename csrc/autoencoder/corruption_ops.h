@@ -3,13 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace lect11ext {
 
-// The second output is undefined unless `return_mask`.
-std::tuple<at::Tensor, at::Tensor> corrupt(const at::Tensor& input, const at::Tensor& key, c10::string_view kind,
-                                           double amount, double low, double high, bool return_mask);
+// No second output unless `return_mask`.
+std::tuple<at::Tensor, std::optional<at::Tensor>> corrupt(const at::Tensor& input, const at::Tensor& key,
+                                                          c10::string_view kind, double amount, double low, double high,
+                                                          bool return_mask);
 
 // The derivative to the input, of any order: what was replaced has none.
 at::Tensor corrupt_backward(const at::Tensor& grad, const at::Tensor& key, c10::string_view kind, double amount);

@@ -8,17 +8,17 @@
 
 namespace lect11ext {
 
-// (h', c', gates); gates is undefined unless `save_gates`.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(
+// (h', c', gates); no gates unless `save_gates`.
+std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>> lstm_cell(
     const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& weight_ih,
     const at::Tensor& weight_hh, const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh,
     c10::string_view candidate, std::optional<double> grad_clip, bool save_gates);
 
-// (h', gates); gates is undefined unless `save_gates`.
-std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih,
-                                            const at::Tensor& weight_hh, const std::optional<at::Tensor>& bias_ih,
-                                            const std::optional<at::Tensor>& bias_hh, bool reset_after,
-                                            std::optional<double> grad_clip, bool save_gates);
+// (h', gates); no gates unless `save_gates`.
+std::tuple<at::Tensor, std::optional<at::Tensor>> gru_cell(
+    const at::Tensor& input, const at::Tensor& h, const at::Tensor& weight_ih, const at::Tensor& weight_hh,
+    const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh, bool reset_after,
+    std::optional<double> grad_clip, bool save_gates);
 
 // The identity, whose gradient is clamped to ±limit.
 at::Tensor clip_gradient(const at::Tensor& x, double limit);

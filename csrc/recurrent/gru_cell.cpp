@@ -33,7 +33,7 @@ Outputs meta_forward(const Inputs& in, bool save_gates) {
   const c10::SymDimVector size{in.batch(), in.hidden()};
   const auto options = in.input.options();
   return {at::empty_symint(size, options),
-          save_gates ? at::empty_symint({in.batch(), in.hidden() * in.kept()}, options) : Tensor()};
+          save_gates ? OptionalTensor(at::empty_symint({in.batch(), in.hidden() * in.kept()}, options)) : std::nullopt};
 }
 
 Gradients meta_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
@@ -95,7 +95,7 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Weights& weights, co
     run(GruStage::Reset, 2);
     run(GruStage::Output, 2);
   }
-  return {h_out, save_gates ? gates : Tensor()};
+  return {h_out, save_gates ? OptionalTensor(gates) : std::nullopt};
 }
 
 Outputs cpu_forward(const Inputs& in, bool save_gates) {
@@ -225,7 +225,7 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
     args.pre_hidden = pre_hidden.const_data_ptr();
     cuda::gru_gates_forward(args, current_stream());
   }
-  return {h_out, save_gates ? gates : Tensor()};
+  return {h_out, save_gates ? OptionalTensor(gates) : std::nullopt};
 }
 
 Gradients cuda_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
@@ -267,7 +267,7 @@ Tensor gru_cell_packed(const Tensor& input, const Tensor& h, const Tensor& packe
   "bool reset_after, float? grad_clip"
 
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
-  m.def("gru_cell(" GRU_CELL_SCHEMA ", bool save_gates=False) -> (Tensor h_out, Tensor gates)",
+  m.def("gru_cell(" GRU_CELL_SCHEMA ", bool save_gates=False) -> (Tensor h_out, Tensor? gates)",
         {at::Tag::pt2_compliant_tag});
   m.def("gru_cell_backward(Tensor grad_h, " GRU_CELL_SCHEMA
         ", Tensor gates, bool[6] output_mask)"

@@ -110,7 +110,7 @@ Outputs autograd_forward(GRU_CELL_PARAMETERS, bool save_gates) {
       return autograd::SavedVariable(autograd::tensor_or_none(t), /*is_output=*/false);
     };
     node->inputs_ = {save(input), save(h), save(weight_ih), save(weight_hh), save(bias_ih), save(bias_hh)};
-    node->gates_ = autograd::SavedVariable(gates, /*is_output=*/false);
+    node->gates_ = autograd::SavedVariable(autograd::tensor_or_none(gates), /*is_output=*/false);
     node->reset_after_ = reset_after;
     node->grad_clip_ = grad_clip;
     torch::autograd::set_history(h_out, node);
@@ -119,6 +119,7 @@ Outputs autograd_forward(GRU_CELL_PARAMETERS, bool save_gates) {
     const Gates composite = composite_gates(Inputs(GRU_CELL_ARGUMENTS));
     autograd::copy_tangent(h_out, composite.n + composite.z * (h - composite.n));
   }
+  if (!save_gates) std::get<1>(out).reset();  // as of the LSTM
   return out;
 }
 

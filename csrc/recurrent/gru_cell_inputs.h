@@ -16,7 +16,7 @@ namespace lect11ext::gru_cell_op {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, OptionalTensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Mask = std::array<bool, 6>;
 

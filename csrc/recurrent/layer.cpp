@@ -53,7 +53,7 @@ Gradients meta_backward(const OutputGradients& grads, const Inputs& in, const Ou
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def("lstm_layer(" LSTM_LAYER_SCHEMA
         ", bool save=False)"
-        " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor normed, Tensor rstd)",
+        " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor? gates, Tensor? cells, Tensor? normed, Tensor? rstd)",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "lstm_layer_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor? grad_gates, "
@@ -62,7 +62,7 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def("gru_layer(" GRU_LAYER_SCHEMA
-        ", bool save=False) -> (Tensor output, Tensor h_n, Tensor gates, Tensor normed, Tensor rstd)",
+        ", bool save=False) -> (Tensor output, Tensor h_n, Tensor? gates, Tensor? normed, Tensor? rstd)",
         {at::Tag::pt2_compliant_tag});
   m.def("gru_layer_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_gates, " GRU_LAYER_BACKWARD_SCHEMA
         ", Tensor output, Tensor? gates, Tensor? normed, Tensor? rstd, bool[8] output_mask)"

@@ -145,7 +145,9 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     set(out.cells, d.cells);
   }
   if (saves != nullptr) save_for_backward(*saves, used, out);  // tangents too
-  return out;
+  // Not what the Node alone wants: what an op gives must not depend on who needs a gradient, or a trace made for one
+  // would not fit the other.
+  return save ? out : Outputs{out.out, out.h, out.c, {}, {}, {}, {}};
 }
 
 Gradients autograd_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
@@ -209,6 +211,7 @@ Outputs autocast_forward(const Inputs& in, bool save) {
 namespace layer_op {
 
 Outputs call_forward(const Inputs& in, bool save) {
+  const auto plain = [](const OptionalTensor& t) { return autograd::tensor_or_none(t); };
   if (in.is_lstm()) {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_layer", "").typed<LstmForward>();
@@ -217,14 +220,14 @@ Outputs call_forward(const Inputs& in, bool save) {
                 in.weight_peephole, in.weight_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.zoneout_c,
                 in.candidate, in.zoneout_rate_h, in.zoneout_rate_c, in.grad_clip, in.truncate, in.recompute, in.reverse,
                 in.batch_first, save);
-    return {out, h, c, gates, cells, normed, rstd};
+    return {out, h, c, plain(gates), plain(cells), plain(normed), plain(rstd)};
   }
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_layer", "").typed<GruForward>();
   auto [out, h, gates, normed, rstd] =
       op.call(in.input, in.h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_norm, in.hidden_mask,
               in.lengths, in.reset, in.zoneout_h, in.reset_after, in.zoneout_rate_h, in.grad_clip, in.truncate,
               in.recompute, in.reverse, in.batch_first, save);
-  return {out, h, {}, gates, {}, normed, rstd};
+  return {out, h, {}, plain(gates), {}, plain(normed), plain(rstd)};
 }
 
 Gradients call_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {

@@ -59,13 +59,14 @@
 
 namespace lect11ext::layer_op {
 
-using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// What only a forward that saves gives is optional in the schema too: an undefined tensor is none to AOTInductor.
+using LstmOutputs = std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+using GruOutputs = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors10 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-using LstmForward = Tensors7(LSTM_LAYER_PARAMETERS, bool save);
-using GruForward = Tensors5(GRU_LAYER_PARAMETERS, bool save);
+using LstmForward = LstmOutputs(LSTM_LAYER_PARAMETERS, bool save);
+using GruForward = GruOutputs(GRU_LAYER_PARAMETERS, bool save);
 
 #define LSTM_LAYER_BACKWARD_PARAMETERS                                                                             \
   const OptionalTensor &grad_out, const OptionalTensor &grad_h, const OptionalTensor &grad_c,                      \
@@ -84,17 +85,19 @@ using ForwardBody = Outputs(const Inputs&, bool save);
 using BackwardBody = Gradients(const OutputGradients&, const Inputs&, const Outputs& kept, const Mask&);
 
 template <ForwardBody* body>
-Tensors7 lstm_forward(LSTM_LAYER_PARAMETERS, bool save) {
+LstmOutputs lstm_forward(LSTM_LAYER_PARAMETERS, bool save) {
   const OptionalTensor cell(c);
   Outputs out = body(LSTM_LAYER_INPUTS(cell), save);
-  return {out.out, out.h, out.c, out.gates, out.cells, out.normed, out.rstd};
+  const auto optional = [](const Tensor& t) { return autograd::optional_of(t); };
+  return {out.out, out.h, out.c, optional(out.gates), optional(out.cells), optional(out.normed), optional(out.rstd)};
 }
 
 template <ForwardBody* body>
-Tensors5 gru_forward(GRU_LAYER_PARAMETERS, bool save) {
+GruOutputs gru_forward(GRU_LAYER_PARAMETERS, bool save) {
   const OptionalTensor none;
   Outputs out = body(GRU_LAYER_INPUTS(none), save);
-  return {out.out, out.h, out.gates, out.normed, out.rstd};
+  const auto optional = [](const Tensor& t) { return autograd::optional_of(t); };
+  return {out.out, out.h, optional(out.gates), optional(out.normed), optional(out.rstd)};
 }
 
 template <BackwardBody* body>

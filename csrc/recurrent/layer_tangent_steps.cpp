@@ -88,10 +88,11 @@ using namespace layer_op;
       const OptionalTensor &zoneout_h, const OptionalTensor &zoneout_c, double zoneout_rate_h, double zoneout_rate_c, \
       int64_t truncate, bool reverse
 
-using Op = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(TANGENTS_PARAMETERS);
+using OpOutputs = std::tuple<Tensor, Tensor, OptionalTensor, Tensor, OptionalTensor>;
+using Op = OpOutputs(TANGENTS_PARAMETERS);
 
 template <TangentOutputs body(const Inputs&)>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tangents_op(TANGENTS_PARAMETERS) {
+OpOutputs tangents_op(TANGENTS_PARAMETERS) {
   const OptionalTensor none;
   const Inputs in{input,
                   h,
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tangents_op(TANGENTS_PARAMETE
                   /*batch_first=*/false,
                   &factors};
   TangentOutputs out = body(in);
-  return {out.out, out.h, out.c, out.sums, out.cells};
+  return {out.out, out.h, autograd::optional_of(out.c), out.sums, autograd::optional_of(out.cells)};
 }
 
 void check(const Inputs& in) {
@@ -176,14 +177,14 @@ TangentOutputs layer_op::call_tangents(const Inputs& in) {
   auto [out, h, c, sums, cells] =
       op.call(in.input, *in.factors, in.h, in.c, in.weight_hh, in.hidden_mask, in.lengths, in.reset, in.zoneout_h,
               in.zoneout_c, in.zoneout_rate_h, in.zoneout_rate_c, in.truncate, in.reverse);
-  return {out, h, c, sums, cells};
+  return {out, h, autograd::tensor_or_none(c), sums, autograd::tensor_or_none(cells)};
 }
 
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def(
       "layer_tangents(Tensor input, Tensor factors, Tensor h, Tensor? c, Tensor weight_hh, Tensor? hidden_mask, "
       "Tensor? lengths, Tensor? reset, Tensor? zoneout_h, Tensor? zoneout_c, float zoneout_rate_h, float "
-      "zoneout_rate_c, int truncate, bool reverse) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor sums, Tensor "
+      "zoneout_rate_c, int truncate, bool reverse) -> (Tensor output, Tensor h_n, Tensor? c_n, Tensor sums, Tensor? "
       "cells)",
       {at::Tag::pt2_compliant_tag});
 }

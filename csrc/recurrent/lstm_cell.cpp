@@ -34,7 +34,7 @@ Outputs meta_forward(const Inputs& in, bool save_gates) {
   const c10::SymDimVector size{in.batch(), in.hidden()};
   const auto options = in.input.options();
   return {at::empty_symint(size, options), at::empty_symint(size, options),
-          save_gates ? at::empty_symint({in.batch(), in.hidden() * 4}, options) : Tensor()};
+          save_gates ? OptionalTensor(at::empty_symint({in.batch(), in.hidden() * 4}, options)) : std::nullopt};
 }
 
 Gradients meta_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
@@ -92,7 +92,7 @@ Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Wei
     const int64_t cost = (batch + 2) * 4 * kUnits * (args.input_size + args.state_size) / 32;
     run_parallel(lstm_cell_kernel, args, blocks, cost);
   }
-  return {h_out, c_out, gates};
+  return {h_out, c_out, autograd::optional_of(gates)};
 }
 
 Outputs cpu_forward(const Inputs& in, bool save_gates) {
@@ -220,7 +220,7 @@ Outputs cuda_forward(const Inputs& in, bool save_gates) {
                        c_out.mutable_data_ptr(),
                        save_gates ? pre.mutable_data_ptr() : nullptr};
   if (batch > 0) cuda::lstm_gates_forward(args, current_stream());
-  return {h_out, c_out, save_gates ? pre : Tensor()};
+  return {h_out, c_out, save_gates ? OptionalTensor(pre) : std::nullopt};
 }
 
 Gradients cuda_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor> lstm_cell_packed(
   "str candidate, float? grad_clip"
 
 TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
-  m.def("lstm_cell(" LSTM_CELL_SCHEMA ", bool save_gates=False) -> (Tensor h_out, Tensor c_out, Tensor gates)",
+  m.def("lstm_cell(" LSTM_CELL_SCHEMA ", bool save_gates=False) -> (Tensor h_out, Tensor c_out, Tensor? gates)",
         {at::Tag::pt2_compliant_tag});
   m.def("lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, " LSTM_CELL_SCHEMA
         ", Tensor gates, Tensor c_out, bool[7] output_mask)"

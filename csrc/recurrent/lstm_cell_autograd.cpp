@@ -115,7 +115,7 @@ Outputs autograd_forward(LSTM_CELL_PARAMETERS, bool save_gates) {
     node->grad_clip_ = grad_clip;
     torch::autograd::set_history(h_out, node);
     torch::autograd::set_history(c_out, node);
-    node->gates_ = autograd::SavedVariable(gates, /*is_output=*/false);
+    node->gates_ = autograd::SavedVariable(autograd::tensor_or_none(gates), /*is_output=*/false);
     node->c_out_ = autograd::SavedVariable(c_out, /*is_output=*/true);
   }
   if (autograd::has_tangent(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)) {
@@ -123,6 +123,9 @@ Outputs autograd_forward(LSTM_CELL_PARAMETERS, bool save_gates) {
     autograd::copy_tangent(h_out, composite.o * composite.c_out.tanh());
     autograd::copy_tangent(c_out, composite.c_out);
   }
+  // Not what the Node alone wants: what an op gives must not depend on who needs a gradient, or a trace made for one
+  // would not fit the other.
+  if (!save_gates) std::get<2>(out).reset();
   return out;
 }
 

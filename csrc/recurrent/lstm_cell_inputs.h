@@ -17,7 +17,7 @@ namespace lect11ext::lstm_cell_op {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, OptionalTensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Mask = std::array<bool, 7>;
 

@@ -125,8 +125,7 @@ def _centre(key: Tensor) -> Tensor:
     if key.size(-2) == 0:
         return key.new_zeros((*key.shape[:-2], 1, key.size(-1)))
     key = key.detach()
-    middle = torch.where(key.isfinite(), key, 0).sort(-2).values[..., key.size(-2) // 2, :]
-    return middle.unsqueeze(-2)
+    return torch.where(key.isfinite(), key, 0).sort(-2).values.narrow(-2, key.size(-2) // 2, 1)
 
 
 def _half_squares(x: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def philox_normal(size: Sequence[int], key: Tensor, *, dtype: torch.dtype = torc
         torch.float32
     """
     try:
-        shape = [operator.index(n) for n in size]
+        # Not all of them: of a symbolic size it would make a number.
+        shape = [n if isinstance(n, int | torch.SymInt) else operator.index(n) for n in size]
     except TypeError:
         raise TypeError(f"size must be a sequence of ints, but got {size!r}") from None
     for name, value, kind in (("key", key, Tensor), ("dtype", dtype, torch.dtype)):
