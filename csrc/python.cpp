@@ -92,6 +92,11 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = LECT11EXT_TORCH_VERSION;
   info["compiler"] = LECT11EXT_CXX_COMPILER;
+#if LECT11EXT_X86_BUILDS
+  info["cpu_builds"] = "default avx2 avx512 avx512_bf16";
+#else
+  info["cpu_builds"] = "default";
+#endif
   info["cuda_architectures"] = LECT11EXT_CUDA_ARCHITECTURES;
 #ifdef LECT11EXT_WITH_CUDA
   info["cuda"] = true;

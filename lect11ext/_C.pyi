@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 class BuildInfo(TypedDict):
     torch: str
     compiler: str
+    cpu_builds: str
     cuda: bool
     cuda_architectures: str
 

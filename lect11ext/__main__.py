@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def describe(report: dict[str, Any]) -> str:
         "torch": report["torch"] + other,
         "Python": f"{report['python']}, {report['platform']}",
         "CPU": f"{report['cpu_capability']} in use, best here {report['best_cpu_capability']}; "
-        f"{report['threads']} threads",
+        f"{report['threads']} threads; compiled for {build['cpu_builds']}",
         "CUDA": describe_cuda(report),
         "GPU": ", ".join(report["gpus"]) or "none that torch sees",
     }
@@ -90,7 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lect11ext", description=__doc__)
     parser.add_argument("--json", action="store_true", help="for machines")
     report = collect()
-    print(json.dumps(report, indent=2) if parser.parse_args().json else describe(report))
+    try:
+        print(json.dumps(report, indent=2) if parser.parse_args().json else describe(report), flush=True)
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -19,9 +19,17 @@
 
 namespace lect11ext::autograd {
 
-using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+
+// torch's own error names neither compiled autograd nor whose Node it is.
+struct Node : torch::autograd::Node {
+  using torch::autograd::Node::Node;
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "lect11ext's ops have no compiled autograd (", name(),
+                                "): leave torch._dynamo.config.compiled_autograd off, or use torch.nn here");
+  }
+};
 
 // The pointer that owns a Node: std::shared_ptr up to torch 2.12, c10::intrusive_ptr afterwards.
 using NodePtr = decltype(torch::autograd::Edge::function);

@@ -45,21 +45,23 @@ Capability detect() {
   return Capability::DEFAULT;
 }
 
-Capability parse(const char* name) {
+constexpr const char* kVariable = "LECT11EXT_CPU_CAPABILITY";
+
+// `what`: who gave the name.
+Capability parse(const char* name, const char* what) {
   for (int i = 0; i < kCapabilities; ++i) {
     if (std::strcmp(name, kNames[i]) != 0) continue;
-    TORCH_CHECK_VALUE(i <= static_cast<int>(best_capability()), "CPU capability '", name,
+    TORCH_CHECK_VALUE(i <= static_cast<int>(best_capability()), what, " '", name,
                       "' is beyond this machine, whose best is '", capability_name(best_capability()), "'");
     return static_cast<Capability>(i);
   }
-  TORCH_CHECK_VALUE(false, "CPU capability must be one of default, avx2, avx512, avx512_bf16, amx, but got '", name,
-                    "'");
+  TORCH_CHECK_VALUE(false, what, " must be one of default, avx2, avx512, avx512_bf16, amx, but got '", name, "'");
 }
 
 std::atomic<Capability>& in_use() {
   static std::atomic<Capability> value = [] {
-    const char* forced = std::getenv("LECT11EXT_CPU_CAPABILITY");
-    return forced != nullptr && *forced != '\0' ? parse(forced) : best_capability();
+    const char* forced = std::getenv(kVariable);
+    return forced != nullptr && *forced != '\0' ? parse(forced, kVariable) : best_capability();
   }();
   return value;
 }
@@ -86,6 +88,6 @@ bool prefers_float_products() { return is_intel() && capability() == Capability:
 
 Capability capability() { return in_use().load(std::memory_order_relaxed); }
 
-void set_capability(const char* name) { in_use().store(parse(name), std::memory_order_relaxed); }
+void set_capability(const char* name) { in_use().store(parse(name, "CPU capability"), std::memory_order_relaxed); }
 
 }  // namespace lect11ext

@@ -89,6 +89,13 @@ def test_the_report_reads_well() -> None:
     for word in (torch.__version__, _C.best_cpu_capability(), *(op.removeprefix("lect11ext::") for op in OPS)):
         assert word in done.stdout
     assert _C.build_info()["cuda"] != ("this is a CPU-only build" in done.stdout)
+    assert f"compiled for {_C.build_info()['cpu_builds']}" in done.stdout
+
+
+def test_the_report_may_be_cut_short() -> None:
+    command = f"{sys.executable} -m lect11ext | head -1"
+    done = subprocess.run(command, shell=True, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("lect11ext") and not done.stderr
 
 
 def test_the_stub_lists_the_module() -> None:
@@ -159,15 +166,15 @@ def test_a_capability_can_be_forced(name: str) -> None:
     else:
         done = run("-m", "lect11ext", capability=name, cwd=PACKAGE.parent)
         assert done.returncode != 0
-        assert f"CPU capability '{name}' is beyond this machine, whose best is" in done.stderr
+        assert f"LECT11EXT_CPU_CAPABILITY '{name}' is beyond this machine, whose best is" in done.stderr
 
 
 def test_an_unknown_capability_is_refused() -> None:
     done = run("-m", "lect11ext", capability="sse9", cwd=PACKAGE.parent)
     assert done.returncode != 0
-    expected = "CPU capability must be one of default, avx2, avx512, avx512_bf16, amx, but got 'sse9'"
-    assert f"ValueError: {expected}" in done.stderr
-    with pytest.raises(ValueError, match=expected):
+    expected = "must be one of default, avx2, avx512, avx512_bf16, amx, but got 'sse9'"
+    assert f"ValueError: LECT11EXT_CPU_CAPABILITY {expected}" in done.stderr
+    with pytest.raises(ValueError, match=f"CPU capability {expected}"):
         _C.set_cpu_capability("sse9")
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_type
 
+# weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+NamedWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]
+
 
 def check_options(
     grad_clip: float | None, truncate: int, recompute: int, generator: torch.Generator | None, **flags: bool
@@ -63,9 +66,33 @@ def listed(name: str, items: Any, what: str) -> list[Any]:
         raise TypeError(f"{name} must be a sequence of {what}, but got {type(items).__name__}") from None
 
 
-def listed_weights(weights: Sequence[Sequence[Tensor]]) -> list[list[Any]]:
+def named_weights(weights: Sequence[Sequence[Tensor]], projected: bool) -> list[NamedWeights]:
     items = listed("weights", weights, "sequences of tensors")
-    return [listed(f"weights[{i}]", item, "tensors") for i, item in enumerate(items)]
+    for i, item in enumerate(items):
+        if isinstance(item, Tensor):
+            raise TypeError(
+                "weights must be a sequence of sequences of tensors, one for each layer and direction, "
+                f"but weights[{i}] is a Tensor"
+            )
+    return [_named(listed(f"weights[{i}]", item, "tensors"), projected) for i, item in enumerate(items)]
+
+
+def _named(weight: Sequence[Tensor], projected: bool) -> NamedWeights:
+    """One layer's and direction's weights by name; what is not there is None."""
+    match tuple(weight):
+        case (ih, hh):
+            return ih, hh, None, None, None
+        case (ih, hh, hr) if projected:
+            return ih, hh, None, None, hr
+        case (ih, hh, b_ih, b_hh):
+            return ih, hh, b_ih, b_hh, None
+        case (ih, hh, b_ih, b_hh, hr) if projected:
+            return ih, hh, b_ih, b_hh, hr
+    raise ValueError(
+        "each item of weights must be (weight_ih, weight_hh), with or without (bias_ih, bias_hh) after them"
+        + (" and weight_hr at the end" if projected else "")
+        + f", but got {len(weight)} tensors"
+    )
 
 
 def listed_extras(name: str, extras: Any, what: str, weights: Sequence[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from .checks import (
     check_rate,
     listed_norms,
     listed_peepholes,
-    listed_weights,
+    named_weights,
     zoneout_rates,
 )
 from .masks import bernoulli, dropout_mask, normed_sums, without_padding
@@ -142,7 +142,7 @@ def lstm(
         grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
         training=training, return_cells=return_cells,
     )  # fmt: skip
-    items = [_named(item, projected=True) for item in listed_weights(weights)]
+    items = named_weights(weights, projected=True)
     norms = None if layer_norms is None else listed_norms(layer_norms, items)
     peeps = None if peepholes is None else listed_peepholes(peepholes, items)
     if bidirectional and is_wanted(input):
@@ -236,7 +236,7 @@ def gru(
         grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
         training=training, reset_after=reset_after,
     )  # fmt: skip
-    items = [_named(item, projected=False) for item in listed_weights(weights)]
+    items = named_weights(weights, projected=False)
     norms = None if layer_norms is None else listed_norms(layer_norms, items)
     if bidirectional and is_wanted(input):
         items, norms = from_here((items, norms))
@@ -302,24 +302,6 @@ def _keep(x: Tensor, units: int, rate: float, training: bool, generator: torch.G
     return bernoulli(x, (*x.shape[:2], units), rate, generator) if training and rate > 0 else None
 
 
-def _named(weight: Sequence[Tensor], projected: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]:
-    """One layer's and direction's weights by name; what is not there is None."""
-    match tuple(weight):
-        case (ih, hh):
-            return ih, hh, None, None, None
-        case (ih, hh, hr) if projected:
-            return ih, hh, None, None, hr
-        case (ih, hh, b_ih, b_hh):
-            return ih, hh, b_ih, b_hh, None
-        case (ih, hh, b_ih, b_hh, hr) if projected:
-            return ih, hh, b_ih, b_hh, hr
-    raise ValueError(
-        "each item of weights must be (weight_ih, weight_hh), with or without (bias_ih, bias_hh) after them"
-        + (" and weight_hr at the end" if projected else "")
-        + f", but got {len(weight)} tensors"
-    )
-
-
 def _tensors(
     x: object, ih: object, hh: object, b_ih: object, b_hh: object, lengths: object, reset: object
 ) -> dict[str, tuple[object, tuple[type, ...]]]:
@@ -369,6 +351,11 @@ def _stack(
         if state.size(0) != items:
             raise ValueError(
                 f"{name} must have as many entries as weights, layers * directions = {items}, but got {state.size(0)}"
+            )
+        if input.dim() == 3 and state.size(1) != (rows := input.size(0 if batch_first else 1)):
+            raise ValueError(
+                f"{name} must have shape [{items}, {rows}, {state.size(2)}] (layers * directions, batch, size), "
+                f"but got {list(state.shape)}"
             )
     if input.dim() == 2:
         batch = 0 if batch_first else 1
