@@ -68,7 +68,7 @@ nightly: $(BUILT)  ## the long sweeps
 SANITIZE ?= address
 SANITIZED := build/sanitize-$(SANITIZE)
 SANITIZER := -O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize=vptr -fno-sanitize-recover
-SANITIZER_RUNTIME = $$(g++ -print-file-name=lib$(if $(filter address,$(SANITIZE)),asan,ubsan).so) $$(g++ -print-file-name=libstdc++.so)
+SANITIZER_RUNTIME = $$(g++ -print-file-name=lib$(if $(findstring address,$(SANITIZE)),asan,ubsan).so) $$(g++ -print-file-name=libstdc++.so)
 
 sanitize: $(BUILT)  ## the CPU's tests under AddressSanitizer, or what SANITIZE=undefined finds
 	mkdir -p $(SANITIZED)

@@ -27,6 +27,7 @@ struct Steps {
   int64_t count;
   Tensor inactive, restarts;  // [T, B, 1]; undefined where there are none
 
+  explicit Steps(Inputs&&) = delete;  // it is borrowed
   explicit Steps(const Inputs& in) : in(in), count(known(in.steps())) {
     if (autograd::defined(in.lengths)) inactive = first(in.inactive()).unsqueeze(-1);
     if (autograd::defined(in.reset)) restarts = first(*in.reset).unsqueeze(-1);

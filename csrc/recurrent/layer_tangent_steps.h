@@ -17,7 +17,8 @@ struct TangentOutputs {
 // The tangents of the states from step to step.
 class TangentStates {
  public:
-  explicit TangentStates(const Inputs& in);
+  explicit TangentStates(const Inputs& in);  // which must live as long
+  explicit TangentStates(Inputs&&) = delete;
 
   Tensor h, c;  // c of an LSTM only
 

@@ -240,7 +240,8 @@ class Tangents {
     Tensor added = by_input_;
     accumulate(added, tangent(dual_.bias_hh));
     accumulate(added, product_part());
-    TangentStates states(recurrence(added, added));
+    const Inputs in = recurrence(added, added);
+    TangentStates states(in);
     std::vector<Tensor> all(steps_.count);
     for (int64_t s = 0; s < steps_.count; ++s) {
       const int64_t t = steps_.time(s);

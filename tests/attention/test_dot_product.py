@@ -122,6 +122,46 @@ def test_the_score_of_a_single_key_has_no_gradient(dtype: torch.dtype, capabilit
     assert (grad_key.abs() <= (scores * query.abs()).sum(-2, keepdim=True)).all()
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("keys", [2, 5, 16])
+def test_gradients_of_few_keys_with_large_scores(keys: int, capability: str) -> None:
+    """exp(score − LSE) is off by the rounding of scores near 160; D must not be, too."""
+    args = [t.detach() for t in operands(Sizes(1, 2, 2, 64, keys, 32, 32), torch.float32)]
+    for t in args[:2]:
+        t[..., 0] += 30
+    grad_out = torch.randn(args[0].shape)
+
+    def gradients(function: Any, inputs: list[Any]) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return list(torch.autograd.grad(function(*leaves), leaves, grad_out.to(leaves[0].dtype)))
+
+    ways = gradients(sdpa, args), gradients(plain_sdpa, args), gradients(plain_sdpa, [t.double() for t in args])
+    ours, plain, exact = (found[0] for found in ways)  # the queries', which D alone spoils
+    # How the scores are rounded is a matter of chance; with D of the output it is up to 15 times as much.
+    assert (ours - exact).abs().max() <= 4 * (plain - exact).abs().max()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("dtype", "gap", "size"), [(torch.float32, 15, 1e4), (torch.bfloat16, 9, 1e3)], ids=str)
+def test_a_part_of_the_keys_has_the_d_of_all(dtype: torch.dtype, gap: float, size: float, capability: str) -> None:
+    """As in a ring: of the third key, which has next to no weight and huge values, only output and LSE know."""
+    query, key, value = (t.detach() for t in operands(Sizes(1, 1, 1, 4, 3, 16, 16), dtype))
+    query[...], query[..., 0] = 0, 4  # scores are the keys' first elements
+    key[..., 0] = torch.tensor([0.0, 0.3, -gap])
+    value[..., 2, :] *= size
+    grad_out = torch.randn(query.shape).to(dtype)
+    output, lse = sdpa(query, key, value, return_lse=True)
+    options = [None, None, None, None, None, 0.0, 0.25, None, None, False, None]
+    part = torch.ops.lect11ext.attention_backward(
+        grad_out, None, query, key[..., :2, :], value[..., :2, :], *options, output, lse, [True, True, False, False]
+    )
+    q, k, v, g = (t.double() for t in (query, key, value, grad_out))
+    weights, of_values = (q @ k.mT / 4).softmax(-1), g @ v.mT
+    scores = weights * (of_values - (weights * of_values).sum(-1, keepdim=True)) / 4
+    for got, exact in zip(part, (scores[..., :2] @ k[..., :2, :], (scores.mT @ q)[..., :2, :]), strict=False):
+        assert (got.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_capability(name: str, dtype: torch.dtype, capability: str) -> None:
     for sizes in (Sizes(1, 4, 2, 37, 131, 24, 40), Sizes(1, 1, 1, 1, 70, 33, 9)):

@@ -184,8 +184,9 @@ def test_tangents_of_layers(kind: str, variant: str, shape: tuple[int, int, int,
         ours, plain = case.with_options(case.ours, **options), case.with_options(case.plain, **options)
         ways = (ours, args, directions), (plain, args, directions), (plain, double(args), double(directions))
         for got, rival, exact in zip(*(tangents_of(*way) for way in ways), strict=True):
-            # Of float16 torch's layer_norm has tangents of NaN.
-            assert_within_rule(got, torch.where(rival.isnan(), exact.to(rival), rival), exact, slack)
+            if "norm" in variant and dtype == torch.float16:  # torch's layer_norm has tangents of NaN there
+                rival = torch.where(rival.isnan(), exact.to(rival), rival)
+            assert_within_rule(got, rival, exact, slack)
 
 
 class Seen(TorchDispatchMode):

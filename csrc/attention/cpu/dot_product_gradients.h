@@ -19,9 +19,6 @@ class Gradients {
   // what that leaves (with one key and dropout by a factor of 80 in bfloat16): then D is the sum of weights times
   // inner products, as exact as these are. Beyond so many keys the rule of the tests holds without.
   static constexpr int64_t kFewKeys = 16;
-  // The sum is D if the keys have all of the weight but this, about what the output's rounding does: a caller may
-  // bring the output and the LSE of more keys than it passes, as a ring of processes does.
-  static constexpr C kNoWeight = sizeof(S) == 2 ? C(1) / 4096 : 8 * std::numeric_limits<C>::epsilon();
   static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights and gradients are operands as they are
 
  public:
@@ -312,18 +309,21 @@ class Gradients {
     C own_delta;
     if (adds_deltas_) {
       const Vec<C> first(static_cast<C>(begin)), last(static_cast<C>(end - 1));
-      Vec<C> sum = zero, of_output = zero;
+      Vec<C> sum = zero, terms = zero, sizes = zero;
       for (int64_t e = from; e < to; e += kWidth) {
         Vec<C> slope, bend;
         const Vec<C> key = Vec<C>::arange(static_cast<C>(e), C(1)), is_seen = (key >= first) & (key <= last);
         const Vec<C> weight = Vec<C>::blendv(zero, weight_at(e, slope, bend), is_seen);
         sum = sum + weight;
         const Vec<C> term = has_inner_ ? weight * kept_at(e) * Vec<C>::loadu(inner + e) : zero;
-        of_output = of_output + select_equal(weight, zero, zero, term);
+        const Vec<C> seen_term = select_equal(weight, zero, zero, term);
+        terms = terms + seen_term;
+        sizes = sizes + seen_term.abs();
       }
-      const C total = sum_of_lanes(sum);  // divided by, or the rounding of the LSE would be D's
-      own_delta = std::abs(total - 1) < kNoWeight ? sum_of_lanes(of_output) / total - of_outputs_.grad_lse(at)
-                                                  : of_outputs_(s, head, i + r);
+      // Divided by the weights' sum, or the rounding of the LSE would be D's.
+      const C scale = 1 / sum_of_lanes(sum), of_keys = sum_of_lanes(terms) * scale;
+      own_delta =
+          of_outputs_.nearer(of_keys, sum_of_lanes(sizes) * scale, lse, s, head, i + r) - of_outputs_.grad_lse(at);
     } else {
       own_delta = delta_[g * args_.queries + i + r];
     }
