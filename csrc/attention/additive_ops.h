@@ -8,7 +8,7 @@
 
 namespace lect11ext {
 
-// The output, and the weights where save_weights or a gradient asks for them.
+// The output, and the weights where save_weights asks for them.
 std::tuple<at::Tensor, std::optional<at::Tensor>> additive_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& score_weight,
     const std::optional<at::Tensor>& attn_mask, bool save_weights);

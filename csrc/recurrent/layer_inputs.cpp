@@ -66,6 +66,10 @@ void Inputs::check() const {
   check_parameter(*this, "weight_hr", weight_hr, {state, size}, "size of h, hidden_size");
   check_parameter(*this, "weight_peephole", weight_peephole, {c10::SymInt(3), size}, "i f o, hidden_size");
   check_parameter(*this, "weight_norm", weight_norm, {size * gates()}, "gates * hidden_size");
+  if (factors != nullptr) {
+    check_parameter(*this, "factors", *factors, {steps(), batch(), size * (is_lstm() ? 6 : 5)},
+                    "steps, batch, factors * hidden_size");
+  }
   check_parameter(*this, "hidden_mask", hidden_mask, {batch(), state}, "batch, size of h");
   if (autograd::defined(lengths)) {
     TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong, "lengths must be int64, but got ", lengths->scalar_type());

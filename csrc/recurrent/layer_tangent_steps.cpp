@@ -9,7 +9,6 @@
 
 #include <utility>
 
-#include "common/tensors.h"
 #include "recurrent/layer_tensors.h"
 
 namespace lect11ext {
@@ -123,25 +122,14 @@ OpOutputs tangents_op(TANGENTS_PARAMETERS) {
   return {out.out, out.h, autograd::optional_of(out.c), out.sums, autograd::optional_of(out.cells)};
 }
 
-void check(const Inputs& in) {
-  in.check();
-  const c10::SymInt columns = in.hidden() * (in.is_lstm() ? 6 : 5);
-  check_shape("factors", in.factors->sym_sizes(), {in.steps(), in.batch(), columns},
-              "steps, batch, factors * hidden_size");
-  TORCH_CHECK_TYPE(in.factors->scalar_type() == in.input.scalar_type(), "factors must have the type of input, ",
-                   in.input.scalar_type(), ", but got ", in.factors->scalar_type());
-  check_same_device({{"input", &in.input}, {"factors", in.factors}});
-}
-
 TangentOutputs by_composite(const Inputs& in) {
-  check(in);
+  in.check();
   const auto each = in.input.unbind(0);
   const Tensor weight = in.weight_hh.t();
   return composite_tangents(in, [&](int64_t t, const Tensor& h) { return at::addmm(each[t], h, weight); });
 }
 
 TangentOutputs by_kernel(const Inputs& in) {
-  check(in);
   const Tensor factors = in.factors->contiguous();
   Inputs dense = in;
   dense.factors = &factors;
@@ -150,7 +138,7 @@ TangentOutputs by_kernel(const Inputs& in) {
 }
 
 TangentOutputs meta(const Inputs& in) {
-  check(in);
+  in.check();
   const auto over_time = [&](int64_t parts) {
     return at::empty_symint({in.steps(), in.batch(), in.hidden() * parts}, in.input.options());
   };
