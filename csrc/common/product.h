@@ -34,9 +34,10 @@ LECT11EXT_CPU_KERNEL(product_kernel, Product)
 // out[n] = Σ_m a[m][n]: the gradient of a bias.
 struct ColumnSums {
   int64_t m, n;
-  const void* a;  // [m, n] dense: float, or double where `dtype` is
+  const void* a;  // [m, n] dense: float, or double where `dtype` is, or of `dtype` where `rounded`
   void* out;      // [n], written
   DType dtype;
+  bool rounded;
 };
 
 inline constexpr int64_t kSumColumns = 256;  // a work item

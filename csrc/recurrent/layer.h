@@ -140,7 +140,10 @@ struct LayerGradients : LayerCommon {
   TimeStrides out_strides, gates_strides, normed_strides, rstd_strides;  // out's and gates' also of their gradients
 
   // --- written
-  void* grad_pre;     // [T, B, G·H] of C, on CUDA of S: of the sums
+  // Whether the three of the sums are of S, as on CUDA; else of C. On the CPU only where G·H is even, the machine
+  // multiplies S, and there is neither a norm nor a GRU that resets first.
+  bool rounds;
+  void* grad_pre;     // [T, B, G·H]: of the sums
   void* grad_hidden;  // of v before its norm, where that differs (a GRU's n, a norm); else null
   void* grad_normed;  // of v after it, where the cell is a GRU with a norm; else null
   TimeStrides grad_pre_strides;
@@ -150,10 +153,11 @@ struct LayerGradients : LayerCommon {
 struct LayerBackward : LayerGradients {
   // --- scratch
   // Columns of weight_hh, laid out as panels of S, or of C where the machine does not multiply S.
-  void* panels;       // [blocks, G·H rounded up to even, 16]
-  void* exchange[2];  // [B, G·H rounded up to even] of S: what steps multiply; null where panels are of C
-  void* carry_h;      // [B, blocks·16] of C
-  void* carry_c;      // the same; LSTM only
+  void* panels;  // [blocks, G·H rounded up to even, 16]
+  // [B, G·H rounded up to even] of S: what steps multiply. Null where panels are of C, or gradients of S already.
+  void* exchange[2];
+  void* carry_h;  // [B, blocks·16] of C
+  void* carry_c;  // the same; LSTM only
   void*
       product;  // the same: what is multiplied by a mask or by r before it is part of the carry; null where nothing is
   void* carry_mask;  // the same: the mask's gradient so far; null without

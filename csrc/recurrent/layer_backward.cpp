@@ -35,6 +35,16 @@ Tensor before_steps(const Inputs& in, const Tensor& states, const Tensor& initia
   return before;
 }
 
+// Whether gradients of the sums are kept in the input's type: on the CPU where all products over time would round them
+// anyway, and nothing else needs them.
+bool rounds(const Inputs& in, const LayerGradients& args) {
+  if (!in.input.is_cpu()) return true;
+  if (in.has_norm() || in.resets_first() || args.peephole != nullptr || !autograd::defined(in.weight_ih)) return false;
+  const int64_t columns = in.gates() * args.hidden, least = std::min(in.input.size(2), args.hidden);
+  return columns % 2 == 0 &&
+         recurrent::rounds_gradients(in.input.scalar_type(), args.steps * args.batch * columns * least);
+}
+
 // Steps first_step … of a sequence of which `in` has a part.
 Gradients backward_of_steps(const Device& device, const OutputGradients& grads, const Inputs& in, const Outputs& kept,
                             const Mask& mask, int64_t first_step) {
@@ -44,7 +54,8 @@ Gradients backward_of_steps(const Device& device, const OutputGradients& grads, 
   const int64_t T = args.steps, B = args.batch, H = args.hidden, G = in.gates();
   const auto type = in.input.scalar_type();
   const auto options = in.input.options();
-  const auto pre_options = options.dtype(recurrent::grad_pre_type(in.input));
+  args.rounds = rounds(in, args);
+  const auto pre_options = options.dtype(args.rounds ? type : recurrent::compute_type(in.input));
   const auto [first, second] = in.order(T, B);
   const auto cast = [&](const Tensor& t) { return t.defined() ? t.to(type).contiguous() : Tensor(); };
   const Tensor grad_out = cast(grads.out), grad_h = cast(grads.h), grad_c = cast(grads.c);

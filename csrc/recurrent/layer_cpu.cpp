@@ -146,10 +146,10 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   const int64_t element = element_size(args.dtype), carry = B * blocks * kUnits * element;
   const int64_t even_columns = G * H + G * H % 2;
   const at::ScalarType type = options.dtype().toScalarType();
-  const bool rounds = is_multiplied(type, args.steps, B) && options.dtype().itemsize() == 2;
+  const bool exchanges = is_multiplied(type, args.steps, B) && options.dtype().itemsize() == 2 && !args.rounds;
   Scratch scratch;
   scratch.add(args.panels, blocks * even_columns * kUnits * element);
-  for (void*& exchange : args.exchange) scratch.add(exchange, B * even_columns * element, rounds);
+  for (void*& exchange : args.exchange) scratch.add(exchange, B * even_columns * element, exchanges);
   scratch.add(args.carry_h, carry);
   scratch.add(args.carry_c, carry, is_lstm);
   scratch.add(args.product, carry, has_mask || resets_first);

@@ -52,6 +52,10 @@ class OneThread {  // for this thread's calls
 
 }  // namespace
 
+bool rounds_gradients(at::ScalarType type, int64_t multiply_adds) {
+  return type == at::kBFloat16 && blas_type(type, multiply_adds) == type;
+}
+
 int64_t Products::BlasProduct::blocks() const { return (c.size(0) + kBlasRows - 1) / kBlasRows; }
 
 void Products::BlasProduct::run(int64_t begin, int64_t end) const {
@@ -123,8 +127,8 @@ at::Tensor Products::weight_gradient(const at::Tensor& grad_pre, const at::Tenso
 at::Tensor Products::bias_gradient(const at::Tensor& grad_pre, at::ScalarType type) {
   if (!grad_pre.is_cpu()) return grad_pre.sum(0);
   at::Tensor out = at::empty({grad_pre.size(1)}, grad_pre.options().dtype(type));
-  sums_.push_back(
-      {grad_pre.size(0), grad_pre.size(1), grad_pre.const_data_ptr(), out.mutable_data_ptr(), dtype_of(out, "bias")});
+  sums_.push_back({grad_pre.size(0), grad_pre.size(1), grad_pre.const_data_ptr(), out.mutable_data_ptr(),
+                   dtype_of(out, "bias"), grad_pre.scalar_type() == at::kBFloat16});
   held_.append({grad_pre, out});
   return out;
 }

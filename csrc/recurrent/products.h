@@ -8,7 +8,10 @@
 
 namespace lect11ext::recurrent {
 
-// The CPU's kernels multiply in float32 and take grad_pre as it is. Large products are left to the BLAS where it is
+// Whether a product of so many multiply-adds takes grad_pre rounded to `type`, that of its other matrix, on the CPU.
+bool rounds_gradients(at::ScalarType type, int64_t multiply_adds);
+
+// The CPU's kernels multiply in float32 and take a grad_pre of float32. Large products are left to the BLAS where it is
 // faster: of bfloat16 where the machine multiplies it, with grad_pre rounded, and of float on Intel's processors, of
 // bfloat16 as float too where that is faster there.
 //

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lect11ext import reference
 from tests.conftest import DTYPES
-from tests.helpers import chain, check, gradcheck, gradgradcheck
+from tests.helpers import ONE_STEP, chain, check, gradcheck, gradgradcheck
 
 SHAPES = [(1, 1, 2, 3), (5, 3, 4, 7), (3, 9, 17, 64), (6, 2, 3, 130), (2, 50, 5, 17)]
 BOTH = ["norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums"]
@@ -93,6 +93,13 @@ def test_values(kind: str, variant: str, shape: tuple[int, int, int, int], dtype
             # the other.
             slack = chain(shape[0], dtype) * (2 if "norm" in variant or "first" in variant else 1)
             check(case.with_options(case.ours, **choice), case.with_options(case.plain, **choice), case.args, slack)
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_products_large_enough_for_the_blas(kind: str, variant: str) -> None:
+    case = Case(kind, variant, (8, 33, 48, 128), torch.bfloat16)
+    for options in rows(8, 33):
+        check(case.with_options(case.ours, **options), case.with_options(case.plain, **options), case.args, 8 * ONE_STEP)
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)

@@ -146,8 +146,11 @@ void column_sums(const ColumnSums& args, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * kSumColumns, n = std::min(kSumColumns, args.n - first);
     alignas(64) C sums[kSumColumns] = {};
+    C widened[kSumColumns];
     for (int64_t m = 0; m < args.m; ++m) {
-      const C* row = static_cast<const C*>(args.a) + m * args.n + first;
+      const int64_t at = m * args.n + first;
+      if (args.rounded) convert(static_cast<const S*>(args.a) + at, widened, n);
+      const C* row = args.rounded ? widened : static_cast<const C*>(args.a) + at;
       for (int64_t i = 0; i < n; ++i) sums[i] += row[i];
     }
     convert(sums, static_cast<S*>(args.out) + first, n);

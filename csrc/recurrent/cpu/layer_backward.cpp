@@ -5,9 +5,9 @@ namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
 // One share's run back through all steps.
-template <class S, LayerCell kCell>
-class Backward : BackwardShare<S, kCell> {
-  using Share = BackwardShare<S, kCell>;
+template <class S, LayerCell kCell, class Sum>
+class Backward : BackwardShare<S, kCell, Sum> {
+  using Share = BackwardShare<S, kCell, Sum>;
   using Share::args_, Share::schedule_, Share::blocks_, Share::first_, Share::end_;
   using Share::at, Share::sums_at, Share::normed_grad, Share::publish, Share::multiply, Share::each_group;
   using Share::first_unit, Share::units, Share::columns, Share::scratch_row, Share::carry_h, Share::carry_c;
@@ -128,7 +128,7 @@ class Backward : BackwardShare<S, kCell> {
     const S* peephole = static_cast<const S*>(args_.peephole);
     const bool zones_h = args_.zoneout_h.acts(), zones_c = args_.zoneout_c.acts();
     const Vec<C> one(C(1)), zero(C(0));
-    C* pre = sums_at(args_.grad_pre, t, b);
+    Sum* pre = sums_at(args_.grad_pre, t, b);
     for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
       n = end_ - u;
       const auto gate = [&](int g) { return load_units(gates + g * H + u, n); };
@@ -169,8 +169,8 @@ class Backward : BackwardShare<S, kCell> {
     const S* h_before = before(s, t, b, args_.h, args_.out);
     const bool zones = args_.zoneout_h.acts();
     const Vec<C> one(C(1)), zero(C(0));
-    C* pre = sums_at(args_.grad_pre, t, b);
-    C* hidden_pre = sums_at(args_.grad_normed == nullptr ? args_.grad_hidden : args_.grad_normed, t, b);
+    Sum* pre = sums_at(args_.grad_pre, t, b);
+    Sum* hidden_pre = sums_at(args_.grad_normed == nullptr ? args_.grad_hidden : args_.grad_normed, t, b);
     for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
       n = end_ - u;
       const auto gate = [&](int g) { return load_units(gates + g * H + u, n); };
@@ -201,8 +201,8 @@ class Backward : BackwardShare<S, kCell> {
   void skip(int64_t t, int64_t b) {
     for (void* tensor : {args_.grad_pre, args_.grad_hidden, args_.grad_normed}) {
       if (tensor == nullptr) continue;
-      C* to = sums_at(tensor, t, b) + first_;
-      for (int g = 0; g < kGates; ++g, to += args_.hidden) std::fill_n(to, end_ - first_, C(0));
+      Sum* to = sums_at(tensor, t, b) + first_;
+      for (int g = 0; g < kGates; ++g, to += args_.hidden) std::fill_n(to, end_ - first_, Sum(0));
     }
   }
 
@@ -214,7 +214,7 @@ class Backward : BackwardShare<S, kCell> {
   // gave before its scale, and the normed values. What the vectors hold beyond those left is for nobody.
   template <class Call>
   void each_normed(int64_t t, int64_t b, int64_t block, const Call& call) const {
-    const C* grad = sums_at(normed_grad(), t, b);
+    const Sum* grad = sums_at(normed_grad(), t, b);
     const S* normed = at(args_.normed, args_.normed_strides, t, b);
     const S* scale = static_cast<const S*>(args_.norm);
     for (int64_t u = 0; u < units(block); u += kLanes<C>) {
@@ -251,7 +251,7 @@ class Backward : BackwardShare<S, kCell> {
       mean *= each;
       along *= each;
       const C rstd = *over_time(static_cast<const C*>(args_.rstd), args_.rstd_strides, t, b);
-      C* to = sums_at(args_.grad_hidden, t, b);
+      Sum* to = sums_at(args_.grad_hidden, t, b);
       for (int64_t block = blocks_.first; block < blocks_.last; ++block) {
         each_normed(t, b, block, [&](int64_t column, int64_t left, Vec<C> grad, Vec<C> normed) {
           store_units(Vec<C>(rstd) * (grad - Vec<C>(mean) - normed * Vec<C>(along)), to + column, left);
@@ -286,7 +286,7 @@ class Backward : BackwardShare<S, kCell> {
       const S* gates = at(args_.gates, args_.gates_strides, t, b);
       const S* grad_gates = at(args_.grad_gates, args_.gates_strides, t, b);
       C* product = scratch_row(args_.product, b);
-      C* pre = sums_at(args_.grad_pre, t, b);
+      Sum* pre = sums_at(args_.grad_pre, t, b);
       for (int64_t u = first_, n; u < end_; u += kLanes<C>) {
         n = end_ - u;
         const Vec<C> grad = Vec<C>::loadu(product + u), r = load_units(gates + u, n);
@@ -352,10 +352,17 @@ class Backward : BackwardShare<S, kCell> {
 void layer_backward_kernel(const LayerBackward& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
+    using C = Compute<S>;
+    const auto run = [&]<LayerCell kCell>() {
+      if constexpr (kIsHalf<S> && std::is_same_v<Operand<S>, S> && kCell != LayerCell::GruResetFirst) {
+        if (args.rounds) return Backward<S, kCell, S>(args, begin, end).run();
+      }
+      Backward<S, kCell, C>(args, begin, end).run();
+    };
     switch (args.cell) {
-      case LayerCell::Lstm: return Backward<S, LayerCell::Lstm>(args, begin, end).run();
-      case LayerCell::Gru: return Backward<S, LayerCell::Gru>(args, begin, end).run();
-      case LayerCell::GruResetFirst: return Backward<S, LayerCell::GruResetFirst>(args, begin, end).run();
+      case LayerCell::Lstm: return run.template operator()<LayerCell::Lstm>();
+      case LayerCell::Gru: return run.template operator()<LayerCell::Gru>();
+      case LayerCell::GruResetFirst: return run.template operator()<LayerCell::GruResetFirst>();
     }
   });
 }

@@ -5,15 +5,15 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
-// What the backward's parts know of a share: where its units, panels and rows lie.
-template <class S, LayerCell kCell>
+// What the backward's parts know of a share: where its units, panels and rows lie. Gradients of sums are kept as Sum.
+template <class S, LayerCell kCell, class Sum>
 class BackwardShare {
  protected:
   using C = Compute<S>;
   using P = Operand<S>;
   static constexpr int64_t kDeep = PanelStep<P>::kDeep;
   // Whether sums' gradients are multiplied in another type than they are kept in.
-  static constexpr bool kRounds = !std::is_same_v<P, C>;
+  static constexpr bool kRounds = !std::is_same_v<P, Sum>;
   static constexpr bool kLstm = kCell == LayerCell::Lstm;
   static constexpr bool kResetFirst = kCell == LayerCell::GruResetFirst;
   static constexpr int kGates = kLstm ? 4 : 3;
@@ -38,8 +38,8 @@ class BackwardShare {
   const S* at(const void* tensor, TimeStrides strides, int64_t t, int64_t b) const {
     return over_time(static_cast<const S*>(tensor), strides, t, b);
   }
-  C* sums_at(void* tensor, int64_t t, int64_t b) const {
-    return over_time(static_cast<C*>(tensor), args_.grad_pre_strides, t, b);
+  Sum* sums_at(void* tensor, int64_t t, int64_t b) const {
+    return over_time(static_cast<Sum*>(tensor), args_.grad_pre_strides, t, b);
   }
   // What the state's product was made of.
   void* product_grad() const { return args_.grad_hidden == nullptr ? args_.grad_pre : args_.grad_hidden; }

@@ -39,9 +39,11 @@ inline Vec<Compute<S>> load_units(const S* from, int64_t n) {
   }
 }
 
-template <class C>
-inline void store_units(Vec<C> v, C* to, int64_t n) {
-  v.store(to, std::min<int64_t>(n, kLanes<C>));
+template <class C, class S>
+inline void store_units(Vec<C> v, S* to, int64_t n) {
+  n = std::min<int64_t>(n, kLanes<C>);
+  if constexpr (std::is_same_v<S, C>) v.store(to, n);
+  else store_floats(v, to, n);
 }
 
 // Row (t, b) of a tensor over time; null of null.
