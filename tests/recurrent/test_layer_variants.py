@@ -99,7 +99,8 @@ def test_values(kind: str, variant: str, shape: tuple[int, int, int, int], dtype
 def test_products_large_enough_for_the_blas(kind: str, variant: str) -> None:
     case = Case(kind, variant, (8, 33, 48, 128), torch.bfloat16)
     for options in rows(8, 33):
-        check(case.with_options(case.ours, **options), case.with_options(case.plain, **options), case.args, 8 * ONE_STEP)
+        ours, plain = (case.with_options(f, **options) for f in (case.ours, case.plain))
+        check(ours, plain, case.args, 8 * ONE_STEP)
 
 
 @pytest.mark.parametrize(("kind", "variant"), CASES)
