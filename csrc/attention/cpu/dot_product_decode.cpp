@@ -135,7 +135,7 @@ class Decode : RunningSoftmax<S, Compute<S>> {
       for (int64_t r = 0, count; r < rows; r += count) {
         count = next_rows_of_x(rows - r);
         C* out = scores_.row(r) + k;
-        const auto run = [&]<int B>() { dot_tile<kFour, B, S>(&product, 1, k, n, r, out, kBlockKeys, ahead); };
+        const auto run = [&]<int B>() { dot_tile<kFour, B>(&product, 1, k, n, r, out, kBlockKeys, ahead); };
         switch (count) {
           case 1: run.template operator()<1>(); break;
           case 2: run.template operator()<2>(); break;

@@ -127,7 +127,8 @@ inline int64_t next_rows_of_x(int64_t left) {
 // out[b·out_stride + r] = Σ over `count` products, for R rows of weights (a multiple of 4; rows beyond `rows` repeat
 // the last one, and their sums are for the caller to ignore) and B rows of x. The pragmas make the compiler unroll
 // before it assigns registers; without them the accumulators live on the stack and the tile costs a fifth more.
-template <int R, int B, class S>
+// kFetch: rows `next_rows` further are fetched meanwhile, which costs a tenth where they have been.
+template <int R, int B, bool kFetch = true, class S>
 inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row, int64_t rows, int64_t first_x,
                      Compute<S>* out, int64_t out_stride, int64_t next_rows) {
   using C = Compute<S>;
@@ -162,8 +163,10 @@ inline void dot_tile(const RowProduct<S>* products, int count, int64_t first_row
     int64_t k = 0;
     const int64_t ahead = next_rows * product.weight_stride;
     for (; k < whole; k += Loader::kElements) {
+      if constexpr (kFetch) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + ahead + k, /*write=*/0, /*locality=*/2);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + ahead + k, /*write=*/0, /*locality=*/2);
+      }
       step([k](const S* p) { return Loader::load(p + k); });
     }
     if (k < product.size) step([k, n = product.size - k](const S* p) { return Loader::load(p + k, n); });
@@ -239,11 +242,12 @@ inline void dot_block(const RowProduct<S>* products, int count, int64_t units, i
   if constexpr (std::is_same_v<S, Compute<S>>) {  // the 16-bit types are never packed: their rows are in order already
     if (products[0].packed) return packed_block<kUnits>(products, count, first_x, rows_of_x, out, out_stride);
   }
-  const auto run = [&]<int R, int B>() {
+  const auto run = [&]<int R, int B, bool kFetch = true>() {
     for (int64_t r = 0; r < units; r += R) {
-      dot_tile<R, B>(products, count, r, units, first_x, out + r, out_stride, kUnits);
+      dot_tile<R, B, kFetch>(products, count, r, units, first_x, out + r, out_stride, kUnits);
     }
   };
+  if (first_x > 0 && rows_of_x == kMaxRowsOfX) return run.template operator()<4, kMaxRowsOfX, false>();
   switch (rows_of_x) {
     case 1: return run.template operator()<8, 1>();
     case 2: return run.template operator()<kMaxRowsOfX == 2 ? 4 : 8, 2>();
