@@ -10,7 +10,7 @@ constexpr int kMostRows = V == 4 ? 6 : 8;
 #else
 constexpr int kMostVectors = 2;
 template <int V>
-constexpr int kMostRows = 5;
+constexpr int kMostRows = 6;
 #endif
 
 // M rows × V vectors. The pragmas make the compiler unroll before it assigns registers.

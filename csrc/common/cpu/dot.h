@@ -113,6 +113,8 @@ struct RowProduct {
 // Accumulators that a build has registers for, beside the operands of a step.
 #if defined(CPU_CAPABILITY_AVX512)
 inline constexpr int kMaxRowsOfX = 6;
+#elif defined(CPU_CAPABILITY_AVX2)
+inline constexpr int kMaxRowsOfX = 3;
 #else
 inline constexpr int kMaxRowsOfX = 2;
 #endif
@@ -250,7 +252,7 @@ inline void dot_block(const RowProduct<S>* products, int count, int64_t units, i
   if (first_x > 0 && rows_of_x == kMaxRowsOfX) return run.template operator()<4, kMaxRowsOfX, false>();
   switch (rows_of_x) {
     case 1: return run.template operator()<8, 1>();
-    case 2: return run.template operator()<kMaxRowsOfX == 2 ? 4 : 8, 2>();
+    case 2: return run.template operator()<kMaxRowsOfX <= 3 ? 4 : 8, 2>();
     case 3: return run.template operator()<4, std::min(3, kMaxRowsOfX)>();
     case 4: return run.template operator()<4, std::min(4, kMaxRowsOfX)>();
     case 5: return run.template operator()<4, std::min(5, kMaxRowsOfX)>();

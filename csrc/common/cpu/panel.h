@@ -64,7 +64,7 @@ inline constexpr int kPanelRows = V >= 3 ? 24 / V : 8;
 template <int kVectors>
 inline constexpr int kPanelVectors = kVectors % 2 == 0 ? 2 : 1;
 template <int V>
-inline constexpr int kPanelRows = 5;
+inline constexpr int kPanelRows = 6;
 #endif
 // Steps along k that all rows take before the next: 64 KiB of 64 floats, which the second-level cache streams faster
 // than the tiles multiply. It bounds the length of a sum too; smaller ones only store more often

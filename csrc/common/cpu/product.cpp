@@ -9,6 +9,8 @@ constexpr int64_t kLineBytes = 64;
 // Rows of C that a build has registers for, beside the four vectors of a row of B.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileRows = 6, kTileVectors = 4;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kTileRows = 6, kTileVectors = 2;
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
