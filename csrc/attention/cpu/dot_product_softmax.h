@@ -76,7 +76,8 @@ class RunningSoftmax {
   // Scores of row r become weights.
   void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
              int64_t width) {
-    constexpr int kWidth = kLanes<C>, kStep = kKeyStep / kWidth, kSums = 2 * kStep;  // vectors
+    constexpr int kWidth = kLanes<C>, kStep = kKeyStep / kWidth, kSums = std::max(4, kStep);  // vectors
+    constexpr int64_t kTogether = kSums / kStep * kKeyStep;  // keys: so that enough chains are in flight
     const int64_t begin = std::max<int64_t>(band.first_key(i) - j, 0), end = std::min(band.end_key(i) - j, width);
     P* const weights = weights_.row(r);
     if (begin >= end) return std::fill(weights, weights + width, P(0));
@@ -87,7 +88,6 @@ class RunningSoftmax {
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
 
-    // Two steps at a time, so that enough chains are in flight.
     Vec<C> best[kSums];
     for (auto& v : best) v = Vec<C>(kMinusInfinity<C>);
     const auto compare = [&]<int kVectors>(int64_t k) {
@@ -95,7 +95,7 @@ class RunningSoftmax {
       for (int v = 0; v < kVectors; ++v) best[v] = greater(Vec<C>::loadu(scores + k + v * kWidth), best[v]);
     };
     int64_t k = from;
-    for (; k + 2 * kKeyStep <= to; k += 2 * kKeyStep) compare.template operator()<kSums>(k);
+    for (; k + kTogether <= to; k += kTogether) compare.template operator()<kSums>(k);
     if (k < to) compare.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) best[0] = greater(best[v], best[0]);
     const C before = top_[r], top = std::max(before, greatest_lane(best[0]));
@@ -135,7 +135,7 @@ class RunningSoftmax {
         store_weights(pair[0], pair[1], weights + at + v * kWidth);
       }
     };
-    for (k = from; k + 2 * kKeyStep <= to; k += 2 * kKeyStep) weigh_step.template operator()<kSums>(k);
+    for (k = from; k + kTogether <= to; k += kTogether) weigh_step.template operator()<kSums>(k);
     if (k < to) weigh_step.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) totals[0] = totals[0] + totals[v];
     totals[0].store(total_[r]);

@@ -55,6 +55,12 @@ template <class C>
 inline C sum_of_lanes(const Vec<C>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<C, float>) return _mm512_reduce_add_ps(v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<C, float>) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
 #endif
   C lanes[kLanes<C>], sum = 0;
   v.store(lanes);
@@ -66,6 +72,12 @@ template <class C>
 inline C greatest_lane(const Vec<C>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<C, float>) return _mm512_reduce_max_ps(v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<C, float>) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
 #endif
   C lanes[kLanes<C>];
   v.store(lanes);

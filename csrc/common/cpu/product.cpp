@@ -22,6 +22,10 @@ constexpr int64_t kRowsWorthPacking = 12;
 
 template <class C>
 constexpr int kTileColumns = kTileVectors * kLanes<C>;
+// Whether rows of A are packed too, in wide blocks: in float for AVX2, whose blocks have sixteen tiles of columns, not
+// for AVX-512, whose have four (docs/performance-notes.md).
+template <class C>
+constexpr bool kPacksRows = kWide / kTileColumns<C> >= 16;
 
 // One cache line in each row of what a later block reads. Its rows lie on different pages, where no hardware prefetcher
 // follows: fetched here, between multiply-adds, they are near when they are packed.
@@ -73,10 +77,10 @@ void tile(int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b
 }
 
 template <class C>
-void tiles(int64_t rows, int64_t depth, const C* a, int64_t a_row, int64_t a_column, const C* b, int64_t b_stride,
-           C* out, int64_t out_stride, bool add, Ahead ahead, int ahead_lines) {
+void tiles(int64_t rows, int64_t depth, const C* a, int64_t a_tile, int64_t a_row, int64_t a_column, const C* b,
+           int64_t b_stride, C* out, int64_t out_stride, bool add, Ahead ahead, int ahead_lines) {
   for (int64_t m = 0; m < rows; m += kTileRows) {
-    const C* from = a + m * a_row;
+    const C* from = a + m / kTileRows * a_tile;
     C* to = out + m * out_stride;
     // The next rows of C: their lines come while this tile computes.
     for (int64_t r = std::min(m + kTileRows, rows); r < std::min(m + 2 * kTileRows, rows); ++r) {
@@ -98,12 +102,34 @@ void tiles(int64_t rows, int64_t depth, const C* a, int64_t a_row, int64_t a_col
   }
 }
 
+// Tiles of rows of A, [k][kTileRows] each. Where they lie their rows are often pages apart, all in one set of the first
+// level, and every tile of columns reads them again.
+template <class C>
+void pack_rows(const C* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t depth, C* to) {
+  for (int64_t m = 0; m < rows; m += kTileRows, a += kTileRows * a_row, to += depth * kTileRows) {
+    const int64_t n = std::min<int64_t>(kTileRows, rows - m);
+    if (n < kTileRows) {
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t i = 0; i < n; ++i) to[k * kTileRows + i] = a[i * a_row + k * a_column];
+      }
+    } else if (a_row == 1) {
+      for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * kTileRows, a + k * a_column, kTileRows * sizeof(C));
+    } else {
+      for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i) to[k * kTileRows + i] = a[i * a_row + k * a_column];
+      }
+    }
+  }
+}
+
 template <class S>
 void product(const Product& args, int64_t begin, int64_t end) {
   using C = Compute<S>;
   static_assert(kNarrow % kTileColumns<C> == 0 && kWide % kTileColumns<C> == 0);
   alignas(64) C panel[kDepth * kWide];
   alignas(64) C sums[kProductRows * kWide];
+  alignas(64) C packed_rows[kPacksRows<C> ? kProductRows * kDepth : 1];
   const int64_t width = args.columns;
   const int64_t blocks = (args.n + width - 1) / width;
   for (int64_t item = begin; item < end; ++item) {
@@ -130,10 +156,16 @@ void product(const Product& args, int64_t begin, int64_t end) {
       // The next panel: further down, or the first of the next columns.
       const S* next = b + (k + kDepth < args.k ? (k + kDepth) * args.b_stride : width);
       Ahead ahead{reinterpret_cast<const char*>(next), args.b_stride * static_cast<int64_t>(sizeof(S))};
+      const C* left = a + k * args.a_column;
+      int64_t a_row = args.a_row, a_column = args.a_column, a_tile = kTileRows * a_row;
+      if (kPacksRows<C> && columns == kWide) {
+        pack_rows(left, a_row, a_column, rows, depth, packed_rows);
+        left = packed_rows, a_row = 1, a_column = kTileRows, a_tile = kTileRows * depth;
+      }
       const int lines = pack ? kTileColumns<C> * sizeof(S) / kLineBytes : 0;
       for (int64_t v = 0; v < columns; v += kTileColumns<C>, ahead.line += kTileColumns<C> * sizeof(S)) {
-        tiles(rows, depth, a + k * args.a_column, args.a_row, args.a_column, (pack ? panel : source) + v,
-              pack ? width : args.b_stride, out + v, out_stride, args.accumulate || k > 0, ahead, lines);
+        tiles(rows, depth, left, a_tile, a_row, a_column, (pack ? panel : source) + v, pack ? width : args.b_stride,
+              out + v, out_stride, args.accumulate || k > 0, ahead, lines);
       }
     }
     if (!direct) {
