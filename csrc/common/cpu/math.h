@@ -101,6 +101,11 @@ inline Vec<float> exp(Vec<float> x) {
 inline Vec<float> exp2(Vec<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const Vec<float> r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x − ⌊x⌋, 0 of −∞
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 least = _mm256_set1_ps(-126.0f), most = _mm256_set1_ps(128.0f);  // what is less gives 0, more +∞
+  const __m256 inside = _mm256_cmp_ps(x, least, _CMP_NLT_UQ);
+  x = _mm256_min_ps(most, _mm256_max_ps(least, x));  // keeps NaN
+  const Vec<float> n = x.floor(), r = x - n;
 #else
   x = at::vec::clamp(x, Vec<float>(-150.0f), Vec<float>(150.0f));  // keeps NaN
   const Vec<float> n = x.floor(), r = x - n;
@@ -113,6 +118,10 @@ inline Vec<float> exp2(Vec<float> x) {
   p = at::vec::fmadd(p, r, Vec<float>(1.0f));
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, x);  // takes ⌊x⌋ itself
+#elif defined(CPU_CAPABILITY_AVX2)
+  // n is added to the exponent; of NaN it is one whose shift is 0.
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvttps_epi32(n), 23);
+  return _mm256_and_ps(inside, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
 #else
   return ldexp(p, n);
 #endif
