@@ -127,7 +127,7 @@ inline Vec<float> exp2(Vec<float> x) {
 #endif
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 // The two activations of the layers, in few instructions: these bind, not the division, which has a unit of its own
 // (docs/performance-notes.md).
@@ -140,8 +140,14 @@ struct Halvings {
 
 inline Halvings halvings(Vec<float> x, float ln_2) {
   const Vec<float> rounder(0x1.8p23f);
-  const Vec<float> n = at::vec::fmadd(x, Vec<float>(-1.0f / ln_2), rounder) - rounder;
-  return {at::vec::fmadd(n, Vec<float>(ln_2), x), _mm512_scalef_ps(_mm512_set1_ps(1.0f), n)};
+  const Vec<float> sum = at::vec::fmadd(x, Vec<float>(-1.0f / ln_2), rounder), n = sum - rounder;
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec<float> scale = _mm512_scalef_ps(_mm512_set1_ps(1.0f), n);
+#else  // the sum's lowest bits are n
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(sum), 23);
+  const Vec<float> scale = _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(127 << 23)));
+#endif
+  return {at::vec::fmadd(n, Vec<float>(ln_2), x), scale};
 }
 
 template <size_t kCount>
@@ -169,7 +175,11 @@ inline Vec<float> horner(Vec<float> x, const float (&coefficients)[kCount]) {
   const Vec<float> p = horner(h.r, {-4.4424058e-2f, 1.3386476e-1f, -3.3333761e-1f, 6.6666174e-1f, -9.9999996e-1f});
   const Vec<float> m = at::vec::fmadd(at::vec::fmadd(p, h.r * h.r, h.r), h.scale, at::vec::fnmadd(h.scale, half, half));
   const Vec<float> magnitude = m / (Vec<float>(1.0f) - m);
+#if defined(CPU_CAPABILITY_AVX512)
   return from_bits(_mm512_ternarylogic_epi32(VecI(INT32_MIN), bits(x), bits(magnitude), 0xCA));  // its bits, x's sign
+#else
+  return from_bits(bits(magnitude) | (bits(x) & VecI(INT32_MIN)));
+#endif
 }
 
 #else
