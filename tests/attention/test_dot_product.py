@@ -125,7 +125,7 @@ def test_the_score_of_a_single_key_has_no_gradient(dtype: torch.dtype, capabilit
 @pytest.mark.cpu
 @pytest.mark.parametrize("keys", [2, 5, 16])
 def test_gradients_of_few_keys_with_large_scores(keys: int, capability: str) -> None:
-    """exp(score − LSE) is off by the rounding of scores near 160; D must not be, too."""
+    """exp(score − LSE) is off by the rounding of scores near 160; neither weights nor D must be."""
     args = [t.detach() for t in operands(Sizes(1, 2, 2, 64, keys, 32, 32), torch.float32)]
     for t in args[:2]:
         t[..., 0] += 30
@@ -136,9 +136,10 @@ def test_gradients_of_few_keys_with_large_scores(keys: int, capability: str) -> 
         return list(torch.autograd.grad(function(*leaves), leaves, grad_out.to(leaves[0].dtype)))
 
     ways = gradients(sdpa, args), gradients(plain_sdpa, args), gradients(plain_sdpa, [t.double() for t in args])
-    ours, plain, exact = (found[0] for found in ways)  # the queries', which D alone spoils
-    # How the scores are rounded is a matter of chance; with D of the output it is up to 15 times as much.
-    assert (ours - exact).abs().max() <= 4 * (plain - exact).abs().max()
+    for ours, plain, exact in list(zip(*ways, strict=True))[::2]:  # what queries gain, and what values do
+        # How the scores are rounded is a matter of chance; with D of the output and weights as they come out it is up
+        # to 15 times as much, and 25 times.
+        assert (ours - exact).abs().max() <= 4 * (plain - exact).abs().max()
 
 
 @pytest.mark.cpu

@@ -22,14 +22,16 @@ class Deltas {
            element(args_.grad_lse_t, at);
   }
 
+  // How far sums of weights may be off by roundings: of the scores, times these.
+  static C sums_room(C lse) { return 8 * std::numeric_limits<C>::epsilon() * (1 + std::abs(lse)); }
+
   // grad_out · out as the keys at hand have it, unless that is not what the output has but for roundings: a caller may
   // bring the output and the LSE of more keys than it passes, as a ring of processes does. `size`: of the keys' terms.
   C nearer(C of_keys, C size, C lse, const AttentionSequence& s, int64_t head, int64_t i) const {
     const C kOfOutput = static_cast<C>(std::numeric_limits<S>::epsilon()) / 2;
-    constexpr C kOfSums = 8 * std::numeric_limits<C>::epsilon();  // of the scores, times them of the weights too
     C size_of_output = 0;
     const C of_output = dot(args_.grad_out, args_.out, s, head, i, &size_of_output);
-    const C room = (kOfOutput + kOfSums * (1 + std::abs(lse))) * (size + size_of_output);
+    const C room = (kOfOutput + sums_room(lse)) * (size + size_of_output);
     return std::abs(of_keys - of_output) <= room ? of_keys : of_output;
   }
 

@@ -306,7 +306,7 @@ class Gradients {
       }
       return power(bounded(t - Vec<C>(lse)) * base);
     };
-    C own_delta;
+    C own_delta, share = 1;  // of a weight, what is its own but for the rounding of the LSE
     if (adds_deltas_) {
       const Vec<C> first(static_cast<C>(begin)), last(static_cast<C>(end - 1));
       Vec<C> sum = zero, terms = zero, sizes = zero;
@@ -320,19 +320,22 @@ class Gradients {
         terms = terms + seen_term;
         sizes = sizes + seen_term.abs();
       }
-      // Divided by the weights' sum, or the rounding of the LSE would be D's.
-      const C scale = 1 / sum_of_lanes(sum), of_keys = sum_of_lanes(terms) * scale;
+      // Divided by the weights' sum, or the rounding of the LSE would be D's; the weights too, where these are all.
+      const C total = sum_of_lanes(sum), scale = 1 / total, of_keys = sum_of_lanes(terms) * scale;
+      if (std::abs(total - 1) <= Deltas<S>::sums_room(lse)) share = scale;
       own_delta =
           of_outputs_.nearer(of_keys, sum_of_lanes(sizes) * scale, lse, s, head, i + r) - of_outputs_.grad_lse(at);
     } else {
       own_delta = delta_[g * args_.queries + i + r];
     }
-    const Vec<C> delta(own_delta);
+    const Vec<C> delta(own_delta), shares(share);
     for (int64_t k = from; k < to; k += kKeyStep) {
 #pragma GCC unroll 4
       for (int64_t e = k; e < k + kKeyStep; e += kWidth) {
         Vec<C> slope(C(1)), bend = zero;
-        const Vec<C> weight = weight_at(e, slope, bend), kept = kept_at(e);
+        Vec<C> weight = weight_at(e, slope, bend);
+        if (adds_deltas_) weight = weight * shares;
+        const Vec<C> kept = kept_at(e);
         // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.
         const auto seen = [&](const Vec<C>& v) { return select_equal(weight, zero, zero, v); };
         const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
