@@ -245,6 +245,7 @@ class LayerCudaBackward(LayerCommon):
         *_pointers("grad_out", "grad_h_out", "grad_c_out", "grad_gates", "grad_cells"),
         *_pointers("out", "gates", "cells", "normed", "rstd"),
         *[(f"{name}_strides", TimeStrides) for name in ("out", "gates", "normed", "rstd")],
+        ("rounds", c_bool),
         *_pointers("grad_pre", "grad_hidden", "grad_normed"),
         ("grad_pre_strides", TimeStrides),
         *_pointers("grad_h", "grad_c", "grad_mask"),

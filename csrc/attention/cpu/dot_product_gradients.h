@@ -19,6 +19,7 @@ class Gradients {
   // what that leaves (with one key and dropout by a factor of 80 in bfloat16): then D is the sum of weights times
   // inner products, as exact as these are. Beyond so many keys the rule of the tests holds without.
   static constexpr int64_t kFewKeys = 16;
+  static constexpr C kLeastTotal = C(0.5);  // of weights that are divided by it: of huge scores it may be 0
   static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights and gradients are operands as they are
 
  public:
@@ -322,7 +323,7 @@ class Gradients {
       }
       // Divided by the weights' sum, or the rounding of the LSE would be D's; the weights too, where these are all.
       const C total = sum_of_lanes(sum), scale = 1 / total, of_keys = sum_of_lanes(terms) * scale;
-      if (std::abs(total - 1) <= Deltas<S>::sums_room(lse)) share = scale;
+      if (total >= kLeastTotal && std::abs(total - 1) <= Deltas<S>::sums_room(lse)) share = scale;
       own_delta =
           of_outputs_.nearer(of_keys, sum_of_lanes(sizes) * scale, lse, s, head, i + r) - of_outputs_.grad_lse(at);
     } else {
