@@ -119,8 +119,8 @@ inline constexpr int kMaxRowsOfX = 3;
 inline constexpr int kMaxRowsOfX = 2;
 #endif
 
-// Rows of x for the next tile where `left` remain. Seven or eight are halved: a tile of one or two rows takes nearly as
-// long as one of four.
+// Rows of x for the next tile where `left` remain. One or two more than a tile takes are halved: a tile of one or two
+// rows takes nearly as long as one of four.
 inline int64_t next_rows_of_x(int64_t left) {
   const bool halve = left > kMaxRowsOfX && left <= kMaxRowsOfX + 2 && kMaxRowsOfX > 2;
   return halve ? (left + 1) / 2 : std::min<int64_t>(left, kMaxRowsOfX);

@@ -22,8 +22,8 @@ constexpr int64_t kRowsWorthPacking = 12;
 
 template <class C>
 constexpr int kTileColumns = kTileVectors * kLanes<C>;
-// Whether rows of A are packed too, in wide blocks: in float for AVX2, whose blocks have sixteen tiles of columns, not
-// for AVX-512, whose have four (docs/performance-notes.md).
+// Whether rows of A are packed too, in wide blocks: in float for AVX2 and the default build, whose blocks have sixteen
+// tiles of columns, not for AVX-512, whose have four (docs/performance-notes.md).
 template <class C>
 constexpr bool kPacksRows = kWide / kTileColumns<C> >= 16;
 
