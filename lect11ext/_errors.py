@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import math
+from numbers import Integral, Real
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +29,28 @@ def _expected(name: str, value: object, types: tuple[type, ...]) -> TypeError:
     return TypeError(f"{name} must be {words}, but got {got}")
 
 
+def _too_large(name: str, number: Integral) -> ValueError:
+    return ValueError(f"{name} must fit in 64 bits, but got one of {int(number).bit_length() + 1}")
+
+
+def is_type(value: object, types: tuple[type, ...]) -> bool:
+    """Whether it has one of the types. NumPy's scalars are ints and floats here, as in torch; a bool is no int."""
+    if isinstance(value, types):
+        return not isinstance(value, bool) or bool in types
+    if isinstance(value, bool) or int not in types:
+        return False
+    return isinstance(value, Real if float in types else Integral)
+
+
 def check_type(name: str, value: object, types: tuple[type, ...]) -> None:
-    """Raises unless ``value`` has one of the types, beforehand: for what a kernel would convert. A bool is no int."""
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+    """Raises unless ``value`` has one of the types, beforehand: for what a kernel would convert."""
+    if not is_type(value, types):
         raise _expected(name, value, types)
+
+
+def plain(number: Any) -> Any:
+    """A number of NumPy's as Python's: what is computed with it would be rounded to its type, float16 even."""
+    return number if isinstance(number, (float, int, torch.SymFloat)) else number.item()
 
 
 def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NUMBER) -> None:
@@ -49,8 +69,8 @@ def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NU
 
 def check_range(name: str, number: float | None) -> None:
     """Raises where it is an int that no kernel's int64 holds."""
-    if isinstance(number, int) and not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits, but got one of {number.bit_length() + 1}")
+    if isinstance(number, Integral) and not -(2**63) <= number < 2**63:
+        raise _too_large(name, number)
 
 
 def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -68,8 +88,8 @@ def wrong_type(error: Exception, **arguments: tuple[object, tuple[type, ...]]) -
     For what kernels refuse: it costs nothing until a call has failed.
     """
     for name, (value, types) in arguments.items():
-        if not isinstance(value, types):
+        if not isinstance(value, types) and not is_type(value, types):  # pybind11 takes a bool for a number
             return _expected(name, value, types)
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return ValueError(f"{name} must fit in 64 bits, but got one of {value.bit_length() + 1}")
+        if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63:
+            return _too_large(name, value)
     return error

@@ -134,8 +134,7 @@ Outputs autograd_forward(ADDITIVE_PARAMETERS, bool save_weights) {
   if (autograd::has_tangent(ADDITIVE_ARGUMENTS)) {
     autograd::copy_tangent(output, composite_forward(Inputs{ADDITIVE_ARGUMENTS}));
   }
-  // Not what the Node alone wants: what an op gives must not depend on who needs a gradient, or a trace made for one
-  // would not fit the other.
+  // Not what the Node alone keeps (common/autograd.h).
   if (!save_weights) std::get<1>(out).reset();
   return out;
 }

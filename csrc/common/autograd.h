@@ -5,6 +5,9 @@
 // derivative, its Autograd kernel returns the composite definition, and ATen's derivatives are its derivatives, of any
 // order. Values kept from the forward enter a composite only where they are outputs with derivatives of their own, as a
 // layer's gates are: others would hide what they depend on.
+//
+// What an op gives must not depend on who needs a gradient, or a trace made for one would not fit the other: what only
+// the Node keeps is taken out of the outputs again.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

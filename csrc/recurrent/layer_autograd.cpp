@@ -145,8 +145,7 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     set(out.cells, d.cells);
   }
   if (saves != nullptr) save_for_backward(*saves, used, out);  // tangents too
-  // Not what the Node alone wants: what an op gives must not depend on who needs a gradient, or a trace made for one
-  // would not fit the other.
+  // Not what the Node alone keeps (common/autograd.h).
   return save ? out : Outputs{out.out, out.h, out.c, {}, {}, {}, {}};
 }
 

@@ -123,8 +123,7 @@ Outputs autograd_forward(LSTM_CELL_PARAMETERS, bool save_gates) {
     autograd::copy_tangent(h_out, composite.o * composite.c_out.tanh());
     autograd::copy_tangent(c_out, composite.c_out);
   }
-  // Not what the Node alone wants: what an op gives must not depend on who needs a gradient, or a trace made for one
-  // would not fit the other.
+  // Not what the Node alone keeps (common/autograd.h).
   if (!save_gates) std::get<2>(out).reset();
   return out;
 }

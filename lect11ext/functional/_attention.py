@@ -18,6 +18,7 @@ from .._errors import (
     check_device,
     check_finite,
     check_type,
+    plain,
     wrong_type,
 )
 from .._load import _C
@@ -283,7 +284,7 @@ def check_softcap(softcap: float | None, query: Tensor) -> None:
     if softcap is None or query.dtype == torch.float64:
         return
     numbers = torch.finfo(torch.float32)
-    if not numbers.tiny <= softcap <= numbers.max:
+    if not numbers.tiny <= plain(softcap) <= numbers.max:
         raise ValueError(
             f"softcap must be in float32's range, from {numbers.tiny:.3g} to {numbers.max:.3g}, but got {softcap}"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._errors import NUMBER, is_type
 from .._load import _C
 from ..functional.attention import scaled_dot_product_attention
 from ._flash import activated
@@ -147,13 +148,9 @@ def _redirected(
 
 def _are_ours(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
     """Whether they are of the types that our function takes: torch's converts some, such as tensors of one element."""
-    if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool) and _is_number(dropout_p)):
+    if not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool) and is_type(dropout_p, NUMBER)):
         return False
-    return 0 <= dropout_p <= 1 and (scale is None or (_is_number(scale) and math.isfinite(scale)))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (float, int)) and not isinstance(x, bool)
+    return 0 <= dropout_p <= 1 and (scale is None or (is_type(scale, NUMBER) and math.isfinite(scale)))
 
 
 def _has_size(query: Tensor, key: Tensor, bias: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lect11ext import nn, reference
 from tests.attention.test_multihead import E, H, L, N, S, attn_mask, inputs, pair
-from tests.helpers import Tagged, Watch
+from tests.helpers import Ops, Tagged, Watch
 
 
 def heads(x: Tensor) -> Tensor:
@@ -224,23 +224,14 @@ def test_nested_sequences_in_training() -> None:
 
 def test_averaged_weights_need_little_memory() -> None:
     """No tensor of [N, H, L, S], forward or backward, not even for autograd."""
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, Tensor):
-                    largest = max(largest, x.untyped_storage().nbytes())
-            return out
-
     length = 1100
     ours = nn.MultiheadAttention(16, 8, batch_first=True)
     x = torch.randn(1, length, 16, requires_grad=True)
-    with Largest():
+    with Ops() as ops:
         weights = ours(x, x, x)[1]
         weights.square().sum().backward()
+    outputs = [x for _, out in ops.calls for x in (out if isinstance(out, (tuple, list)) else [out])]
+    largest = max(x.untyped_storage().nbytes() for x in outputs if isinstance(x, Tensor))
     assert length**2 * 4 <= largest < 1.1 * length**2 * 4
     expected = ours(x, x, x, average_attn_weights=False)[1].mean(1)
     torch.testing.assert_close(weights, expected)

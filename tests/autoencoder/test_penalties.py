@@ -256,7 +256,11 @@ def test_errors_name_the_argument(function: Any, arguments: Any, error: type[Exc
         ({"penalty": "kl"}, ValueError, "activation must be 'sigmoid' for the KL penalty, but got 'relu'"),
         ({"penalty": "kl", "activation": "sigmoid", "target": 0.0}, ValueError, "target must lie between 0 and 1"),
         ({"penalty": "kl", "activation": "sigmoid", "target": math.nan}, ValueError, "target must lie between"),
-        ({"penalty": "kl", "activation": "sigmoid", "target": "a"}, TypeError, "target must be a number, but got str"),
+        (
+            {"penalty": "kl", "activation": "sigmoid", "target": "a"},
+            TypeError,
+            "target must be a float or an int, but got str",
+        ),
         ({"penalty": "kl", "activation": "sigmoid", "scale": V}, ValueError, "scale must be None for the KL"),
     ],
 )

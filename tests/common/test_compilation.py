@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lect11ext import functional, nn
-from tests.helpers import flat
+from tests.helpers import Ops, flat
 
 KEY = torch.tensor([7, 3], device="cpu")
 COLUMNS = 6
@@ -93,31 +92,19 @@ def test_export_in_training_with_any_number_of_steps(name: str) -> None:
     assert flat(exported(torch.randn(12, 3, COLUMNS)))[0].shape[:2] == (12, 3)
 
 
-class Outputs(TorchDispatchMode):
-    """Of every call of an op of ours: its schema, and which of its outputs are None."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, list[bool]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "lect11ext":
-            self.calls.append((func._schema, [o is None for o in (out if isinstance(out, tuple) else (out,))]))
-        return out
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_what_an_op_leaves_out_is_optional_in_its_schema(name: str) -> None:
     compiled = torch.compile(CASES[name](), backend="eager")  # through torch.ops
     x = torch.randn(5, 2, COLUMNS)
     for gradients in (True, False):
-        with Outputs() as seen, torch.set_grad_enabled(gradients):
+        with Ops() as ops, torch.set_grad_enabled(gradients):
             compiled(x)
-        assert seen.calls
-        for schema, absent in seen.calls:
-            for output, is_absent in zip(schema.returns, absent, strict=True):
-                assert not is_absent or isinstance(output.type, torch.OptionalType), (schema.name, output.name)
+        calls = [(func._schema, out) for func, out in ops.calls if func.namespace == "lect11ext"]
+        assert calls
+        for schema, out in calls:
+            outputs = out if isinstance(out, tuple) else (out,)
+            for returned, output in zip(schema.returns, outputs, strict=True):
+                assert output is not None or isinstance(returned.type, torch.OptionalType), (schema.name, returned.name)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "LSTMCell", "GRU", "GRUCell", "additive attention"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
+from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, plain, wrong_type
 from ..._load import _C
 from .._dispatch import through_torch
 from .reconstruction import reconstruction_loss
@@ -84,14 +84,13 @@ def sparse_activation(
         return _penalized(input, scale, activation, penalty)
     if activation != "sigmoid":
         raise ValueError(f"activation must be 'sigmoid' for the KL penalty, but got {activation!r}")
-    if not isinstance(target, NUMBER):
-        raise TypeError(f"target must be a number, but got {type(target).__name__}")
+    check_type("target", target, NUMBER)
     if not 0 < target < 1:
         raise ValueError(f"target must lie between 0 and 1, but got {target}")
     if scale is not None:
         raise ValueError(f"scale must be None for the KL penalty, but got {type(scale).__name__}")
     code, mean = _penalized(input, None, activation, "mean")
-    return code, _kl_sparsity(mean, target)
+    return code, _kl_sparsity(mean, plain(target))
 
 
 def contractive_linear(

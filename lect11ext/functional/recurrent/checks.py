@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_type
+from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_type, plain
 
 # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 NamedWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]
@@ -26,11 +26,12 @@ def check_options(
         check_type(name, flag, (bool,))
 
 
-def check_rate(name: str, rate: float) -> None:
-    """Raises unless ``rate`` is a probability."""
+def check_rate(name: str, rate: float) -> float:
+    """``rate`` as a number of Python's; raises unless it is a probability."""
     check_type(name, rate, NUMBER)
     if not 0 <= rate <= 1:
         raise ValueError(f"{name} must be a probability, from 0 to 1, but got {rate}")
+    return plain(rate)
 
 
 def zoneout_rates(zoneout: tuple[float, float]) -> tuple[float, float]:
@@ -39,9 +40,7 @@ def zoneout_rates(zoneout: tuple[float, float]) -> tuple[float, float]:
         rate_h, rate_c = zoneout
     except (TypeError, ValueError):
         raise TypeError(f"zoneout must be two probabilities, of h and of c, but got {zoneout!r}") from None
-    check_rate("zoneout of h", rate_h)
-    check_rate("zoneout of c", rate_c)
-    return rate_h, rate_c
+    return check_rate("zoneout of h", rate_h), check_rate("zoneout of c", rate_c)
 
 
 def check_clip(grad_clip: float | None) -> None:

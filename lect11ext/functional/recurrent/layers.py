@@ -136,8 +136,8 @@ def lstm(
         raise TypeError(f"state must be (h, c), two tensors, but got {type(state).__name__}") from None
 
     rate_h, rate_c = zoneout_rates(zoneout)
-    check_rate("dropout", dropout)
-    check_rate("recurrent_dropout", recurrent_dropout)
+    dropout = check_rate("dropout", dropout)
+    recurrent_dropout = check_rate("recurrent_dropout", recurrent_dropout)
     check_options(
         grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
         training=training, return_cells=return_cells,
@@ -229,9 +229,9 @@ def gru(
         (torch.Size([7, 3, 4]), torch.Size([1, 3, 4]))
     """
 
-    check_rate("zoneout", zoneout)
-    check_rate("dropout", dropout)
-    check_rate("recurrent_dropout", recurrent_dropout)
+    zoneout = check_rate("zoneout", zoneout)
+    dropout = check_rate("dropout", dropout)
+    recurrent_dropout = check_rate("recurrent_dropout", recurrent_dropout)
     check_options(
         grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
         training=training, reset_after=reset_after,
