@@ -7,3 +7,8 @@ import os
 
 # Where OMP_PROC_BIND is set, importing torch binds this thread to one processor, and a child would have no other.
 PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+
+def is_chosen(name: str, only: str) -> bool:
+    """Whether a workload's name contains the text of ``--only``, or one of its texts between commas."""
+    return any(text in name for text in only.split(","))

@@ -78,7 +78,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", default="", help="only workloads whose name contains this text")
+    parser.add_argument("--only", default="", help="only workloads whose name contains this text, or one of these")
     parser.add_argument("--json", default="out/bench.json", help="where the medians are written")
     args = parser.parse_args()
     out = Path(args.json)

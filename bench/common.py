@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from . import is_chosen
 from .ceilings import CEILINGS
 
 REPEATS = 7
@@ -48,7 +49,7 @@ def parametrize(workloads: list[Workload]) -> Any:
     turns = [
         pytest.param(w, impl, turn, id=f"{w.name}/{impl}/{turn}")
         for w in workloads
-        if chosen in w.name
+        if is_chosen(w.name, chosen)
         for turn in range(REPEATS)
         for impl in (*w.implementations, *w.work)
     ]

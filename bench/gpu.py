@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import lect11ext
 from lect11ext import functional
 
+from . import is_chosen
 from .gpu_autoencoder import autoencoders
 from .gpu_common import Call, Machine, Workload, ceilings, environment, within
 from .gpu_layers import layers
@@ -257,7 +258,7 @@ def main() -> int:
     }
     peaks, results, left_out = ceilings(m), {}, []
     for work in workloads(m):
-        if not any(only in work.name for only in options.only.split(",")):
+        if not is_chosen(work.name, options.only):
             continue
         if time.perf_counter() - begin > options.seconds:
             left_out.append(work.name)

@@ -73,12 +73,12 @@ def check_range(name: str, number: float | None) -> None:
         raise _too_large(name, number)
 
 
-def check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str = "query") -> None:
     """In the words of the ops, and of torch."""
-    if tensor.device != query.device:
+    if tensor.device != other.device:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} is on {tensor.device} and query on "
-            f"{query.device}"
+            f"Expected all tensors to be on the same device, but {name} is on {tensor.device} and {other_name} on "
+            f"{other.device}"
         )
 
 

@@ -13,6 +13,11 @@
 
 namespace lect11ext {
 
+// e^x − 1 − x = x²·Σ x^(k−2) / k! of |x| < kSmallRemainder in double, where the difference is one of nearly equal
+// numbers.
+constexpr double kSmallRemainder = 0.5;
+constexpr int kRemainderTerms = 16;  // 0.5^16 / 16! is below double's rounding
+
 struct Gaussian {
   Shape shape;
   View mean, logvar;              // read; any type and strides

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "autoencoder/partial_sums.h"
+#include "autoencoder/variational.h"
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/autograd.h"
@@ -34,11 +35,9 @@ Tensor inside_or(const Tensor& x, const Tensor& clamped) { return at::where(x ==
 
 // e^d − 1 − d, by its series where that is a difference of nearly equal numbers, and its derivative another.
 Tensor exponential_remainder(const Tensor& d) {
-  constexpr double kSmall = 0.5;
-  constexpr int kTerms = 16;  // 0.5^16 / 16! is below float64's rounding
-  const Tensor is_small = at::abs(d) < kSmall, near = at::where(is_small, d, at::zeros_like(d));
+  const Tensor is_small = at::abs(d) < kSmallRemainder, near = at::where(is_small, d, at::zeros_like(d));
   Tensor series = at::ones_like(d);
-  for (int k = kTerms; k > 2; --k) series = series * near / k + 1;
+  for (int k = kRemainderTerms; k > 2; --k) series = series * near / k + 1;
   return at::where(is_small, series * near * near * 0.5, at::expm1(d) - d);
 }
 

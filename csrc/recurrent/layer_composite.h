@@ -24,11 +24,11 @@ inline int64_t known(const c10::SymInt& size) { return size.guard_int(__FILE__, 
 // The masks of a step, and the states before it.
 struct Steps {
   const Inputs& in;
-  int64_t count;
+  c10::SymInt count;          // symbolic in a trace until a loop needs it
   Tensor inactive, restarts;  // [T, B, 1]; undefined where there are none
 
   explicit Steps(Inputs&&) = delete;  // it is borrowed
-  explicit Steps(const Inputs& in) : in(in), count(known(in.steps())) {
+  explicit Steps(const Inputs& in) : in(in), count(in.steps()) {
     if (autograd::defined(in.lengths)) inactive = first(in.inactive()).unsqueeze(-1);
     if (autograd::defined(in.reset)) restarts = first(*in.reset).unsqueeze(-1);
     if (inactive.defined() && restarts.defined()) restarts = restarts.logical_and(inactive.logical_not());
@@ -37,7 +37,8 @@ struct Steps {
   // Steps first, from the order of the input; and back.
   Tensor first(const Tensor& t) const { return t.defined() && in.batch_first ? t.transpose(0, 1) : t; }
 
-  int64_t time(int64_t s) const { return in.reverse ? count - 1 - s : s; }
+  int64_t known_count() const { return known(count); }
+  int64_t time(int64_t s) const { return in.reverse ? known_count() - 1 - s : s; }
 
   // Whether no gradient passes from step s to those before it.
   bool is_cut(int64_t s) const { return in.truncate > 0 && s > 0 && s % in.truncate == 0; }
@@ -65,10 +66,11 @@ struct Steps {
   Tensor before(const Tensor& states, const Tensor& initial) const {
     if (count == 0) return states;
     const Tensor start = initial.unsqueeze(0);
-    Tensor shifted = in.reverse ? at::cat({states.narrow(0, 1, count - 1), start})
-                                : at::cat({start, states.narrow(0, 0, count - 1)});
+    Tensor shifted = in.reverse ? at::cat({states.narrow_symint(0, 1, count - 1), start})
+                                : at::cat({start, states.narrow_symint(0, 0, count - 1)});
     if (in.reverse && inactive.defined()) {  // rows begin at their own end
-      const Tensor begins = at::cat({inactive.narrow(0, 1, count - 1), at::zeros_like(inactive.narrow(0, 0, 1))});
+      const Tensor begins =
+          at::cat({inactive.narrow_symint(0, 1, count - 1), at::zeros_like(inactive.narrow(0, 0, 1))});
       shifted = at::where(begins, start, shifted);
     }
     if (in.truncate > 0) shifted = at::where(cuts(), shifted.detach(), shifted);
@@ -78,7 +80,7 @@ struct Steps {
 
   Tensor cuts() const {  // [T, 1, 1]
     const Tensor t = at::arange(count, in.h.options().dtype(at::kLong));
-    const Tensor s = in.reverse ? count - 1 - t : t;
+    const Tensor s = in.reverse ? t.flip(0) : t;
     return s.remainder(in.truncate).eq(0).logical_and(s.gt(0)).unsqueeze(1).unsqueeze(2);
   }
 

@@ -51,9 +51,9 @@ class CompositeBackward {
       std::tie(normed_, rstd_) = normalize(multiplied_.matmul(in.weight_hh.t()));
       normed_at_ = ByStep(normed_), rstd_at_ = ByStep(rstd_);
     }
-    sums_.resize(steps_.count);
-    sums_hidden_.resize(steps_.count);
-    products_.resize(steps_.count);
+    sums_.resize(steps_.known_count());
+    sums_hidden_.resize(steps_.known_count());
+    products_.resize(steps_.known_count());
   }
 
   Gradients run(const Mask& mask) {
@@ -145,7 +145,7 @@ class CompositeBackward {
     const Tensor peephole = autograd::tensor_or_none(in_.weight_peephole);
     carry_h_ = or_zeros(grads_.h, in_.h);
     carry_c_ = or_zeros(grads_.c, *in_.c);
-    for (int64_t s = steps_.count - 1; s >= 0; --s) {
+    for (int64_t s = steps_.known_count() - 1; s >= 0; --s) {
       const int64_t t = steps_.time(s);
       Tensor dh = clip(plus(carry_h_, grad_out_[t])), dc = clip(plus(carry_c_, grad_cells[t]));
       const Tensor by_zoned_h = zone_out(keep_h_, t, dh), by_zoned_c = zone_out(keep_c_, t, dc);
@@ -168,7 +168,7 @@ class CompositeBackward {
     const ByStep outer_r(outer(0, slope_r)), outer_z(outer(1, slope_z)), outer_n(outer(2, slope_n));
     const ByStep outer_hidden(grad_gates_.empty() ? Tensor() : grad_gates_[3]);
     carry_h_ = or_zeros(grads_.h, in_.h);
-    for (int64_t s = steps_.count - 1; s >= 0; --s) {
+    for (int64_t s = steps_.known_count() - 1; s >= 0; --s) {
       const int64_t t = steps_.time(s);
       Tensor dh = clip(plus(carry_h_, grad_out_[t]));
       const Tensor by_zoned = zone_out(keep_h_, t, dh);
@@ -190,7 +190,7 @@ class CompositeBackward {
     const ByStep outer_r(outer(0, slope_r)), outer_z(outer(1, slope_z)), outer_n(outer(2, slope_n));
     const Tensor by_gates = in_.weight_hh.narrow(0, 0, 2 * hidden_), by_n = part(in_.weight_hh.t(), 2).t();
     carry_h_ = or_zeros(grads_.h, in_.h);
-    for (int64_t s = steps_.count - 1; s >= 0; --s) {
+    for (int64_t s = steps_.known_count() - 1; s >= 0; --s) {
       const int64_t t = steps_.time(s);
       Tensor dh = clip(plus(carry_h_, grad_out_[t]));
       const Tensor by_zoned = zone_out(keep_h_, t, dh);

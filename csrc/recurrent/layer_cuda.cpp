@@ -50,8 +50,8 @@ int64_t compute_size(DType type) { return type == DType::Double ? 8 : 4; }
 // The input's part of the sums, with bias_ih.
 Tensor input_sums(const Inputs& in) {
   if (autograd::defined(in.weight_ih)) return at::linear(in.input, *in.weight_ih, in.bias_ih);
-  if (autograd::defined(in.bias_ih)) return in.input + *in.bias_ih;
-  return in.input.stride(2) == 1 ? in.input : in.input.contiguous();
+  const Tensor sums = autograd::defined(in.bias_ih) ? in.input + *in.bias_ih : in.input;
+  return sums.stride(2) == 1 ? sums : sums.contiguous();
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ void Inputs::check() const {
   const Tensor* cell = is_lstm() ? &*c : nullptr;
   const Tensor ih = autograd::tensor_or_none(weight_ih);
   const recurrent::CellInputs as_cell{by_time, h, ih, weight_hh, bias_ih, bias_hh, gates(), /*rank=*/3, cell};
-  if (has_projection()) {
+  if (has_projection() && h.dim() > 0) {  // before as_cell's, which would speak of weight_hh
     check_shape("weight_hr", weight_hr->sym_sizes(), {h.sym_size(-1), as_cell.hidden()}, "size of h, hidden_size");
   }
   as_cell.check();

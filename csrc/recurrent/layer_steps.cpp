@@ -107,8 +107,9 @@ Outputs step_by_step(const Inputs& in, bool save) {
   const bool plain = is_plain(in);
   const Tensor input = steps.input();
   State state{in.h, in.is_lstm() ? *in.c : Tensor()};
-  std::vector<Tensor> outputs(steps.count), cells(steps.count);
-  for (int64_t s = 0; s < steps.count; ++s) {
+  const int64_t count = steps.known_count();
+  std::vector<Tensor> outputs(count), cells(count);
+  for (int64_t s = 0; s < count; ++s) {
     const int64_t t = steps.time(s);
     if (steps.is_cut(s)) {
       state.h = steps.active_or(t, state.h.detach(), state.h);
@@ -138,9 +139,9 @@ Outputs step_by_step(const Inputs& in, bool save) {
   };
   out.out = over_time(outputs, in.h.sym_size(1));
   // What an op gives must not be what it was given.
-  out.h = steps.count > 0 ? state.h : state.h.clone();
+  out.h = count > 0 ? state.h : state.h.clone();
   if (in.is_lstm()) {
-    out.c = steps.count > 0 ? state.c : state.c.clone();
+    out.c = count > 0 ? state.c : state.c.clone();
     if (save) out.cells = over_time(cells, in.hidden());
   }
   return out;

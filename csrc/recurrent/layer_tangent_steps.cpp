@@ -20,8 +20,8 @@ TangentStates::TangentStates(const Inputs& in)
       steps_(in),
       keep_h_(steps_, in.zoneout_h, in.zoneout_rate_h, in.h),
       keep_c_(steps_, in.zoneout_c, in.zoneout_rate_c, in.h),
-      all_h_(steps_.count),
-      all_c_(steps_.count) {}
+      all_h_(count()),
+      all_c_(count()) {}
 
 void TangentStates::begin(int64_t s) {
   for (Tensor* d : {&h, &c}) {
@@ -44,7 +44,7 @@ void TangentStates::end(int64_t t, Tensor new_h, Tensor new_c) {
 
 TangentOutputs TangentStates::outputs(const std::vector<Tensor>& sums, int64_t columns) const {
   const auto over_time = [&](const std::vector<Tensor>& each, int64_t size) {
-    return steps_.count > 0 ? at::stack(each) : at::zeros_symint({0, h.sym_size(0), size}, h.options());
+    return count() > 0 ? at::stack(each) : at::zeros_symint({0, h.sym_size(0), size}, h.options());
   };
   const int64_t hidden = known(h.sym_size(1));
   return {over_time(all_h_, hidden), h, c, steps_.active_part(over_time(sums, columns)),

@@ -22,7 +22,7 @@ class TangentStates {
 
   Tensor h, c;  // c of an LSTM only
 
-  int64_t count() const { return steps_.count; }
+  int64_t count() const { return steps_.known_count(); }
   int64_t time(int64_t s) const { return steps_.time(s); }
   Tensor masked_h() const { return steps_.masked(h); }
 

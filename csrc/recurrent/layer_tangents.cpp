@@ -242,8 +242,8 @@ class Tangents {
     accumulate(added, product_part());
     const Inputs in = recurrence(added, added);
     TangentStates states(in);
-    std::vector<Tensor> all(steps_.count);
-    for (int64_t s = 0; s < steps_.count; ++s) {
+    std::vector<Tensor> all(states.count());
+    for (int64_t s = 0; s < states.count(); ++s) {
       const int64_t t = steps_.time(s);
       states.begin(s);
       Tensor du = states.masked_h();

@@ -59,7 +59,9 @@ bool rounds_gradients(at::ScalarType type, int64_t multiply_adds) {
 int64_t Products::BlasProduct::blocks() const { return (c.size(0) + kBlasRows - 1) / kBlasRows; }
 
 void Products::BlasProduct::run(int64_t begin, int64_t end) const {
-  const at::AutoDispatchBelowAutograd no_autograd;  // which a thread of a parallel region knows nothing of
+  // A thread of a parallel region knows nothing of the caller's autograd and autocast; nor must the caller here.
+  const at::AutoDispatchBelowAutograd no_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const OneThread one;
   for (int64_t first = begin * kBlasRows; first < std::min(end * kBlasRows, c.size(0)); first += kBlasRows) {
     const int64_t rows = std::min(kBlasRows, c.size(0) - first);

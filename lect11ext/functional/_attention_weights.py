@@ -61,7 +61,7 @@ def attention_weights(
     (float64 for float64), and do not depend on the number of threads.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Example::
 

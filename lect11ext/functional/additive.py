@@ -42,7 +42,7 @@ def additive_attention(
     casts everything but a float32 mask.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Bahdanau, Cho & Bengio 2014, "Neural machine translation by jointly learning to align and translate".
 

@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
     each count once in the gradients, not 1/S. −inf, or False, bars a row.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Vaswani et al. 2017; Dao et al. 2022 and Milakov & Gimelshein 2018 (online softmax).
 
@@ -176,7 +176,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Gradients: to all four, of any order; forward-mode AD; ``vmap``; plain PyTorch, in float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Example::
 

@@ -154,19 +154,21 @@ def excess(x: Tensor) -> Tensor:
     return sum(x**k / float(math.factorial(k)) for k in range(2, 25))
 
 
-def test_kl_keeps_its_digits_near_the_prior() -> None:
-    for exponent in range(-12, 0):
-        logvar = torch.full((1, 8), 10.0**exponent)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kl_keeps_its_digits_near_the_prior(dtype: torch.dtype, capability: str) -> None:
+    eps = torch.finfo(dtype).eps
+    for exponent in (*range(-12, 0), -0.31, -0.29):  # on both sides of a half too
+        logvar = torch.full((1, 8), 10.0**exponent, dtype=dtype)
         exact = excess(logvar).sum() / 2
-        _, kl = functional.gaussian_rsample_kl(torch.zeros(1, 8), logvar, key=KEY)
-        assert (kl.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact
-        prior = torch.randn(1, 8)
+        _, kl = functional.gaussian_rsample_kl(torch.zeros_like(logvar), logvar, key=KEY)
+        assert (kl.double() - exact).abs() <= 4 * eps * exact
+        prior = torch.randn(1, 8, dtype=dtype)
         _, kl = functional.gaussian_rsample_kl(
             prior, prior + logvar, prior_mean=prior, prior_logvar=prior, key=KEY, reduction="none"
         )
         d = (prior + logvar).double() - prior.double()
         exact = excess(d) / 2
-        assert ((kl.double() - exact).abs() <= 8 * torch.finfo(torch.float32).eps * exact).all()
+        assert ((kl.double() - exact).abs() <= 8 * eps * exact).all()
 
 
 @pytest.mark.parametrize("value", [-100.0, -88.0, 80.0, 88.5, 100.0, 200.0, float("inf"), float("-inf")])

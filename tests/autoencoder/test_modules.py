@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from lect11ext import functional
 from lect11ext import nn as fused
+from tests.helpers import gradcheck, gradgradcheck
 
 KEY = torch.tensor([5, 0])
 
@@ -61,6 +64,32 @@ def test_conditional_latent() -> None:
             posterior.bias.copy_(prior.bias)
     latent.free_bits = 0.0
     torch.testing.assert_close(latent(x, y)[1], torch.zeros(4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_samples": 3, "bias": False}, {"reduction": "batchmean"}], ids=str)
+def test_a_conditional_latent_is_a_module_as_others(options: dict[str, Any]) -> None:
+    make = lambda: fused.ConditionalGaussianLatent(6, 3, 2, dtype=torch.float64, **options)  # noqa: E731
+    latent, other = make(), make()
+    other.load_state_dict(copy.deepcopy(latent).state_dict())
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    for call in (pickle.loads(pickle.dumps(other)), torch.compile(other, fullgraph=True, backend="aot_eager")):
+        for a, b in zip(call(x, y, key=KEY), latent(x, y, key=KEY), strict=True):
+            torch.testing.assert_close(a, b)
+    samples = options.get("num_samples")
+    assert latent.sample_prior(y, key=KEY).shape == ((samples, 4, 2) if samples else (4, 2))
+    run = lambda x, y: latent(x, y, key=KEY)  # noqa: E731
+    args = (x.requires_grad_(), y.requires_grad_())
+    assert gradcheck(run, args, check_forward_ad=True) and gradgradcheck(run, args)
+
+
+def test_errors_of_a_conditional_latent() -> None:
+    latent, x, y = fused.ConditionalGaussianLatent(6, 3, 2), torch.zeros(4, 6), torch.zeros(4, 3)
+    with pytest.raises(RuntimeError):  # torch.cat's
+        latent(x, y[:2])
+    with pytest.raises(TypeError, match="key must be an int64 tensor"):
+        latent(x, y, key=KEY.int())
+    with pytest.raises(ValueError, match="reduction must be"):
+        fused.ConditionalGaussianLatent(6, 3, 2, reduction="mean")
 
 
 def linear_stack() -> fused.StackedAutoencoder:

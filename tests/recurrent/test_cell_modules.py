@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.utils.prune
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lect11ext import functional, nn
 from tests.helpers import flat
@@ -202,6 +204,25 @@ def test_prepacked_cells_treat_odd_calls_as_others_do(kind: str) -> None:
         cell.candidate = "relu"
         with torch.no_grad(), pytest.raises(ValueError, match="candidate must be 'tanh' or 'sigmoid'"):
             cell(x)
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_prepacked_cells_have_tangents_and_batches_while_grad_is_off(kind: str) -> None:
+    cell, x, d = getattr(nn, kind)(5, 4).eval(), torch.randn(1, 5), torch.randn(1, 5)
+    first = lambda x: flat(cell(x))[0]  # noqa: E731
+
+    def results() -> list[Tensor | None]:
+        with torch.no_grad():
+            with forward_ad.dual_level():
+                own = forward_ad.unpack_dual(first(forward_ad.make_dual(x, d))).tangent
+            return [own, torch.func.jvp(first, (x,), (d,))[1], torch.func.jacfwd(first)(x), torch.vmap(first)(x[None])]
+
+    expected = results()
+    cell.prepack()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a fallback that runs sample by sample
+        for a, b in zip(results(), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])

@@ -24,6 +24,24 @@ def test_clip_is_of_the_projected_state(rate: float) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x) for out in (y, plain)))
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_backward_within_autocast_gives_the_same_bits_for_any_threads(kind: str, dtype: torch.dtype) -> None:
+    """Products of the BLAS run in threads, of which only the caller's knows autocast. So large that they are taken."""
+    layer = getattr(nn, kind)(128, 256, dtype=dtype)
+    x, before = torch.randn(96, 48, 128, dtype=dtype), torch.get_num_threads()
+    results = []
+    for threads, inside in ((1, False), (1, True), (2, True)):
+        torch.set_num_threads(threads)
+        out = layer(x)[0].square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            results.append(torch.autograd.grad(out, list(layer.parameters())))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_recomputed_parts_add_up_in_float32(kind: str, dtype: torch.dtype) -> None:

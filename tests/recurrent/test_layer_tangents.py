@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacfwd, jvp, vmap
 
 from lect11ext import functional
@@ -227,17 +228,36 @@ def test_transforms(kind: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("variant", ["", "truncate zoneout", "reset lengths"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile(kind: str) -> None:
-    x, h = torch.randn(4, 2, 3), torch.zeros(1, 2, 5)
+def test_one_compiled_graph_serves_all_sizes(kind: str, variant: str) -> None:
+    torch._dynamo.reset()
     gates = 4 if kind == "lstm" else 3
-    weights = [torch.randn(gates * 5, n) for n in (3, 5)]
-    state = (h, h) if kind == "lstm" else h
+    weights = [[torch.randn(gates * 5, n) for n in (6, 5)] for _ in range(2)]
+    options: dict[str, Any] = {"truncate": 3} if "truncate" in variant else {}
+    if "zoneout" in variant:
+        options["zoneout"] = (0.3, 0.1) if kind == "lstm" else 0.3
 
-    def tangent(x: Tensor, d: Tensor) -> Tensor:
-        return jvp(lambda x: getattr(functional, kind)(x, state, [weights])[0], (x,), (d,))[1]
+    def tangent(x: Tensor, d: Tensor, h: Tensor, given: dict[str, Tensor]) -> Tensor:
+        state = (h, h) if kind == "lstm" else h
+        return jvp(
+            lambda x: getattr(functional, kind)(x, state, weights, bidirectional=True, **options, **given)[0],
+            (x,),
+            (d,),
+        )[1]
 
-    torch.testing.assert_close(torch.compile(tangent, fullgraph=True)(x, x), tangent(x, x))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tangent, fullgraph=True, dynamic=True, backend=counter)
+    counts = set()
+    # No two sizes of the first are the same, or they would be one; two steps are one less one, a case of its own.
+    for steps, batch in ((8, 3), (9, 4), (3, 7)):
+        x, d, h = torch.randn(steps, batch, 6), torch.randn(steps, batch, 6), torch.randn(2, batch, 5)
+        given = {}
+        if "reset" in variant:
+            given = {"lengths": torch.randint(0, steps + 1, (batch,)), "reset": torch.rand(steps, batch) < 0.3}
+        torch.testing.assert_close(compiled(x, d, h, given), tangent(x, d, h, given))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def test_a_long_sequence_does_not_drift() -> None:
         ({3: torch.zeros(20, 3)}, ValueError, "input must have input_size columns, as weight_ih has: 3, but got 4"),
         ({4: torch.zeros(20, 4)}, ValueError, r"weight_hh must have shape \[20, 5\]"),
         ({5: torch.zeros(19)}, ValueError, r"bias_ih must have shape \[20\]"),
+        ({1: torch.tensor(1.0), 7: torch.zeros(5, 5)}, ValueError, "h must be 2-D, but got 0-D"),
         ({7: torch.zeros(4, 5)}, ValueError, r"weight_hr must have shape \[5, 5\]"),
         ({11: torch.tensor([1, 2, 3])}, ValueError, r"lengths must have shape \[2\]"),
         ({11: torch.tensor([1.0, 2.0])}, TypeError, "lengths must be int64"),

@@ -6,6 +6,7 @@
 
 #include "attention/cpu/dot_product_delta.h"
 #include "attention/cpu/dot_product_factor.h"
+#include "attention/cpu/dot_product_score.h"
 #include "common/workspace.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -26,7 +27,7 @@ class Gradients {
   explicit Gradients(const AttentionBackwardCpu& args)
       : args_(args),
         factor_(static_cast<C>(args.scale) * kLogBase<C>),
-        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0),
+        biased_(has_biases(args)),
         columns_(round_up(args.head_dim, kColumnStep)),
         value_columns_(round_up(args.value_dim, kColumnStep)),
         of_outputs_(args),
@@ -280,10 +281,9 @@ class Gradients {
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     const bool has_bias_t = kTangent && args_.mask_t.type != MaskType::None;
     const int64_t at = lse_row(args_, s.batch, head, s.query_start + i + r);
-    const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
-    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
+    const Vec<C> zero(C(0));
+    const ScoreTransform<C> transform(args_);
     const Vec<C> factor(factor_), base(kLogBase<C>), shift(-lse * kLogBase<C>);
-    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     const Vec<C> delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     const bool keeps_bias = args_.grad_mask != nullptr;
@@ -294,17 +294,9 @@ class Gradients {
     // A weight; the derivative of its score by what the softcap takes, and that one's, divided by the slope.
     const auto weight_at = [&](int64_t e, Vec<C>& slope, Vec<C>& bend) __attribute__((always_inline)) {
       if (fast) return power(at::vec::fmadd(Vec<C>::loadu(p + e), factor, shift));
-      Vec<C> t = Vec<C>::loadu(p + e) * scale;
-      if (args_.softcap != 0) {
-        const Vec<C> ratio = tanh(t * steep);
-        t = ratio * cap;
-        slope = Vec<C>(C(1)) - ratio * ratio;
-        if constexpr (kTangent) bend = ratio * slope * steep * Vec<C>(C(-2));
-      }
-      if (has_bias_) {
-        const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-        t = select_equal(b, low, low, greater(lowest, t + b));
-      }
+      const auto capped = transform.capped(Vec<C>::loadu(p + e));
+      slope = capped.slope, bend = capped.bend;
+      const Vec<C> t = has_bias_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + e)) : capped.t;
       return power(bounded(t - Vec<C>(lse)) * base);
     };
     C own_delta, share = 1;  // of a weight, what is its own but for the rounding of the LSE
@@ -344,7 +336,7 @@ class Gradients {
         (weight * kept).store(p + e);
         (has_bias_ ? seen(full * slope) : full).store(inner + e);  // a slope of a barred NaN is NaN too
         if constexpr (kTangent) {
-          const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * scale : zero;
+          const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * transform.scale : zero;
           Vec<C> score = raw * slope;
           if (has_bias_t) score = score + Vec<C>::loadu(bias_t_.row(r) + e);
           const Vec<C> weight_t = seen(weight * (score - lse_t));

@@ -3,7 +3,7 @@
 // al. 2022).
 #pragma once
 
-#include "attention/cpu/dot_product_tile.h"
+#include "attention/cpu/dot_product_score.h"
 #include "common/workspace.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -14,12 +14,10 @@ class RunningSoftmax {
  protected:
   using C = Compute<S>;
   static constexpr bool kInPlace = std::is_same_v<C, P>;  // weights take the scores' place
-  static constexpr double kLeastScale = 1e-30;            // −∞ times a smaller factor could be NaN, or +∞
 
   explicit RunningSoftmax(const AttentionForward& args)
       : args_(args),
-        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0 ||
-                !(args.scale > kLeastScale)),
+        biased_(changes_scores(args)),
         factor_(biased_ ? kLogBase<C> : static_cast<C>(args.scale) * kLogBase<C>),
         columns_(round_up(args.value_dim, kColumnStep)),
         dropout_(args) {}
@@ -83,8 +81,11 @@ class RunningSoftmax {
     if (begin >= end) return std::fill(weights, weights + width, P(0));
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
     C* const scores = scores_.row(r);
-    if (biased_ && has_bias_) apply_bias(scores, bias_.row(r), from, to);
-    else if (biased_) apply_scale(scores, from, to);
+    if (biased_) {
+      const ScoreTransform<C> transform(args_);
+      if (has_bias_) transform.apply(scores, bias_.row(r), from, to);
+      else transform.apply_scale(scores, from, to);
+    }
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
 
@@ -141,27 +142,6 @@ class RunningSoftmax {
     totals[0].store(total_[r]);
     std::fill(weights, weights + from, P(0));
     std::fill(weights + to, weights + width, P(0));
-  }
-
-  // t = u of raw scores, as apply_bias has it where a mask allows all.
-  void apply_scale(C* scores, int64_t from, int64_t to) const {
-    const Vec<C> scale(static_cast<C>(args_.scale)), lowest(std::numeric_limits<C>::lowest() / 2);
-    for (int64_t k = from; k < to; k += kLanes<C>) {
-      greater(lowest, Vec<C>::loadu(scores + k) * scale).store(scores + k);
-    }
-  }
-
-  // t = u + bias of raw scores, and −∞ where a key is barred, whatever its score.
-  void apply_bias(C* scores, const C* bias, int64_t from, int64_t to) const {
-    const Vec<C> scale(static_cast<C>(args_.scale)), low(kMinusInfinity<C>);
-    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // masks of the lowest number stay finite in base 2
-    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
-    for (int64_t k = from; k < to; k += kLanes<C>) {
-      Vec<C> t = Vec<C>::loadu(scores + k) * scale;
-      if (args_.softcap != 0) t = tanh(t * steep) * cap;
-      const Vec<C> b = Vec<C>::loadu(bias + k);
-      select_equal(b, low, low, greater(lowest, t + b)).store(scores + k);
-    }
   }
 
   // Output and lse of query i, row r.

@@ -1,5 +1,5 @@
 // The tangent of dot-product attention's forward. lse is known by then, so that weights are final at once.
-#include "attention/cpu/dot_product_tile.h"
+#include "attention/cpu/dot_product_score.h"
 #include "common/workspace.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -100,10 +100,8 @@ class TangentPass {
       return std::fill(weights_t, weights_t + width, P(0));
     }
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
-    const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
-    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
-    const Vec<C> base(kLogBase<C>), one(C(1));
-    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
+    const Vec<C> zero(C(0)), base(kLogBase<C>);
+    const ScoreTransform<C> transform(args_);
     Vec<C> mean = zero;
     C z[kBlockKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
@@ -112,17 +110,9 @@ class TangentPass {
         Vec<C> pair[2], pair_t[2];
         for (int u = 0; u < 2; ++u) {
           const int64_t c = e + u * kWidth;
-          Vec<C> t = Vec<C>::loadu(scores_.row(r) + c) * scale, slope = one;
-          if (args_.softcap != 0) {
-            const Vec<C> ratio = tanh(t * steep);
-            t = ratio * cap;
-            slope = one - ratio * ratio;
-          }
-          if (has_bias_) {
-            const Vec<C> b = Vec<C>::loadu(bias_.row(r) + c);
-            t = select_equal(b, low, low, greater(lowest, t + b));
-          }
-          Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * scale * slope : zero;
+          const auto capped = transform.capped(Vec<C>::loadu(scores_.row(r) + c));
+          const Vec<C> t = has_bias_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + c)) : capped.t;
+          Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * transform.scale * capped.slope : zero;
           if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
           C lane[kLanes<C>];
           const Vec<C> weight = power(bounded(t - Vec<C>(lse)) * base);

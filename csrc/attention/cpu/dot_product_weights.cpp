@@ -1,6 +1,7 @@
 // The weights of dot-product attention: a tile of queries against a block of keys, one head after the other.
 #include <optional>
 
+#include "attention/cpu/dot_product_score.h"
 #include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
 #include "common/workspace.h"
@@ -11,13 +12,11 @@ namespace {
 template <class S, class P>
 class Weights {
   using C = Compute<S>;
-  static constexpr double kLeastScale = 1e-30;  // −∞ times a smaller factor could be NaN, or +∞
 
  public:
   explicit Weights(const AttentionWeightsCpu& args)
       : args_(args),
-        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0 ||
-                !(args.scale > kLeastScale)),
+        biased_(changes_scores(args)),
         one_bias_(args.mask.strides[1] == 0 && args.alibi_slopes == nullptr),
         factor_(biased_ ? kLogBase<C> : static_cast<C>(args.scale) * kLogBase<C>),
         dropout_(args) {
@@ -87,7 +86,7 @@ class Weights {
       return;
     }
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
-    if (biased_) apply_bias(scores, bias, from, to);
+    if (biased_) ScoreTransform<C>(args_).apply(scores, bias, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
     const Vec<C> factor(factor_);
@@ -99,19 +98,6 @@ class Weights {
       Vec<C> weight = shift.weight(Vec<C>::loadu(scores + e), factor);
       if (dropout_.acts()) weight = weight * Vec<C>::loadu(z + e - from);
       (Vec<C>::loadu(sums + e) + weight).store(sums + e);
-    }
-  }
-
-  // t = u + bias of raw scores, and −∞ where a key is barred, whatever its score; as the forward has it.
-  void apply_bias(C* scores, const C* bias, int64_t from, int64_t to) const {
-    const Vec<C> scale(static_cast<C>(args_.scale)), low(kMinusInfinity<C>);
-    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);
-    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
-    for (int64_t k = from; k < to; k += kLanes<C>) {
-      Vec<C> t = Vec<C>::loadu(scores + k) * scale;
-      if (args_.softcap != 0) t = tanh(t * steep) * cap;
-      const Vec<C> b = Vec<C>::loadu(bias + k);
-      select_equal(b, low, low, greater(lowest, t + b)).store(scores + k);
     }
   }
 

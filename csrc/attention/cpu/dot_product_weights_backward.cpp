@@ -1,6 +1,7 @@
 // The backward of dot-product attention's weights: 128 keys at a time meet all queries that see them, a tile after the
 // other, as in dot_product_gradients.h; what multiplies the weights is given here, not a product. Operands are of the
 // type of the sums whatever the storage.
+#include "attention/cpu/dot_product_score.h"
 #include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
 #include "common/workspace.h"
@@ -15,10 +16,7 @@ class WeightsGradients {
 
  public:
   explicit WeightsGradients(const AttentionWeightsBackwardCpu& args)
-      : args_(args),
-        biased_(args.mask.type != MaskType::None || args.alibi_slopes != nullptr || args.softcap != 0),
-        columns_(round_up(args.head_dim, kColumnStep)),
-        dropout_(args) {
+      : args_(args), biased_(has_biases(args)), columns_(round_up(args.head_dim, kColumnStep)), dropout_(args) {
     const int64_t sizes[] = {kRows * kKeys,    kRows * kKeys,
                              kKeys * columns_, kRows * round_up(args.head_dim, kDeepStep),
                              kRows * columns_, kKeys * columns_};
@@ -125,30 +123,20 @@ class WeightsGradients {
     C given[kKeys], full[kKeys];
     load_gradient(s.batch, head, i, j, begin, end, given);
     const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
-    const Vec<C> zero(C(0)), low(kMinusInfinity<C>), scale(static_cast<C>(args_.scale));
-    const Vec<C> lowest(std::numeric_limits<C>::lowest() / 2);  // as the forward has it
-    const Vec<C> base(kLogBase<C>);
+    const Vec<C> zero(C(0)), base(kLogBase<C>);
+    const ScoreTransform<C> transform(args_);
     const Shift<C> shift(lse);
-    const Vec<C> cap(static_cast<C>(args_.softcap)), steep(static_cast<C>(args_.softcap != 0 ? 1 / args_.softcap : 0));
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
     for (int64_t e = from; e < to; e += kWidth) {
-      Vec<C> t = Vec<C>::loadu(scores + e) * scale, slope(C(1));
-      if (args_.softcap != 0) {
-        const Vec<C> ratio = tanh(t * steep);
-        t = ratio * cap;
-        slope = Vec<C>(C(1)) - ratio * ratio;
-      }
-      if (biased_) {
-        const Vec<C> b = Vec<C>::loadu(bias_.row(r) + e);
-        t = select_equal(b, low, low, greater(lowest, t + b));
-      }
+      const auto capped = transform.capped(Vec<C>::loadu(scores + e));
+      const Vec<C> t = biased_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + e)) : capped.t;
       const Vec<C> weight = shift.weight(t, base);
       Vec<C> gradient = weight * Vec<C>::loadu(given + e);
       if (dropout_.acts()) gradient = gradient * Vec<C>::loadu(z + e - from);
       // A barred key's gradient is none, be it NaN.
       select_equal(weight, zero, zero, gradient).store(full + e);
-      select_equal(weight, zero, zero, gradient * slope).store(scores + e);
+      select_equal(weight, zero, zero, gradient * capped.slope).store(scores + e);
     }
     std::fill(scores, scores + begin, C(0));
     std::fill(scores + end, scores + width, C(0));

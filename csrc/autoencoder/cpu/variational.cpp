@@ -27,8 +27,12 @@ inline HalfExp<float> half_exp(Vec<float> x) {
 }
 
 inline HalfExp<double> half_exp(Vec<double> x) {
-  const Vec<double> expm1 = x.expm1();
-  return {(x * Vec<double>(0.5)).exp(), expm1, expm1 - x};
+  const Vec<double> expm1 = x.expm1(), one(1.0);
+  Vec<double> series = one;
+  for (int k = kRemainderTerms; k > 2; --k) series = at::vec::fmadd(series, x * Vec<double>(1.0 / k), one);
+  const Vec<double> small = x.abs() < Vec<double>(kSmallRemainder);
+  return {(x * Vec<double>(0.5)).exp(), expm1,
+          Vec<double>::blendv(expm1 - x, series * x * x * Vec<double>(0.5), small)};
 }
 
 inline Vec<float> root_exp(Vec<float> x) { return exp(x * Vec<float>(0.5f)); }

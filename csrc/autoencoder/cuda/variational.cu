@@ -10,6 +10,29 @@
 namespace lect11ext::cuda {
 namespace {
 
+// e^(x/2), e^x − 1 and e^x − 1 − x. Near zero the last two are a polynomial, so that neither cancels.
+template <class T>
+struct HalfExp {
+  T root, expm1, expm1_less_x;
+};
+
+__device__ inline HalfExp<float> half_exp(float x) {
+  constexpr float kCoefficients[] = {0.5f,           0.166666672f,    0.041666735f,    0.00833331048f,
+                                     0.00138854515f, 0.000198440292f, 2.53548242e-05f, 2.77224763e-06f};
+  const float root = std::exp(0.5f * x), tail = polynomial(kCoefficients, x) * x * x;
+  const float square_less_1 = fmaf(root, root, -1.0f);
+  const bool is_near = std::abs(x) <= 1.0f;
+  return {root, is_near ? x + tail : square_less_1, is_near ? tail : square_less_1 - x};
+}
+
+__device__ inline HalfExp<double> half_exp(double x) {
+  const double expm1 = std::expm1(x);
+  double series = 1.0;
+#pragma unroll
+  for (int k = kRemainderTerms; k > 2; --k) series = fma(series, x * (1.0 / k), 1.0);
+  return {std::exp(0.5 * x), expm1, std::abs(x) < kSmallRemainder ? 0.5 * series * x * x : expm1 - x};
+}
+
 template <class T>
 struct Element {
   T scale;                             // e^(logvar/2)

@@ -104,7 +104,7 @@ def corrupt(
     Autocast changes no type.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Vincent et al. 2008, 2010.
 

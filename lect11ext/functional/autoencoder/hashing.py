@@ -117,7 +117,7 @@ def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
         int32, ``[*, n, m]``. No gradient. ``vmap``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Example::
 
@@ -147,7 +147,7 @@ def hamming_topk(query: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
         by index. So the result is one and the same on every device and for any number of threads. No gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Salakhutdinov & Hinton 2009.
 
@@ -182,7 +182,7 @@ def hamming_radius(query: Tensor, codes: Tensor, radius: int) -> tuple[Tensor, T
         On CUDA the host waits for their number, which no CUDA graph can capture.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Salakhutdinov & Hinton 2009.
 

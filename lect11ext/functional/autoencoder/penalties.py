@@ -66,7 +66,7 @@ def sparse_activation(
     Deterministic: the same bits for any number of threads. Autocast changes no type.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Olshausen & Field 1996 (L1); Ng 2011, Lee et al. 2007 (KL); Conerly et al. 2024 (L1 by the norms of atoms).
 
@@ -118,7 +118,7 @@ def contractive_linear(
     For an encoder of several layers: :func:`jacobian_penalty`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
         RuntimeError: torch's, where the types differ.
 
     Source: Rifai et al. 2011.

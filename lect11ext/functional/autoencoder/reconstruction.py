@@ -57,8 +57,8 @@ def reconstruction_loss(
     bits for any number of threads. Autocast changes no type.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. Targets beyond [0, 1] are not
-            looked for.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
+            Targets beyond [0, 1] are not looked for.
 
     Source: Loaiza-Ganem & Cunningham 2019 (continuous Bernoulli); Rybkin et al. 2021 (learned variance).
 

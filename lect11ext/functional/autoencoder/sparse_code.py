@@ -32,7 +32,7 @@ def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tenso
     forward-mode AD; ``vmap``. Deterministic: the same bits for any number of threads. Autocast changes no type.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Makhzani & Frey 2013, "k-Sparse Autoencoders"; Gao et al. 2024, "Scaling and evaluating sparse
     autoencoders".
@@ -76,7 +76,7 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
     same bits for any number of threads; sums are formed in float32, or float64 for float64. Autocast changes no type.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
         IndexError: of an index that is no row of ``weight``. On CUDA, where to ask would be to wait, such an index
             makes its row NaN instead, and touches no atom's gradient.
 
@@ -130,7 +130,7 @@ def topk_encode(
     Under autocast the product that finds the indices runs in autocast's type, the values do not.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: as for :func:`topk_code`.
 

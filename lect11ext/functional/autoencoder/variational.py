@@ -58,7 +58,7 @@ def gaussian_rsample_kl(
     threads. Autocast changes no type.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Kingma & Welling 2014; Sohn et al. 2015 (conditional); Kingma et al. 2016 (free bits).
 

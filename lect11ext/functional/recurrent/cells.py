@@ -59,7 +59,7 @@ def lstm_cell(
     products are cuBLAS's.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000 (forget gate).
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_type, plain
+from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_device, check_type, plain
 
 # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 NamedWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]
@@ -131,8 +131,7 @@ def _check_scale(name: str, scale: Tensor, weight: Tensor) -> None:
     rows = weight.size(0)
     if scale.dim() != 1 or scale.size(0) != rows:
         raise ValueError(f"{name} must have shape [{rows}] (rows of weight_ih), but got {list(scale.shape)}")
-    if scale.device != weight.device:
-        raise ValueError(f"{name} must be on the device of weight_ih, {weight.device}, but is on {scale.device}")
+    check_device(name, scale, weight, "weight_ih")
     if scale.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise TypeError(f"{name} must have the type of weight_ih, {weight.dtype}, but got {scale.dtype}")
 

@@ -109,7 +109,7 @@ def lstm(
     ``torch.backends.cudnn.rnn.fp32_precision`` says so, as torch.nn's layers are.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
 
     Source: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000 (forget gate); Sak, Senior & Beaufays 2014
     (projections).

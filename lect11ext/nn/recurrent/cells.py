@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..._errors import check_type
 from ..._load import _C
 from ...functional import gru_cell, lstm_cell
+from ...functional.random import in_functorch
 from ...functional.recurrent.checks import check_clip
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ class _Cell(nn.RNNCellBase):
 
         Steps taken while grad is off then read the packed copy, which for a batch of one is faster; while grad is on
         it is ignored. ``train()``, ``load_state_dict()``, ``reset_parameters()``, ``.to()`` and the like, ``deepcopy``
-        and pickling drop it, and it is passed by under ``torch.compile`` and autocast, and once a weight was changed or
-        replaced. **Only writes through ``p.data`` go unnoticed**, and leave it stale: they change neither a tensor's
-        address nor its version. Call ``prepack()`` again after one.
+        and pickling drop it, and it is passed by under ``torch.compile``, autocast, ``torch.func`` and forward-mode AD,
+        and once a weight was changed or replaced. **Only writes through ``p.data`` go unnoticed**, and leave it stale:
+        they change neither a tensor's address nor its version. Call ``prepack()`` again after one.
 
         Only float32 and float64 weights on the CPU are packed. Rows of the 16-bit types are already in the order that
         their instructions want, and on CUDA the products are cuBLAS's; there it does nothing.
@@ -51,7 +53,9 @@ class _Cell(nn.RNNCellBase):
 
     def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
         """The packed weights, if this step may use them."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_functorch():
+            return None  # the packed copy has no derivatives and no batching rule, and tangents flow while grad is off
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
         if input.shape != (1, self.input_size) or input.dtype != ih.dtype:
             return None
