@@ -152,6 +152,25 @@ def _decode(dtype: torch.dtype, keys: int) -> Workload:
     )
 
 
+def _few_queries(dtype: torch.dtype, queries: int, keys: int) -> Workload:
+    """A pooling's training: keys and values are read, and as much is written as their gradients."""
+    batch, heads, columns = 8, 8, 64
+
+    def make() -> dict[str, Call]:
+        args = [torch.randn(batch, heads, n, columns, dtype=dtype, requires_grad=True) for n in (queries, keys, keys)]
+        grad = torch.randn_like(args[0])
+        return _against_torch(lambda function: _training(function, args, grad, *args))
+
+    return Workload(
+        f"attention/few_queries/{_name(dtype)}/L{queries}/keys{keys}",
+        make,
+        ("lect11ext", "eager", "compile"),
+        # Read twice, and written once: a copy counts each way.
+        work={"copy": 6.0 * batch * heads * keys * columns * dtype.itemsize},
+        tolerance=_tolerance(dtype),
+    )
+
+
 def _skipping(kind: str, dtype: torch.dtype) -> Workload:
     """What a window or a mask of blocks leaves out, against all pairs: "dense" is our own time for those."""
     batch, heads, length, columns, block = 1, 2, 8192, 64, 256
@@ -287,6 +306,7 @@ WORKLOADS = (
         for train in (False, True)
     ]
     + [_decode(dtype, keys) for dtype in BOTH for keys in (1024, 8192)]
+    + [_few_queries(dtype, queries, 1024) for dtype in BOTH for queries in (1, 8)]
     + [_skipping(kind, dtype) for kind in ("window256", "half_mask") for dtype in BOTH]
     + [_option(kind, 1024) for kind in ("dropout", "mask_gradient", "3d", "wide_values")]
     + [_tangent(2048, causal) for causal in (False, True)]

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import lect11ext
+from bench.readme import BEGIN, END, README, table
 from lect11ext import functional
 from lect11ext._load import _C
 from tests.helpers import Tagged, Watch
@@ -203,3 +204,7 @@ OWN = ["functional.autoencoder.jacobian", "functional.autoencoder.reconstruction
 def test_examples_of_the_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"lect11ext.{name}"))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_table_of_speed_is_of_the_committed_results() -> None:
+    assert BEGIN + table() + END in README.read_text()
