@@ -152,8 +152,6 @@ struct Needs {
   }
 };
 
-int64_t compute_bytes(const Additive& args) { return args.dtype == DType::Double ? 8 : 4; }
-
 // Whether rows of whole vectors, of the arithmetic, are dense rows of the type.
 bool are_whole(int64_t columns, DType dtype) {
   return (dtype == DType::Float || dtype == DType::Double) && columns == padded_columns(columns);
@@ -161,7 +159,7 @@ bool are_whole(int64_t columns, DType dtype) {
 
 // `shared`: whether several work items, or rounds of one, look at the same keys.
 Needs needs_of(const Additive& args, bool shared) {
-  const int64_t item = compute_bytes(args);
+  const int64_t item = compute_size(args.dtype);
   return {shared ? item * key_blocks(args.keys) * panel_size(args.hidden) : 0,
           are_whole(args.columns, args.dtype) ? 0 : item * args.keys * padded_columns(args.columns), 0, 0};
 }
@@ -222,7 +220,7 @@ void launch_cpu(AdditiveBackward& args) {
   Needs needs = needs_of(args, args.queries > kBackwardRows);
   const auto sums = [&](const void* grad, int64_t columns, DType dtype) -> int64_t {
     if (grad == nullptr || (args.parts == 1 && are_whole(columns, dtype))) return 0;
-    return args.parts * args.keys * padded_columns(columns) * compute_bytes(args);
+    return args.parts * args.keys * padded_columns(columns) * compute_size(args.dtype);
   };
   needs.key_sums = sums(args.grad_key, args.hidden, args.grad_key_dtype);
   needs.value_sums = sums(args.grad_value, args.columns, args.grad_value_dtype);

@@ -84,13 +84,12 @@ class Composite {
     p = weights / safe;
     lse = at::where(none, low, at::log(safe) + shift);
     if (in.dropout_p > 0) keep_ = find_kept(k);
-    output = at::matmul(dropped(p), value);
+    output = at::matmul(times_kept(p), value);
   }
 
   Tensor query, key, value;  // heads of the keys and values repeated
   Tensor p, output, lse;     // lse [B, H, L, 1]
 
-  Tensor dropped(const Tensor& t) const { return times_kept(t); }
   Tensor times_kept(const Tensor& t) const { return keep_.defined() && t.defined() ? t * keep_ : t; }
   Tensor slope(const Tensor& t) const { return slope_.defined() && t.defined() ? t * slope_ : t; }
   Tensor bend(const Tensor& t) const { return bend_.defined() && t.defined() ? t * bend_ : Tensor(); }

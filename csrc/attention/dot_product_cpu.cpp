@@ -103,14 +103,16 @@ Gradients run_backward(const Inputs& in, const Tensor& output, const Tensor& lse
   described.saved(output, lse, args);
   described.gradients(along.grad_output, along.grad_lse, args);
   if (tangent) described.directions(along, args);
-  const GradientTensors gradients(in, wanted, args);
+  args.wide_mask = is_mask_repeated(in);
+  const GradientTensors gradients(in, wanted, args, args.wide_mask ? at::kDouble : in.compute_type());
   // Weights sum to one, so that a bias of all keys of a query changes lse alone.
   const bool one_bias = args.grad_mask != nullptr && in.attn_mask->size(3) == 1 && args.keys != 1;
   if (one_bias) args.grad_mask = nullptr;
   choose_parts(in, args);
   Packing packing(args);
-  packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/true, args.packed_key);
-  packing.add(args.value, args.value_dim, /*transposed=*/true, /*rows=*/false, args.packed_value);
+  const bool transposed = tangent || !scores_by_rows(args);
+  packing.add(args.key, args.head_dim, transposed, /*rows=*/true, args.packed_key);
+  packing.add(args.value, args.value_dim, transposed, /*rows=*/false, args.packed_value);
   packing.add(args.key_t, args.head_dim, /*transposed=*/true, /*rows=*/true, args.packed_key_t);
   packing.add(args.value_t, args.value_dim, /*transposed=*/true, /*rows=*/false, args.packed_value_t);
   const int64_t rows = args.batch * args.heads * args.queries;

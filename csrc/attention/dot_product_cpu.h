@@ -15,9 +15,6 @@ inline constexpr int64_t kBlockKeys = 256;   // keys that a tile of queries meet
 inline constexpr int64_t kTileQueries = 96;  // queries of a tile, at most: sixteen rows of register tiles
 inline constexpr int64_t kColumnStep = 16;   // columns are rounded up to this: whole vectors of every build
 inline constexpr int64_t kDeepStep = 32;     // columns of 16-bit operands that are summed over, likewise: AMX's depth
-inline constexpr int64_t kKeyStep = 32;  // keys that a tile takes are rounded up to this: a vector of 16-bit weights
-
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // One sequence, or one of the batch.
 struct AttentionSequence {
@@ -84,6 +81,10 @@ struct AttentionForwardCpu : AttentionForward {
 // Where few queries share a head of the keys nothing is packed. Sequences of one length only.
 inline constexpr int64_t kDecodeRows = 16;  // queries times heads that share, at most
 
+inline bool scores_by_rows(const Attention& args) {
+  return args.query_starts == nullptr && args.kv_heads > 0 && args.heads / args.kv_heads * args.queries <= kDecodeRows;
+}
+
 struct AttentionDecodeCpu : AttentionForward {
   int64_t parts;  // of the keys, by sizes alone
   void* partial;  // C [parts][batch][heads][queries][decode_partial]; null where there is one part
@@ -106,6 +107,7 @@ struct AttentionBackwardCpu : AttentionBackwardTangent {
   int64_t parts;           // of the keys
   int64_t sequence_group;  // sequences of an item
   int64_t head_group;      // heads of the keys of an item
+  bool wide_mask;          // whether grad_mask is double whatever C
   void* query_sums;        // C [parts][batch][heads][queries][columns rounded to kColumnStep], added to: zero at first
 };
 

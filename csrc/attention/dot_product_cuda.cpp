@@ -50,7 +50,7 @@ Gradients backward(const OptionalTensor& grad_output, const OptionalTensor& grad
   Describer described(in, args);
   described.saved(output, lse, args);
   described.gradients(grad_output, grad_lse, args);
-  const GradientTensors gradients(in, mask, args);
+  const GradientTensors gradients(in, mask, args, in.compute_type());
   run(cuda::attention_backward, args, in.query.options());
   return gradients.finish(in);
 }
@@ -79,7 +79,7 @@ Gradients backward_tangent(const Inputs& in, const Tensor& output, const Tensor&
   described.saved(output, lse, args);
   described.gradients(along.grad_output, along.grad_lse, args);
   described.directions(along, args);
-  const GradientTensors gradients(in, mask, args);
+  const GradientTensors gradients(in, mask, args, in.compute_type());
   run(cuda::attention_backward_tangent, args, in.query.options());
   return gradients.finish(in);
 }

@@ -106,7 +106,8 @@ Tensor empty_gradient(const Tensor& like) {
   return grad.sym_size(3) <= 1 || grad.sym_stride(3) == 1 ? grad : at::empty_symint(like.sym_sizes(), like.options());
 }
 
-GradientTensors::GradientTensors(const Inputs& in, GradientMask wanted, AttentionBackward& args) {
+GradientTensors::GradientTensors(const Inputs& in, GradientMask wanted, AttentionBackward& args,
+                                 at::ScalarType mask_type) {
   const auto allocate = [](bool is_wanted, const Tensor& like, Tensor& grad, void*& data, AttentionStrides& strides) {
     if (!is_wanted) return;
     grad = empty_gradient(like);
@@ -118,7 +119,7 @@ GradientTensors::GradientTensors(const Inputs& in, GradientMask wanted, Attentio
   allocate(wanted[1], in.key, key, args.grad_key, args.grad_key_strides);
   allocate(wanted[2], in.value, value, args.grad_value, args.grad_value_strides);
   if (!wanted[3] || !in.has_float_mask()) return;
-  mask = at::zeros(in.attn_mask->sizes(), in.query.options().dtype(in.compute_type()));
+  mask = at::zeros(in.attn_mask->sizes(), in.query.options().dtype(mask_type));
   args.grad_mask = mask.mutable_data_ptr();
   for (int64_t d = 0; d < 4; ++d) args.grad_mask_strides[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
 }

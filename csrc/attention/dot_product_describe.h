@@ -47,9 +47,9 @@ Tensor empty_gradient(const Tensor& like);
 // The struct of a backward, with its outputs.
 struct GradientTensors {
   Gradients grads;
-  Tensor mask;  // in the type of the sums
+  Tensor mask;  // of mask_type
 
-  GradientTensors(const Inputs& in, GradientMask wanted, AttentionBackward& args);
+  GradientTensors(const Inputs& in, GradientMask wanted, AttentionBackward& args, at::ScalarType mask_type);
   Gradients finish(const Inputs& in) const;
 };
 

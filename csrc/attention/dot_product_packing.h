@@ -12,8 +12,6 @@
 
 namespace lect11ext::attention_op {
 
-inline int64_t compute_size(DType type) { return type == DType::Double ? 8 : 4; }
-
 // Packed operands and the starts of panels and tiles, in memory that a call keeps.
 class Packing {
  public:
@@ -174,6 +172,16 @@ inline int64_t tile_cost(const Attention& args) {
 // What a backward's parts are counted within: sequences and heads that are not together in an item.
 inline int64_t backward_groups(const AttentionBackwardCpu& args) {
   return args.sequences / std::max<int64_t>(args.sequence_group, 1) * (args.kv_heads / args.head_group);
+}
+
+// Whether some elements of a mask are added to many scores: their gradients are added up in double.
+inline bool is_mask_repeated(const Inputs& in) {
+  if (!in.has_float_mask()) return false;
+  const int64_t scores[] = {in.query.size(0), in.query.size(1), in.query.size(2), in.key.size(2)};
+  for (int64_t d = 0; d < 4; ++d) {
+    if (in.attn_mask->size(d) != scores[d]) return true;
+  }
+  return false;
 }
 
 // Items enough for many threads, however few heads there are; each part has its own sums of the queries' gradients.

@@ -103,6 +103,7 @@ TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
 }
 
 #ifdef LECT11EXT_WITH_CUDA
+// For who calls the op itself: lect11ext.functional has weights in parts there, which hold no more than a part.
 TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
   m.impl("attention_weights", weights<composite_weights>);
   m.impl("attention_weights_backward", weights_backward<composite_weights_backward>);

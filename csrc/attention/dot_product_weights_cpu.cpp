@@ -61,7 +61,9 @@ Gradients weights_backward(const Tensor& grad, const WeightsInputs& w, GradientM
   args.gradient.data = grad.const_data_ptr();
   for (int64_t d = 0, from = 0; d < 4; ++d) args.gradient.strides[d] = d == 1 && w.average ? 0 : grad.stride(from++);
   args.share = w.average ? 1.0 / static_cast<double>(args.heads) : 1.0;
-  const GradientTensors gradients(w.in, {mask[0], mask[1], false, mask[3]}, args);
+  args.wide_mask = is_mask_repeated(w.in);
+  const GradientTensors gradients(w.in, {mask[0], mask[1], false, mask[3]}, args,
+                                  args.wide_mask ? at::kDouble : w.in.compute_type());
   // A bias of all keys of a query changes their weights as −lse does.
   const bool one_bias = args.grad_mask != nullptr && w.in.attn_mask->size(3) == 1 && args.keys != 1;
   if (one_bias) args.grad_mask = nullptr;

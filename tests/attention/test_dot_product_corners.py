@@ -310,7 +310,7 @@ def test_dropout_beyond_2_to_the_31_pairs() -> None:
     query, key, value = operands(Sizes(1, 1, 1, queries, keys, 8, 8), grad=False)
     options: dict[str, Any] = {"window": (100, 100), "dropout_p": 0.5, "causal_alignment": "bottom_right"}
     whole = sdpa(query, key, value, dropout_key=KEY, **options)
-    start = KEY + torch.tensor([0, (queries - last) * keys // 4])
+    start = KEY + torch.tensor([0, (queries - last) * -(-keys // 8)])
     alone = sdpa(query[:, :, -last:], key, value, dropout_key=start, **options)
     torch.testing.assert_close(whole[:, :, -last:], alone)
 
@@ -322,3 +322,43 @@ def test_nan_of_a_key_that_is_seen_shows(queries: int, options: dict[str, Any], 
     key = value.clone()
     key[..., 3, :] = math.nan
     assert functional.scaled_dot_product_attention(value[:, :, :queries], key, value, **options).isnan().all()
+
+
+def relative(x: Tensor, exact: Tensor) -> Tensor:
+    return (x.double() - exact).norm() / exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "columns"), [(1, 255, 128), (2, 64, 64), (8, 64, 61), (4, 9, 128), (16, 300, 64)]
+)
+@pytest.mark.parametrize("std", [1.0, 3.0, 5.0])
+def test_gradients_of_few_queries_keep_the_forwards_scores(
+    queries: int, keys: int, columns: int, std: float, capability: str
+) -> None:
+    """Keys as they lie and packed ones give scores that differ by a rounding, which must not be one of all weights."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 32, n, columns, generator=generator) for n in (queries, keys, keys))
+    args, cotangent = (q * std, k * std, v), torch.randn(q.shape, generator=generator)
+
+    def gradients(attend: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [a.to(dtype).requires_grad_() for a in args]
+        return torch.autograd.grad(attend(*leaves), leaves, cotangent.to(dtype))
+
+    torchs = torch.nn.functional.scaled_dot_product_attention
+    triples = zip(
+        gradients(sdpa, torch.float32), gradients(torchs, torch.float32), gradients(torchs, torch.float64), strict=True
+    )
+    for ours, rival, exact in triples:
+        assert relative(ours, exact) <= 2 * relative(rival, exact)
+
+
+def test_gradient_of_a_mask_that_very_many_scores_share() -> None:
+    q, k, v = torch.randn(16, 16, 1024, 8), torch.randn(16, 16, 16, 8), torch.randn(16, 16, 16, 8) + 3
+    mask, cotangent = torch.zeros(1, 1, 1, 16), torch.rand(q.shape)
+
+    def gradient(attend: Any, dtype: torch.dtype) -> Tensor:
+        leaf = mask.to(dtype).requires_grad_()
+        return torch.autograd.grad(attend(q.to(dtype), k.to(dtype), v.to(dtype), leaf), leaf, cotangent.to(dtype))[0]
+
+    exact = gradient(torch.nn.functional.scaled_dot_product_attention, torch.float64)
+    assert relative(gradient(sdpa, torch.float32), exact) < 4e-6  # 1e-5 where they are added up in float32

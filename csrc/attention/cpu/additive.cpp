@@ -11,14 +11,6 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-// Queries whose pairs are formed at a time, with four keys each: as many sums as there are registers for.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 4;
-#else
-constexpr int kTileRows = 2;
-#endif
-constexpr int kTileKeys = 4;
-
 // --- panels -------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -155,7 +147,7 @@ void softmax(T* row, int64_t n) {
     e.store(row + j);
     sums = sums + e;
   }
-  T sum = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, sums);
+  T sum = sum_of_lanes(sums);
   if (whole < n) {
     exp(Vec<T>::loadu(row + whole, n - whole) - Vec<T>(most)).store(row + whole, n - whole);
     for (int64_t j = whole; j < n; ++j) sum += row[j];

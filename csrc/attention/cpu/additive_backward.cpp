@@ -13,14 +13,6 @@
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
 
-// Queries whose sums stay in registers while the keys go by.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 4;
-#else
-constexpr int kTileRows = 2;
-#endif
-constexpr int kTileKeys = 4;
-
 // --- gradients of the scores --------------------------------------------------------------------------------------
 
 // products[r][j] = ⟨grad_r, v_j⟩ of R rows with the keys of a block; a row of products has room for whole fours.
@@ -78,7 +70,7 @@ void score_gradients(const T* weights, int64_t n, T* grads) {
     const Vec<T> p = Vec<T>::loadu(weights + j);
     sums = sums + select_equal(p, zero, zero, p * Vec<T>::loadu(grads + j));
   }
-  T sum = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, sums);
+  T sum = sum_of_lanes(sums);
   for (int64_t j = whole; j < n; ++j) sum += product(weights[j], grads[j]);
   for (int64_t j = 0; j < n; ++j) grads[j] = product(weights[j], grads[j] - sum);
 }

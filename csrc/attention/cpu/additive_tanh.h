@@ -12,6 +12,14 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
+// Queries and keys of a tile, forward and backward: as many sums as there are registers for.
+#if defined(CPU_CAPABILITY_AVX512)
+inline constexpr int kTileRows = 4;
+#else
+inline constexpr int kTileRows = 2;
+#endif
+inline constexpr int kTileKeys = 4;
+
 // What a key panel holds: e^2k, e^2k − 1, or k.
 enum class KeyForm : int8_t { Exp, Expm1, Plain };
 
@@ -101,11 +109,9 @@ inline int64_t batch_offset(const Shape& batches, const int64_t* strides, int64_
   return offset;
 }
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::Double ? 8 : dtype == DType::Float ? 4 : 2; }
-
 inline const void* matrix_of(const Additive& args, const Matrices& matrices, int64_t index, int64_t row) {
   const int64_t offset = batch_offset(args.batches, matrices.strides, index) + row * matrices.row;
-  return static_cast<const char*>(matrices.data) + offset * bytes_of(args.dtype);
+  return static_cast<const char*>(matrices.data) + offset * storage_size(args.dtype);
 }
 
 // Some queries of a work item, as the pairs want them.

@@ -32,13 +32,13 @@ class Forward : RunningSoftmax<S, P> {
     this->start(rows);
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {
-      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep)));
+      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep<P>)));
     }
     this->finish_all(s, where.head, i, rows);
   }
 
  private:
-  // Keys j … j + width − 1, in steps of 32.
+  // Keys j … j + width − 1, in steps of kKeyStep.
   void block(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t rows, int64_t j,
              int64_t width) {
     PanelRows seen(band, i, rows, j, width);

@@ -1,14 +1,11 @@
 // The forward where few queries share a head of the keys, as in decoding: bound by reading keys and values, which are
 // taken once, in place, and never packed. Many keys are cut into parts, for as many threads; what the parts found is
 // merged in order.
+#include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_softmax.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
-
-// How far ahead rows are asked for: what memory delivers in its latency, 13 GB/s for 100 ns, and twice as much again.
-// The hardware's own prefetching stops at every page.
-constexpr int64_t kBytesAhead = 4096;
 
 // Two vectors of a row. Of bfloat16 they are its even and its odd elements, which a shift and a mask give, where the
 // natural order takes two shuffles more.
@@ -95,9 +92,10 @@ class Decode : RunningSoftmax<S, Compute<S>> {
 
  private:
   void block(const AttentionSequence& s, const Band& band, int64_t kv_head, int64_t rows, int64_t j, int64_t n) {
-    const int64_t width = round_up(n, kKeyStep);
+    const int64_t width = round_up(n, kKeyStep<C>);
     if (biased_ && !load_biases(s, band, kv_head, rows, j, n)) return;
-    score(row_of<S>(args_.key, s.batch, kv_head, s.key_start + j), rows, n);
+    const S* keys = row_of<S>(args_.key, s.batch, kv_head, s.key_start + j);
+    RowScores<S>(query_, args_.head_dim, rows, args_.head_dim, keys, args_.key.strides.position)(n, scores_);
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(scores_.row(r) + n, scores_.row(r) + width, kMinusInfinity<C>);
       this->weigh(s, band, kv_head * group_ + r / s.queries, r % s.queries, r, j, width);
@@ -112,70 +110,9 @@ class Decode : RunningSoftmax<S, Compute<S>> {
     const BlockMask kind = shared ? block_mask(args_, s.batch, kv_head * group_, 0, 1, j, n) : BlockMask::Some;
     has_bias_ = kind == BlockMask::Some;
     for (int64_t r = 0; r < rows && has_bias_; ++r) {
-      this->load_bias(s, band, kv_head * group_ + r / s.queries, r % s.queries, r, j, round_up(n, kKeyStep));
+      this->load_bias(s, band, kv_head * group_ + r / s.queries, r % s.queries, r, j, round_up(n, kKeyStep<C>));
     }
     return kind != BlockMask::AllBarred;
-  }
-
-  // Inner products of all rows with n keys, four at a time.
-  void score(const S* keys, int64_t rows, int64_t n) {
-    constexpr int kFour = 4, kElements = Step<S>::kElements;
-    const int64_t stride = args_.key.strides.position, ahead = rows_ahead(stride);
-    int64_t k = 0;
-    if (rows == 1) {
-      switch (args_.head_dim) {
-        case kElements: k = score_row<1>(keys, n); break;
-        case 2 * kElements: k = score_row<2>(keys, n); break;
-        case 4 * kElements: k = score_row<4>(keys, n); break;
-        case 8 * kElements: k = score_row<8>(keys, n); break;
-      }
-    }
-    const RowProduct<S> product{keys, stride, query_, args_.head_dim, args_.head_dim};
-    for (; k < n; k += kFour) {
-      for (int64_t r = 0, count; r < rows; r += count) {
-        count = next_rows_of_x(rows - r);
-        C* out = scores_.row(r) + k;
-        const auto run = [&]<int B>() { dot_tile<kFour, B>(&product, 1, k, n, r, out, kBlockKeys, ahead); };
-        switch (count) {
-          case 1: run.template operator()<1>(); break;
-          case 2: run.template operator()<2>(); break;
-          case 3: run.template operator()<std::min(3, kMaxRowsOfX)>(); break;
-          case 4: run.template operator()<std::min(4, kMaxRowsOfX)>(); break;
-          case 5: run.template operator()<std::min(5, kMaxRowsOfX)>(); break;
-          default: run.template operator()<kMaxRowsOfX>(); break;
-        }
-      }
-    }
-  }
-
-  // Of one query, which stays in registers: all fours of the n keys. Returns how many keys these are.
-  template <int kSteps>
-  int64_t score_row(const S* keys, int64_t n) {
-    using Loader = Step<S>;
-    const int64_t stride = args_.key.strides.position, ahead = rows_ahead(stride) * stride;
-    typename Loader::Loaded query[kSteps];
-#pragma GCC unroll 8
-    for (int s = 0; s < kSteps; ++s) query[s] = Loader::load(query_ + s * Loader::kElements);
-    int64_t k = 0;
-    for (; k + 4 <= n; k += 4, keys += 4 * stride) {
-      Vec<C> sums[4];
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        const S* key = keys + r * stride;
-        sums[r] = Vec<C>(C(0));
-#pragma GCC unroll 8
-        for (int s = 0; s < kSteps; ++s) {
-          __builtin_prefetch(key + ahead + s * Loader::kElements);
-          sums[r] = Loader::madd(Loader::load(key + s * Loader::kElements), query[s], sums[r]);
-        }
-      }
-      sum_lanes4(sums, scores_.row(0) + k);
-    }
-    return k;
-  }
-
-  static int64_t rows_ahead(int64_t stride) {
-    return stride == 0 ? 0 : std::max<int64_t>(1, kBytesAhead / (std::abs(stride) * static_cast<int64_t>(sizeof(S))));
   }
 
   // Values of the block's n keys, whose weights are zero beyond n.
@@ -233,7 +170,7 @@ class Decode : RunningSoftmax<S, Compute<S>> {
   void add_row(const S* values, int64_t stride, const C* weights, int64_t n, C* sums) const {
     using Two = TwoVectors<S>;
     constexpr int kPairs = kChunk / Two::kElements;
-    const int64_t ahead = rows_ahead(stride) * stride;
+    const int64_t ahead = rows_ahead<S>(stride) * stride;
     const auto add = [&](const S* from, C weight, Two(&to)[kPairs]) {
       const Vec<C> w(weight);
 #pragma GCC unroll 8

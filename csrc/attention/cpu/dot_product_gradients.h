@@ -6,7 +6,9 @@
 
 #include "attention/cpu/dot_product_delta.h"
 #include "attention/cpu/dot_product_factor.h"
+#include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_score.h"
+#include "attention/cpu/dot_product_weights.h"
 #include "common/workspace.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -97,7 +99,7 @@ class Gradients {
     for (int64_t g = 0; g < group; ++g)
       find_deltas(s, kv_head * group + g, delta_ + g * args_.queries, delta_t_ + g * args_.queries);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
+      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep<P>));
       for (int64_t k = 0; k < width; ++k) {
         std::fill_n(key_sums_.row(k), columns_, C(0));
         std::fill_n(value_sums_.row(k), value_columns_, C(0));
@@ -156,10 +158,18 @@ class Gradients {
       multiply_panels<P>(seen, a.rows, b, first_panel_, j, width, out, add);
       return true;
     };
-    if (!against(query_[0], args_.packed_key, scores_, false)) {  // no columns
-      for (int64_t r = 0; r < count; ++r) std::fill_n(scores_.row(r), width, C(0));
+    if (scores_by_rows(args_)) {
+      score_by_rows<S>(args_, s.batch, head, i, count, j, n, scores_);
+      has_inner_ = args_.grad_out.data != nullptr;
+      if (has_inner_) {
+        multiply_rows<S>(args_, args_.grad_out, args_.value, args_.value_dim, s.batch, head, i, count, j, n, inner_);
+      }
+    } else {
+      if (!against(query_[0], args_.packed_key, scores_, false)) {  // no columns
+        for (int64_t r = 0; r < count; ++r) std::fill_n(scores_.row(r), width, C(0));
+      }
+      has_inner_ = against(grad_[0], args_.packed_value, inner_, false);
     }
-    has_inner_ = against(grad_[0], args_.packed_value, inner_, false);
     if constexpr (kTangent) {
       has_score_t_ = against(query_[1], args_.packed_key, scores_t_, false);
       has_score_t_ = against(query_[0], args_.packed_key_t, scores_t_, has_score_t_);
@@ -278,12 +288,13 @@ class Gradients {
       }
     };
     if (begin >= end) return clear(0, width);
-    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
+    const int64_t from = begin / kKeyStep<P> * kKeyStep<P>, to = round_up(end, kKeyStep<P>);
     const bool has_bias_t = kTangent && args_.mask_t.type != MaskType::None;
     const int64_t at = lse_row(args_, s.batch, head, s.query_start + i + r);
     const Vec<C> zero(C(0));
     const ScoreTransform<C> transform(args_);
-    const Vec<C> factor(factor_), base(kLogBase<C>), shift(-lse * kLogBase<C>);
+    const Vec<C> factor(factor_), base(kLogBase<C>);
+    const Shift<C> shift(lse);
     const Vec<C> delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     const bool keeps_bias = args_.grad_mask != nullptr;
@@ -293,8 +304,10 @@ class Gradients {
     const auto kept_at = [&](int64_t e) { return dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1)); };
     // A weight; the derivative of its score by what the softcap takes, and that one's, divided by the slope.
     const auto weight_at = [&](int64_t e, Vec<C>& slope, Vec<C>& bend) __attribute__((always_inline)) {
-      if (fast) return power(at::vec::fmadd(Vec<C>::loadu(p + e), factor, shift));
-      const auto capped = transform.capped(Vec<C>::loadu(p + e));
+      const Vec<C> raw = Vec<C>::loadu(p + e);
+      if (fast) return shift.weight(raw, factor);
+      if (!has_bias_) return power(bounded(at::vec::fmadd(raw, transform.scale, Vec<C>(-lse))) * base);
+      const auto capped = transform.capped(raw);
       slope = capped.slope, bend = capped.bend;
       const Vec<C> t = has_bias_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + e)) : capped.t;
       return power(bounded(t - Vec<C>(lse)) * base);
@@ -322,44 +335,35 @@ class Gradients {
       own_delta = delta_[g * args_.queries + i + r];
     }
     const Vec<C> delta(own_delta), shares(share);
-    for (int64_t k = from; k < to; k += kKeyStep) {
-#pragma GCC unroll 4
-      for (int64_t e = k; e < k + kKeyStep; e += kWidth) {
-        Vec<C> slope(C(1)), bend = zero;
-        Vec<C> weight = weight_at(e, slope, bend);
-        if (adds_deltas_) weight = weight * shares;
-        const Vec<C> kept = kept_at(e);
-        // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.
-        const auto seen = [&](const Vec<C>& v) { return select_equal(weight, zero, zero, v); };
-        const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
-        const Vec<C> full = seen(weight * first);
-        (weight * kept).store(p + e);
-        (has_bias_ ? seen(full * slope) : full).store(inner + e);  // a slope of a barred NaN is NaN too
-        if constexpr (kTangent) {
-          const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * transform.scale : zero;
-          Vec<C> score = raw * slope;
-          if (has_bias_t) score = score + Vec<C>::loadu(bias_t_.row(r) + e);
-          const Vec<C> weight_t = seen(weight * (score - lse_t));
-          const Vec<C> second = has_inner_t_ ? Vec<C>::loadu(inner_t + e) * kept - delta_t : zero - delta_t;
-          const Vec<C> full_t = seen(weight_t * first + weight * second);
-          (weight_t * kept).store(p_t + e);
-          seen(full_t * slope + full * bend * raw).store(inner_t + e);
-          if (keeps_bias) full_t.store(mask_grads_.row(r) + e);
-        } else {
-          if (keeps_bias) full.store(mask_grads_.row(r) + e);
-        }
+#pragma GCC unroll 2
+    for (int64_t e = from; e < to; e += kWidth) {
+      Vec<C> slope(C(1)), bend = zero;
+      Vec<C> weight = weight_at(e, slope, bend);
+      if (adds_deltas_) weight = weight * shares;
+      const Vec<C> kept = kept_at(e);
+      // What a key that is barred, or is NaN where nobody sees it, would give is no gradient: its weight is zero.
+      const auto seen = [&](const Vec<C>& v) { return select_equal(weight, zero, zero, v); };
+      const Vec<C> first = has_inner_ ? Vec<C>::loadu(inner + e) * kept - delta : zero - delta;
+      const Vec<C> full = seen(weight * first);
+      (weight * kept).store(p + e);
+      (has_bias_ ? seen(full * slope) : full).store(inner + e);  // a slope of a barred NaN is NaN too
+      if constexpr (kTangent) {
+        const Vec<C> raw = has_score_t_ ? Vec<C>::loadu(p_t + e) * transform.scale : zero;
+        Vec<C> score = raw * slope;
+        if (has_bias_t) score = score + Vec<C>::loadu(bias_t_.row(r) + e);
+        const Vec<C> weight_t = seen(weight * (score - lse_t));
+        const Vec<C> second = has_inner_t_ ? Vec<C>::loadu(inner_t + e) * kept - delta_t : zero - delta_t;
+        const Vec<C> full_t = seen(weight_t * first + weight * second);
+        (weight_t * kept).store(p_t + e);
+        seen(full_t * slope + full * bend * raw).store(inner_t + e);
+        if (keeps_bias) full_t.store(mask_grads_.row(r) + e);
+      } else {
+        if (keeps_bias) full.store(mask_grads_.row(r) + e);
       }
     }
     clear(0, begin);
     clear(end, width);
-    if (keeps_bias) add_to_mask(s, head, i + r, j, begin, end, mask_grads_.row(r));
-  }
-
-  void add_to_mask(const AttentionSequence& s, int64_t head, int64_t i, int64_t j, int64_t begin, int64_t end,
-                   const C* gradient) const {
-    const int64_t* strides = args_.grad_mask_strides;
-    C* to = static_cast<C*>(args_.grad_mask) + s.batch * strides[0] + head * strides[1] + i * strides[2] + j;
-    for (int64_t k = begin; k < end; ++k) to[k] += gradient[k];
+    if (keeps_bias) add_to_mask(args_, s.batch, head, i + r, j, begin, end, mask_grads_.row(r));
   }
 
   const AttentionBackwardCpu& args_;

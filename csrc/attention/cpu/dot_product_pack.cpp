@@ -88,7 +88,8 @@ void pack(const Attention& args, const AttentionPlan& plan, const PackedOperand&
     const int64_t panels = plan.panels[n + 1] - plan.panels[n], local = item - plan.panels[n] * args.kv_heads;
     const int64_t head = local / panels, first = local % panels * kPanelKeys;
     const AttentionSequence s(args, n);
-    const int64_t rows = std::min(kPanelKeys, s.keys - first), keys = round_up(rows, kKeyStep);  // others are not read
+    const int64_t rows = std::min(kPanelKeys, s.keys - first),
+                  keys = round_up(rows, std::max(kWords, kKeyStep<P>));  // others are not read
     const S* source = row_of<S>(to.from, s.batch, head, s.key_start + first);
     Matrix<const P> from{staged, wide};
     bool in_place = false;

@@ -74,12 +74,12 @@ class RunningSoftmax {
   // Scores of row r become weights.
   void weigh(const AttentionSequence& s, const Band& band, int64_t head, int64_t i, int64_t r, int64_t j,
              int64_t width) {
-    constexpr int kWidth = kLanes<C>, kStep = kKeyStep / kWidth, kSums = std::max(4, kStep);  // vectors
-    constexpr int64_t kTogether = kSums / kStep * kKeyStep;  // keys: so that enough chains are in flight
+    constexpr int kWidth = kLanes<C>, kStep = kKeyStep<P> / kWidth, kSums = std::max(4, kStep);  // vectors
+    constexpr int64_t kTogether = kSums / kStep * kKeyStep<P>;  // keys: so that enough chains are in flight
     const int64_t begin = std::max<int64_t>(band.first_key(i) - j, 0), end = std::min(band.end_key(i) - j, width);
     P* const weights = weights_.row(r);
     if (begin >= end) return std::fill(weights, weights + width, P(0));
-    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
+    const int64_t from = begin / kKeyStep<P> * kKeyStep<P>, to = round_up(end, kKeyStep<P>);
     C* const scores = scores_.row(r);
     if (biased_) {
       const ScoreTransform<C> transform(args_);
@@ -97,7 +97,7 @@ class RunningSoftmax {
     };
     int64_t k = from;
     for (; k + kTogether <= to; k += kTogether) compare.template operator()<kSums>(k);
-    if (k < to) compare.template operator()<kStep>(k);
+    for (; k < to; k += kKeyStep<P>) compare.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) best[0] = greater(best[v], best[0]);
     const C before = top_[r], top = std::max(before, greatest_lane(best[0]));
     C shift = top == kMinusInfinity<C> ? C(0) : top * factor_;
@@ -124,20 +124,20 @@ class RunningSoftmax {
     if (drops) dropout_.factors(s.batch, head, s.query_start + i, j + from, to - from, z);
     const auto weigh_step = [&]<int kVectors>(int64_t at) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; v += 2) {
-        Vec<C> pair[2];
+      for (int v = 0; v < kVectors; v += kParts<P>) {
+        Vec<C> part[kParts<P>];
 #pragma GCC unroll 2
-        for (int u = 0; u < 2; ++u) {
+        for (int u = 0; u < kParts<P>; ++u) {
           const int64_t e = at + (v + u) * kWidth;
-          pair[u] = power(at::vec::fmadd(Vec<C>::loadu(scores + e), factor, minus_shift));
-          totals[v + u] = totals[v + u] + pair[u];
-          if (drops) pair[u] = pair[u] * Vec<C>::loadu(z + e - from);
+          part[u] = power(at::vec::fmadd(Vec<C>::loadu(scores + e), factor, minus_shift));
+          totals[v + u] = totals[v + u] + part[u];
+          if (drops) part[u] = part[u] * Vec<C>::loadu(z + e - from);
         }
-        store_weights(pair[0], pair[1], weights + at + v * kWidth);
+        store_weights<P>(part, weights + at + v * kWidth);
       }
     };
     for (k = from; k + kTogether <= to; k += kTogether) weigh_step.template operator()<kSums>(k);
-    if (k < to) weigh_step.template operator()<kStep>(k);
+    for (; k < to; k += kKeyStep<P>) weigh_step.template operator()<kStep>(k);
     for (int v = 1; v < kSums; ++v) totals[0] = totals[0] + totals[v];
     totals[0].store(total_[r]);
     std::fill(weights, weights + from, P(0));
@@ -184,7 +184,10 @@ class RunningSoftmax {
       std::fill(out, out + args_.value_dim, S(0));
       return;
     }
-    lse = top_[r] * (factor_ / kLogBase<C>)+log_of_total;
+    // Of the shift that the weights have, and rounded once: what is lost here is an error of all weights of a backward.
+    const C shift = top_[r] * factor_;
+    const double exponent = std::abs(shift) > kLargeExponent<C> ? static_cast<double>(top_[r]) * factor_ : shift;
+    lse = static_cast<C>(exponent * kLogOfBase<C> + log_of_total);
     const Vec<C> inverse(C(1) / total);
     for (int64_t c = 0; c < columns_; c += kLanes<C>)
       (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);

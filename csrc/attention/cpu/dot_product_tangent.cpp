@@ -1,4 +1,5 @@
 // The tangent of dot-product attention's forward. lse is known by then, so that weights are final at once.
+#include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_score.h"
 #include "common/workspace.h"
 
@@ -52,7 +53,7 @@ class TangentPass {
     std::fill(mean_, mean_ + rows, C(0));
     const int64_t begin = band.first_key(i) / kPanelKeys * kPanelKeys, end = band.end_key(i + rows - 1);
     for (int64_t j = begin; j < end; j += kBlockKeys) {
-      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep)));
+      block(s, band, where.head, i, rows, j, std::min(kBlockKeys, round_up(end - j, kKeyStep<P>)));
     }
     finish(s, where.head, i, rows);
   }
@@ -78,7 +79,8 @@ class TangentPass {
       multiply_panels<P>(seen, a, keys, first_panel_, j, width, out, add);
     };
     const bool has_query_t = args_.query_t.data != nullptr;
-    against(query_, args_.packed_key, scores_, false);
+    if (scores_by_rows(args_)) score_by_rows<S>(args_, s.batch, head, i, rows, j, n, scores_);
+    else against(query_, args_.packed_key, scores_, false);
     if (has_query_t) against(query_t_, args_.packed_key, scores_t_, false);
     if (args_.packed_key_t.transposed != nullptr) against(query_, args_.packed_key_t, scores_t_, has_query_t);
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i, r, j, width);
@@ -99,43 +101,41 @@ class TangentPass {
       std::fill(weights, weights + width, P(0));
       return std::fill(weights_t, weights_t + width, P(0));
     }
-    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
+    const int64_t from = begin / kKeyStep<P> * kKeyStep<P>, to = round_up(end, kKeyStep<P>);
     const Vec<C> zero(C(0)), base(kLogBase<C>);
     const ScoreTransform<C> transform(args_);
     Vec<C> mean = zero;
     C z[kBlockKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
-    for (int64_t k = from; k < to; k += kKeyStep) {
-      for (int64_t e = k; e < k + kKeyStep; e += 2 * kWidth) {
-        Vec<C> pair[2], pair_t[2];
-        for (int u = 0; u < 2; ++u) {
-          const int64_t c = e + u * kWidth;
-          const auto capped = transform.capped(Vec<C>::loadu(scores_.row(r) + c));
-          const Vec<C> t = has_bias_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + c)) : capped.t;
-          Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * transform.scale * capped.slope : zero;
-          if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
-          C lane[kLanes<C>];
-          const Vec<C> weight = power(bounded(t - Vec<C>(lse)) * base);
-          Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
-          if (c < begin || c + kWidth > end) {  // the edges
-            for (Vec<C>* v : {&product, &kept}) {
-              v->store(lane);
-              for (int l = 0; l < kWidth; ++l) lane[l] = c + l < begin || c + l >= end ? C(0) : lane[l];
-              *v = Vec<C>::loadu(lane);
-            }
+    for (int64_t e = from; e < to; e += kParts<P> * kWidth) {
+      Vec<C> part[kParts<P>], part_t[kParts<P>];
+      for (int u = 0; u < kParts<P>; ++u) {
+        const int64_t c = e + u * kWidth;
+        const auto capped = transform.capped(Vec<C>::loadu(scores_.row(r) + c));
+        const Vec<C> t = has_bias_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + c)) : capped.t;
+        Vec<C> score_t = has_score_t() ? Vec<C>::loadu(scores_t_.row(r) + c) * transform.scale * capped.slope : zero;
+        if (has_mask_t()) score_t = score_t + Vec<C>::loadu(bias_t_.row(r) + c);
+        C lane[kLanes<C>];
+        const Vec<C> weight = power(bounded(t - Vec<C>(lse)) * base);
+        Vec<C> product = select_equal(weight, zero, zero, weight * score_t), kept = weight;
+        if (c < begin || c + kWidth > end) {  // the edges
+          for (Vec<C>* v : {&product, &kept}) {
+            v->store(lane);
+            for (int l = 0; l < kWidth; ++l) lane[l] = c + l < begin || c + l >= end ? C(0) : lane[l];
+            *v = Vec<C>::loadu(lane);
           }
-          mean = mean + product;
-          if (dropout_.acts()) {
-            const Vec<C> factor = Vec<C>::loadu(z + c - from);
-            product = product * factor;
-            kept = kept * factor;
-          }
-          pair[u] = kept;
-          pair_t[u] = product;
         }
-        store_weights(pair[0], pair[1], weights + e);
-        store_weights(pair_t[0], pair_t[1], weights_t + e);
+        mean = mean + product;
+        if (dropout_.acts()) {
+          const Vec<C> factor = Vec<C>::loadu(z + c - from);
+          product = product * factor;
+          kept = kept * factor;
+        }
+        part[u] = kept;
+        part_t[u] = product;
       }
+      store_weights<P>(part, weights + e);
+      store_weights<P>(part_t, weights_t + e);
     }
     mean_[r] += sum_of_lanes(mean);
     for (P* row : {weights, weights_t}) {

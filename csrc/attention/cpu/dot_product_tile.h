@@ -19,6 +19,8 @@ namespace lect11ext::CPU_CAPABILITY {
 // exponent.
 template <class C>
 inline constexpr C kLogBase = std::is_same_v<C, float> ? C(1.44269504088896341) : C(1);
+template <class C>
+inline constexpr double kLogOfBase = std::is_same_v<C, float> ? 0.69314718055994531 : 1.0;
 inline Vec<float> power(Vec<float> x) { return exp2(x); }
 inline Vec<double> power(Vec<double> x) { return x.exp(); }
 
@@ -52,23 +54,6 @@ inline Vec<float> bounded(Vec<float> x) {
 inline Vec<double> bounded(Vec<double> x) { return at::vec::minimum(x, Vec<double>(kMostExcess)); }
 
 template <class C>
-inline C sum_of_lanes(const Vec<C>& v) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<C, float>) return _mm512_reduce_add_ps(v);
-#elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<C, float>) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
-#endif
-  C lanes[kLanes<C>], sum = 0;
-  v.store(lanes);
-  for (C lane : lanes) sum += lane;
-  return sum;
-}
-
-template <class C>
 inline C greatest_lane(const Vec<C>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<C, float>) return _mm512_reduce_max_ps(v);
@@ -84,17 +69,24 @@ inline C greatest_lane(const Vec<C>& v) {
   return *std::max_element(lanes, lanes + kLanes<C>);
 }
 
-// A row of weights, rounded to the operands of the next product.
-template <class C, class P>
-inline void store_weights(const Vec<C>& low, const Vec<C>& high, P* to) {
-  if constexpr (std::is_same_v<C, P>) {
-    low.store(to);
-    high.store(to + kLanes<C>);
+// Keys that a tile takes are rounded up to this: a vector of operands P, and whole blocks of dropout's stream.
+template <class P>
+inline constexpr int64_t kKeyStep = std::max<int64_t>(kLanes<P>, kDropoutBlock);
+
+// Vectors of sums of which a vector of operands is made.
+template <class P>
+inline constexpr int kParts = kLanes<P> / kLanes<Compute<P>>;
+
+// Weights, rounded to the operands of the next product.
+template <class P>
+inline void store_weights(const Vec<Compute<P>> (&weights)[kParts<P>], P* to) {
+  if constexpr (kParts<P> == 1) {
+    weights[0].store(to);
   } else {
 #if defined(__AVX512BF16__)
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]));
 #else
-    at::vec::convert_from_float<P>(low, high).store(to);
+    at::vec::convert_from_float<P>(weights[0], weights[1]).store(to);
 #endif
   }
 }
@@ -323,6 +315,19 @@ inline void add_panels(const PanelRows& rows, int64_t count, const Matrix<P>& we
     multiply<Order::Along, P>(part, last - first, keys, without_unused<P>(b, j + p, keys, part, last - first, copy),
                               {out.row(first), out.stride}, b.columns, true);
   }
+}
+
+// The gradients of t of keys j + begin … j + end − 1 of query i, to those of the mask.
+template <class C>
+inline void add_to_mask(const AttentionBackwardCpu& args, int64_t batch, int64_t head, int64_t i, int64_t j,
+                        int64_t begin, int64_t end, const C* gradient) {
+  const int64_t* strides = args.grad_mask_strides;
+  const int64_t at = batch * strides[0] + head * strides[1] + i * strides[2] + j;
+  const auto add = [&](auto* to) {
+    for (int64_t k = begin; k < end; ++k) to[k] += gradient[k];
+  };
+  if (args.wide_mask) add(static_cast<double*>(args.grad_mask) + at);
+  else add(static_cast<C*>(args.grad_mask) + at);
 }
 
 // Which sequence, head and tile a work item is. Tiles alternate from both ends, so that those of a causal attention,

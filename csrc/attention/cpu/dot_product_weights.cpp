@@ -1,6 +1,7 @@
 // The weights of dot-product attention: a tile of queries against a block of keys, one head after the other.
 #include <optional>
 
+#include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_score.h"
 #include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
@@ -40,7 +41,7 @@ class Weights {
     const Band band(args_, s);
     const int64_t most = tile_rows(s.queries), i = tile * most, rows = std::min(most, s.queries - i);
     if (rows <= 0) return;
-    const int64_t width = std::min(kBlockKeys, round_up(s.keys - j, kKeyStep));
+    const int64_t width = std::min(kBlockKeys, round_up(s.keys - j, kKeyStep<P>));
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums_.row(r), width, C(0));
     if (band.first_row(i, rows, j) < band.end_row(i, rows, j, width)) {
       const int64_t count = args_.average ? args_.heads : 1;
@@ -56,8 +57,12 @@ class Weights {
     if (first || (biased_ && !one_bias_)) any_ = find_seen(s, band, head, i, rows, j, width);
     if (!any_) return;
     const int64_t first_panel = args_.plan.first_panel(s.batch, args_.kv_heads, head / (args_.heads / args_.kv_heads));
-    const auto query = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, i, rows, query_buffer_);
-    multiply_panels<P>(*seen_, query, args_.packed_key, first_panel, j, width, scores_, /*add=*/false);
+    if (scores_by_rows(args_)) {
+      score_by_rows<S>(args_, s.batch, head, i, rows, j, std::min(width, s.keys - j), scores_);
+    } else {
+      const auto query = operand_rows<S, P>(args_.query, args_.head_dim, s.batch, head, i, rows, query_buffer_);
+      multiply_panels<P>(*seen_, query, args_.packed_key, first_panel, j, width, scores_, /*add=*/false);
+    }
     for (int64_t r = 0; r < rows; ++r) weigh(s, band, head, i + r, r, j, width);
   }
 
@@ -85,7 +90,7 @@ class Weights {
       for (int64_t k = begin; k < end; ++k) sums[k] += biased_ && bias[k] == kMinusInfinity<C> ? C(0) : lse;
       return;
     }
-    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
+    const int64_t from = begin / kKeyStep<P> * kKeyStep<P>, to = round_up(end, kKeyStep<P>);
     if (biased_) ScoreTransform<C>(args_).apply(scores, bias, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);

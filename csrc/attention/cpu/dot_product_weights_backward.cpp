@@ -1,6 +1,7 @@
 // The backward of dot-product attention's weights: 128 keys at a time meet all queries that see them, a tile after the
 // other, as in dot_product_gradients.h; what multiplies the weights is given here, not a product. Operands are of the
 // type of the sums whatever the storage.
+#include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_score.h"
 #include "attention/cpu/dot_product_weights.h"
 #include "attention/dot_product_weights_cpu.h"
@@ -47,7 +48,7 @@ class WeightsGradients {
     keys_ = HeadRows<C>(args_.packed_key, s, kv_head, first_panel_);
     const int64_t begin = blocks * part / args_.parts, end = blocks * (part + 1) / args_.parts;
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep));
+      const int64_t j = b * kKeys, width = std::min(kKeys, round_up(s.keys - j, kKeyStep<C>));
       std::fill_n(key_sums_.data, kKeys * columns_, C(0));
       const int64_t most = tile_rows(s.queries);
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -77,7 +78,8 @@ class WeightsGradients {
     const int64_t at = lse_row(args_, s.batch, head, i), row = part * args_.batch * args_.heads * args_.queries + at;
     const C* lse = static_cast<const C*>(args_.lse) + at;
     const auto query = operand_rows<S, C>(args_.query, args_.head_dim, s.batch, head, i, count, query_buffer_);
-    multiply_panels<C>(seen, query, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
+    if (scores_by_rows(args_)) score_by_rows<S>(args_, s.batch, head, i, count, j, n, scores_);
+    else multiply_panels<C>(seen, query, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     C* lse_sums = static_cast<C*>(args_.lse_sums) + row;
     for (int64_t r = 0; r < count; ++r) lse_sums[r] -= weigh(s, band, head, i + r, r, j, width, lse[r]);
     if (args_.grad_key != nullptr) {
@@ -122,7 +124,7 @@ class WeightsGradients {
     }
     C given[kKeys], full[kKeys];
     load_gradient(s.batch, head, i, j, begin, end, given);
-    const int64_t from = begin / kKeyStep * kKeyStep, to = round_up(end, kKeyStep);
+    const int64_t from = begin / kKeyStep<C> * kKeyStep<C>, to = round_up(end, kKeyStep<C>);
     const Vec<C> zero(C(0)), base(kLogBase<C>);
     const ScoreTransform<C> transform(args_);
     const Shift<C> shift(lse);
@@ -144,11 +146,7 @@ class WeightsGradients {
     std::fill(full + end, full + to, C(0));
     Vec<C> sum = zero;
     for (int64_t k = from; k < to; k += kWidth) sum = sum + Vec<C>::loadu(full + k);
-    if (args_.grad_mask != nullptr) {
-      const int64_t* strides = args_.grad_mask_strides;
-      C* mask = static_cast<C*>(args_.grad_mask) + s.batch * strides[0] + head * strides[1] + i * strides[2] + j;
-      for (int64_t k = begin; k < end; ++k) mask[k] += full[k];
-    }
+    if (args_.grad_mask != nullptr) add_to_mask(args_, s.batch, head, i, j, begin, end, full);
     return sum_of_lanes(sum);
   }
 

@@ -1,5 +1,6 @@
 // The forward of dot-product attention that leaves its weights too: what the running softmax weighed is kept for all
 // keys of a tile's rows, and divided once their sums are known.
+#include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_softmax.h"
 #include "attention/dot_product_weights_cpu.h"
 
@@ -59,7 +60,7 @@ class WithWeights : RunningSoftmax<S, P> {
     for (int64_t j = begin_, b = 0; j < end_; j += kBlockKeys, ++b) {
       scores_.data = first_score_ + (j - begin_);
       weights_.data = first_weight_ + (j - begin_);
-      block(s, band, head, i, rows, j, std::min(kBlockKeys, round_up(end_ - j, kKeyStep)));
+      block(s, band, head, i, rows, j, std::min(kBlockKeys, round_up(end_ - j, kKeyStep<P>)));
       std::copy_n(top_, rows, tops_[b]);
     }
     this->finish_all(s, head, i, rows);
@@ -72,7 +73,8 @@ class WithWeights : RunningSoftmax<S, P> {
       for (int64_t r = 0; r < rows; ++r) std::fill_n(weights_.row(r), width, P(0));
       return;
     }
-    multiply_panels<P>(seen, query_, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
+    if (scores_by_rows(args_)) score_by_rows<S>(args_, s.batch, head, i, rows, j, std::min(width, s.keys - j), scores_);
+    else multiply_panels<P>(seen, query_, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     for (int64_t r = 0; r < rows; ++r) this->weigh(s, band, head, i + r, r, j, width);
     this->start_sums(rows);
     add_panels<P>(seen, rows, weights_, values_, j, width, sums_, copy_);
@@ -90,13 +92,13 @@ class WithWeights : RunningSoftmax<S, P> {
       const Vec<C> factor(grown[0] / total), zero(C(0));
       const P* const from = first_weight_ + r * weights_.stride + at;
       C* const to = given_.row(r) + begin_ + at;
-      const int64_t n = std::min(kBlockKeys, round_up(end_ - begin_ - at, kKeyStep));
-      for (int64_t k = 0; k < n; k += 2 * kLanes<C>) {
-        Vec<C> pair[2];
-        load_pair(from + k, pair);
-        for (int v = 0; v < 2; ++v) {
-          Vec<C> weight = pair[v] * factor;
-          if (!ordinary) weight = select_equal(pair[v], zero, zero, weight);
+      const int64_t n = std::min(kBlockKeys, round_up(end_ - begin_ - at, kKeyStep<P>));
+      for (int64_t k = 0; k < n; k += kLanes<P>) {
+        Vec<C> part[kParts<P>];
+        load_weights(from + k, part);
+        for (int v = 0; v < kParts<P>; ++v) {
+          Vec<C> weight = part[v] * factor;
+          if (!ordinary) weight = select_equal(part[v], zero, zero, weight);
           C* const sum = to + k + v * kLanes<C>;
           (Vec<C>::loadu(sum) + weight).store(sum);
         }
@@ -104,12 +106,12 @@ class WithWeights : RunningSoftmax<S, P> {
     }
   }
 
-  static void load_pair(const P* from, Vec<C> (&pair)[2]) {
-    if constexpr (std::is_same_v<P, C>) {
-      for (int v = 0; v < 2; ++v) pair[v] = Vec<C>::loadu(from + v * kLanes<C>);
+  static void load_weights(const P* from, Vec<C> (&part)[kParts<P>]) {
+    if constexpr (kParts<P> == 1) {
+      part[0] = Vec<C>::loadu(from);
     } else {
       const auto [low, high] = at::vec::convert_to_float<P>(Vec<P>::loadu(from));
-      pair[0] = low, pair[1] = high;
+      part[0] = low, part[1] = high;
     }
   }
 
