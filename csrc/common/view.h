@@ -10,6 +10,13 @@ inline constexpr int kMaxDims = 8;
 
 enum class DType : int8_t { Float, Double, BFloat16, Half };
 
+// Bytes of an element as it is stored, and as kernels compute with it.
+constexpr int64_t storage_size(DType type) { return type == DType::Double ? 8 : type == DType::Float ? 4 : 2; }
+constexpr int64_t compute_size(DType type) { return type == DType::Double ? 8 : 4; }
+
+constexpr int64_t divide_up(int64_t n, int64_t step) { return (n + step - 1) / step; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
+
 // Sizes shared by all operands of an elementwise kernel. Dimensions that every operand can merge are merged, those of
 // size one dropped; ndim is at least 1. Elements are numbered in row-major order.
 struct Shape {

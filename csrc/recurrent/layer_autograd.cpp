@@ -170,39 +170,7 @@ Outputs autocast_forward(const Inputs& in, bool save) {
   const c10::impl::ExcludeDispatchKeyGuard without(key);
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  const auto cast_optional = [&](const OptionalTensor& t) {
-    return autograd::defined(t) ? OptionalTensor(cast(*t)) : std::nullopt;
-  };
-  const Tensor input = cast(in.input), h = cast(in.h), hh = cast(in.weight_hh);
-  const OptionalTensor c = cast_optional(in.c), ih = cast_optional(in.weight_ih), bias_ih = cast_optional(in.bias_ih),
-                       bias_hh = cast_optional(in.bias_hh), hr = cast_optional(in.weight_hr),
-                       peephole = cast_optional(in.weight_peephole), norm = cast_optional(in.weight_norm),
-                       hidden_mask = cast_optional(in.hidden_mask);
-  return call_forward({input,
-                       h,
-                       c,
-                       ih,
-                       hh,
-                       bias_ih,
-                       bias_hh,
-                       hr,
-                       peephole,
-                       norm,
-                       hidden_mask,
-                       in.lengths,
-                       in.reset,
-                       in.zoneout_h,
-                       in.zoneout_c,
-                       in.candidate,
-                       in.reset_after,
-                       in.zoneout_rate_h,
-                       in.zoneout_rate_c,
-                       in.grad_clip,
-                       in.truncate,
-                       in.recompute,
-                       in.reverse,
-                       in.batch_first},
-                      save);
+  return call_forward(MappedInputs(in, cast).in, save);
 }
 
 }  // namespace

@@ -21,6 +21,15 @@ namespace lect11ext::layer_op {
 // of a weight has a place. The batch need not be one.
 inline int64_t known(const c10::SymInt& size) { return size.guard_int(__FILE__, __LINE__); }
 
+// Norms of a 16-bit type are found in float32, forwards and backwards: at a state of zero 1/σ is 316, whose cube, in
+// its derivative, float16 has not, and neither type has digits for differences from a mean.
+inline bool loses_norms(const Inputs& in) { return in.has_norm() && in.input.element_size() == 2; }
+inline Tensor widened(const Tensor& t) { return t.defined() ? t.to(at::kFloat) : t; }
+inline Outputs widened(const Outputs& out) {
+  return {widened(out.out),   widened(out.h),      widened(out.c),   widened(out.gates),
+          widened(out.cells), widened(out.normed), widened(out.rstd)};
+}
+
 // The masks of a step, and the states before it.
 struct Steps {
   const Inputs& in;

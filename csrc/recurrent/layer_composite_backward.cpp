@@ -221,7 +221,15 @@ class CompositeBackward {
 }  // namespace
 
 Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
-  return CompositeBackward(grads, in, kept).run(mask);
+  if (!loses_norms(in)) return CompositeBackward(grads, in, kept).run(mask);
+  const MappedInputs wide(in, [](const Tensor& t) { return widened(t); });
+  const OutputGradients wide_grads{widened(grads.out), widened(grads.h), widened(grads.c), widened(grads.gates),
+                                   widened(grads.cells)};
+  Gradients result = CompositeBackward(wide_grads, wide.in, widened(kept)).run(mask);
+  for (Tensor& t : result) {
+    if (t.defined()) t = t.to(in.input.scalar_type());
+  }
+  return result;
 }
 
 }  // namespace lect11ext::layer_op

@@ -73,8 +73,6 @@ class Scratch {
   c10::SmallVector<std::pair<void**, size_t>, 16> parts_;
 };
 
-int64_t element_size(DType type) { return type == DType::Double ? sizeof(double) : sizeof(float); }
-
 }  // namespace
 
 Outputs cpu_forward(const Inputs& in, bool save) {
@@ -115,7 +113,7 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   // caches again.
   constexpr int64_t kChunkRows = 2 * kLayerRows;
   args.chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(B, 1), 1, std::max<int64_t>(T, 1));
-  const int64_t element = element_size(args.dtype), state_bytes = B * even_hidden * element;
+  const int64_t element = compute_size(args.dtype), state_bytes = B * even_hidden * element;
   Scratch scratch;
   scratch.add(args.panels_ih, blocks * even_input * kUnits * G * element, packs && ih.has_value());
   scratch.add(args.panels_hh, blocks * even_hidden * kUnits * G * element, packs);
@@ -143,7 +141,7 @@ void run_backward(const LayerGradients& gradients, const at::TensorOptions& opti
   const bool has_mask = args.hidden_mask != nullptr, resets_first = args.cell == LayerCell::GruResetFirst;
   const int64_t B = args.batch, H = args.hidden, G = is_lstm ? 4 : 3, blocks = unit_blocks(H);
   args.shares = shares_for(B * G * H * H, H);
-  const int64_t element = element_size(args.dtype), carry = B * blocks * kUnits * element;
+  const int64_t element = compute_size(args.dtype), carry = B * blocks * kUnits * element;
   const int64_t even_columns = G * H + G * H % 2;
   const at::ScalarType type = options.dtype().toScalarType();
   const bool exchanges = is_multiplied(type, args.steps, B) && options.dtype().itemsize() == 2 && !args.rounds;

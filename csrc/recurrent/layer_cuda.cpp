@@ -44,9 +44,6 @@ class Scratch {
   c10::SmallVector<std::pair<void**, int64_t>, 8> parts_;
 };
 
-int64_t storage_size(DType type) { return type == DType::Double ? 8 : type == DType::Float ? 4 : 2; }
-int64_t compute_size(DType type) { return type == DType::Double ? 8 : 4; }
-
 // The input's part of the sums, with bias_ih.
 Tensor input_sums(const Inputs& in) {
   if (autograd::defined(in.weight_ih)) return at::linear(in.input, *in.weight_ih, in.bias_ih);

@@ -92,6 +92,60 @@ struct Inputs {
   }
 };
 
+// Inputs of which `f` made the tensors that have gradients.
+struct MappedInputs {
+  const Tensor input, h;
+  const OptionalTensor c, weight_ih;
+  const Tensor weight_hh;
+  const OptionalTensor bias_ih, bias_hh, weight_hr, weight_peephole, weight_norm, hidden_mask;
+  const Inputs in;
+
+  template <class F>
+  MappedInputs(const Inputs& from, const F& f)
+      : input(f(from.input)),
+        h(f(from.h)),
+        c(optional(from.c, f)),
+        weight_ih(optional(from.weight_ih, f)),
+        weight_hh(f(from.weight_hh)),
+        bias_ih(optional(from.bias_ih, f)),
+        bias_hh(optional(from.bias_hh, f)),
+        weight_hr(optional(from.weight_hr, f)),
+        weight_peephole(optional(from.weight_peephole, f)),
+        weight_norm(optional(from.weight_norm, f)),
+        hidden_mask(optional(from.hidden_mask, f)),
+        in{input,
+           h,
+           c,
+           weight_ih,
+           weight_hh,
+           bias_ih,
+           bias_hh,
+           weight_hr,
+           weight_peephole,
+           weight_norm,
+           hidden_mask,
+           from.lengths,
+           from.reset,
+           from.zoneout_h,
+           from.zoneout_c,
+           from.candidate,
+           from.reset_after,
+           from.zoneout_rate_h,
+           from.zoneout_rate_c,
+           from.grad_clip,
+           from.truncate,
+           from.recompute,
+           from.reverse,
+           from.batch_first} {}
+  MappedInputs(const MappedInputs&) = delete;  // `in` is of these very tensors
+
+ private:
+  template <class F>
+  static OptionalTensor optional(const OptionalTensor& t, const F& f) {
+    return autograd::defined(t) ? OptionalTensor(f(*t)) : std::nullopt;
+  }
+};
+
 // What a forward gives: what the user sees, and, where asked for, what its backward needs, over time in the order of
 // the input. Gates and cells have derivatives; with `recompute` there are no gates, and cells [·, B, H] without one.
 struct Outputs {

@@ -12,7 +12,6 @@ namespace {
 Tensor primal(const Tensor& t) { return t.defined() ? t._fw_primal(/*level=*/0) : t; }
 Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level=*/0) : Tensor(); }
 
-OptionalTensor primal(const OptionalTensor& t) { return autograd::optional_of(primal(autograd::tensor_or_none(t))); }
 Tensor tangent(const OptionalTensor& t) { return tangent(autograd::tensor_or_none(t)); }
 
 // Adds two terms of which either may be missing.
@@ -20,56 +19,13 @@ void accumulate(Tensor& sum, const Tensor& term) {
   if (term.defined()) sum = sum.defined() ? sum + term : term;
 }
 
-// All of a forward's inputs without their tangents.
-struct Primals {
-  const Tensor input, h;
-  const OptionalTensor c, weight_ih;
-  const Tensor weight_hh;
-  const OptionalTensor bias_ih, bias_hh, peephole, norm, hidden_mask, none;
-  const Inputs in;
-
-  explicit Primals(const Inputs& dual)
-      : input(primal(dual.input)),
-        h(primal(dual.h)),
-        c(primal(dual.c)),
-        weight_ih(primal(dual.weight_ih)),
-        weight_hh(primal(dual.weight_hh)),
-        bias_ih(primal(dual.bias_ih)),
-        bias_hh(primal(dual.bias_hh)),
-        peephole(primal(dual.weight_peephole)),
-        norm(primal(dual.weight_norm)),
-        hidden_mask(primal(dual.hidden_mask)),
-        in{input,
-           h,
-           c,
-           weight_ih,
-           weight_hh,
-           bias_ih,
-           bias_hh,
-           none,
-           peephole,
-           norm,
-           hidden_mask,
-           dual.lengths,
-           dual.reset,
-           dual.zoneout_h,
-           dual.zoneout_c,
-           dual.candidate,
-           dual.reset_after,
-           dual.zoneout_rate_h,
-           dual.zoneout_rate_c,
-           dual.grad_clip,
-           dual.truncate,
-           dual.recompute,
-           dual.reverse,
-           dual.batch_first} {}
-};
+const OptionalTensor kNone;
 
 class Tangents {
  public:
   Tangents(const Inputs& dual, const Outputs& out)
       : dual_(dual),
-        primals_(dual),
+        primals_(dual, [](const Tensor& t) { return primal(t); }),
         in_(primals_.in),
         steps_(in_),
         out_(out),
@@ -157,7 +113,7 @@ class Tangents {
   }
 
   Inputs recurrence(const Tensor& sums, const Tensor& factors) const {
-    const OptionalTensor& none = primals_.none;
+    const OptionalTensor& none = kNone;
     return {sums,
             h_,
             c_,
@@ -259,7 +215,7 @@ class Tangents {
   }
 
   const Inputs& dual_;
-  const Primals primals_;
+  const MappedInputs primals_;  // without their tangents
   const Inputs& in_;
   const Steps steps_;
   const Outputs& out_;
@@ -274,6 +230,13 @@ class Tangents {
 
 }  // namespace
 
-OutputGradients tangents(const Inputs& dual, const Outputs& out) { return Tangents(dual, out).run(); }
+OutputGradients tangents(const Inputs& dual, const Outputs& out) {
+  if (!loses_norms(dual)) return Tangents(dual, out).run();
+  const MappedInputs wide(dual, [](const Tensor& t) { return widened(t); });
+  const Outputs wide_out = widened(out);
+  const OutputGradients d = Tangents(wide.in, wide_out).run();
+  const auto back = [&](const Tensor& t) { return t.defined() ? t.to(dual.input.scalar_type()) : t; };
+  return {back(d.out), back(d.h), back(d.c), back(d.gates), back(d.cells)};
+}
 
 }  // namespace lect11ext::layer_op

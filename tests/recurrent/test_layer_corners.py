@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import functional_call, hessian
+from torch.func import functional_call, hessian, jvp
 
 from lect11ext import functional, nn, reference
 
@@ -108,3 +108,37 @@ def test_no_steps_with_a_projection_leave_the_graph_whole() -> None:
     assert output.shape == (0, 2, 3)
     (grad,) = torch.autograd.grad(output.sum(), x)
     assert grad.shape == x.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_derivatives_of_norms_in_16_bits(kind: str, dtype: torch.dtype) -> None:
+    """At a state of zero a norm divides by the root of its epsilon alone, whose cube is beyond float16."""
+    for options in ({}, {"proj_size": 4}) if kind == "LSTM" else ({},):
+        layer = getattr(nn, kind)(8, 16, layer_norm=True, **options).to(dtype)
+        x = torch.randn(5, 3, 8, dtype=dtype)
+        results = []
+        for type_ in (dtype, torch.float64):
+            again, input_ = copy.deepcopy(layer).to(type_), x.to(type_).requires_grad_()
+            (first,) = torch.autograd.grad(again(input_)[0].square().sum(), input_, create_graph=True)
+            second = torch.autograd.grad(first.square().sum(), list(again.parameters()))
+            _, tangent = jvp(lambda z, again=again: again(z)[0], (x.to(type_),), (x.to(type_),))
+            results.append([first, *second, tangent])
+        for got, exact in zip(*results, strict=True):
+            # Some roundings of outputs and gates, of 8 or 11 bits, twice differentiated.
+            assert (got.double() - exact).norm() <= 16 * torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bias_gradients_of_very_many_rows(kind: str) -> None:
+    ours = getattr(nn, kind + "Cell")(2, 4)
+    torchs, exact = (getattr(torch.nn, kind + "Cell")(2, 4, dtype=t) for t in (torch.float32, torch.float64))
+    x = torch.randn(200_000, 2) + 0.5
+    grads = []
+    for cell in (ours, torchs, exact):
+        cell.load_state_dict(ours.state_dict())
+        output = cell(x.to(cell.weight_ih.dtype))
+        (output[0] if kind == "LSTM" else output).sum().backward()
+        grads.append(torch.cat([cell.bias_ih.grad, cell.bias_hh.grad]))
+    error, rival = ((g.double() - grads[2]).norm() for g in grads[:2])
+    assert error <= 2 * rival

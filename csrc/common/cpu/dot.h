@@ -11,10 +11,6 @@
 
 namespace lect11ext::CPU_CAPABILITY {
 
-// The type that sums are kept in.
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 // A vector step of one storage type: what is loaded, how many elements, and the multiply-add into Compute lanes.
 template <class S>
 struct Step {

@@ -31,6 +31,23 @@ inline Vec<T> finite(Vec<T> x) {
   return at::vec::clamp_max(x, Vec<T>(std::numeric_limits<T>::max()));
 }
 
+template <class T>
+inline T sum_of_lanes(const Vec<T>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps(v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+#endif
+  T lanes[kLanes<T>], sum = 0;
+  v.store(lanes);
+  for (T lane : lanes) sum += lane;
+  return sum;
+}
+
 // a < b ? x : y and a == b ? x : y, neither being true of NaN. at::vec's comparisons make lanes of ones, which its
 // blendv then tests again.
 template <class T>

@@ -28,6 +28,10 @@ inline constexpr DType kDType = std::is_same_v<T, float>          ? DType::Float
 template <class T>
 inline constexpr bool kIsHalf = sizeof(T) == 2;
 
+// The type in which a kernel computes with elements of type S, sums above all.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 // A vector of floats from and to a 16-bit type.
 template <class S>
 inline Vec<float> load_floats(const S* from) {

@@ -174,18 +174,30 @@ void product(const Product& args, int64_t begin, int64_t end) {
   }
 }
 
+// Rows that are added up before what was found is, with the rounding of the last time made good: the error of a sum of
+// a million rows is that of 32.
+constexpr int64_t kSumRows = 32;
+
 template <class S>
 void column_sums(const ColumnSums& args, int64_t begin, int64_t end) {
   using C = Compute<S>;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * kSumColumns, n = std::min(kSumColumns, args.n - first);
-    alignas(64) C sums[kSumColumns] = {};
+    alignas(64) C sums[kSumColumns] = {}, part[kSumColumns], lost[kSumColumns] = {};
     C widened[kSumColumns];
-    for (int64_t m = 0; m < args.m; ++m) {
-      const int64_t at = m * args.n + first;
-      if (args.rounded) convert(static_cast<const S*>(args.a) + at, widened, n);
-      const C* row = args.rounded ? widened : static_cast<const C*>(args.a) + at;
-      for (int64_t i = 0; i < n; ++i) sums[i] += row[i];
+    for (int64_t begin = 0; begin < args.m; begin += kSumRows) {
+      std::fill_n(part, n, C(0));
+      for (int64_t m = begin; m < std::min(begin + kSumRows, args.m); ++m) {
+        const int64_t at = m * args.n + first;
+        if (args.rounded) convert(static_cast<const S*>(args.a) + at, widened, n);
+        const C* row = args.rounded ? widened : static_cast<const C*>(args.a) + at;
+        for (int64_t i = 0; i < n; ++i) part[i] += row[i];
+      }
+      for (int64_t i = 0; i < n; ++i) {  // Kahan 1965
+        const C next = part[i] - lost[i], sum = sums[i] + next, error = (sum - sums[i]) - next;
+        lost[i] = error - error == 0 ? error : 0;  // of inf there is none
+        sums[i] = sum;
+      }
     }
     convert(sums, static_cast<S*>(args.out) + first, n);
   }

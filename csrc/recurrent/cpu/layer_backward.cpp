@@ -233,8 +233,8 @@ class Backward : BackwardShare<S, kCell, Sum> {
         sum = sum + first_lanes(grad, left);
         along = along + first_lanes(grad * normed, left);
       });
-      moments(block, b)[0] = sum_lanes(sum);
-      moments(block, b)[1] = sum_lanes(along);
+      moments(block, b)[0] = sum_of_lanes(sum);
+      moments(block, b)[1] = sum_of_lanes(along);
     }
   }
 

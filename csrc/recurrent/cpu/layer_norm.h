@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "common/cpu/math.h"
 #include "recurrent/cpu/layer_common.h"
 
 namespace lect11ext::CPU_CAPABILITY {
@@ -14,11 +15,6 @@ namespace lect11ext::CPU_CAPABILITY {
 template <class C>
 inline Vec<C> first_lanes(Vec<C> v, int64_t left) {
   return left >= kLanes<C> ? v : Vec<C>::set(Vec<C>(C(0)), v, left);
-}
-
-template <class C>
-inline C sum_lanes(Vec<C> v) {
-  return at::vec::vec_reduce_all<C>([](const Vec<C>& a, const Vec<C>& b) { return a + b; }, v);
 }
 
 // A block's two sums, of which every row has one: [blocks, B, 2].
@@ -39,13 +35,13 @@ inline void measure_block(const C* sums, int64_t units, C* moments) {
     }
   };
   each([&](Vec<C> v, int64_t left) { total = total + first_lanes(v, left); });
-  const C mean = sum_lanes(total) / C(kGates * units);
+  const C mean = sum_of_lanes(total) / C(kGates * units);
   each([&](Vec<C> v, int64_t left) {
     const Vec<C> from_mean = first_lanes(v - Vec<C>(mean), left);
     squares = at::vec::fmadd(from_mean, from_mean, squares);
   });
   moments[0] = mean;
-  moments[1] = sum_lanes(squares);
+  moments[1] = sum_of_lanes(squares);
 }
 
 template <class C>
