@@ -142,7 +142,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& like, int64_t numel, const std::optional<at::Generator>& generator) {
         return philox_key(like, numel, generator);
       },
-      NoGil());
+      NoGil(), py::arg("like"), py::arg("numel").noconvert(), py::arg("generator"));
   m.def(
       "lstm_cell",
       [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& weight_ih,
@@ -160,7 +160,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          std::optional<double> grad_clip) {
         return std::get<0>(gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip, false));
       },
-      NoGil());
+      NoGil(), py::arg("input"), py::arg("h"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
+      py::arg("bias_hh"), py::arg("reset_after").noconvert(), py::arg("grad_clip"));
   m.def(
       "lstm_cell_packed",
       [](const at::Tensor& input, const at::Tensor& h, const at::Tensor& c, const at::Tensor& packed_ih,

@@ -67,6 +67,15 @@ def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NU
         raise ValueError(f"{name} must be finite, but got {number}")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises unless they are sizes: of a module, whose tensors would only say that some size was negative."""
+    for name, size in sizes.items():
+        check_type(name, size, (int,))
+        check_range(name, size)
+        if size < 0:
+            raise ValueError(f"{name} must be nonnegative, but got {size}")
+
+
 def check_range(name: str, number: float | None) -> None:
     """Raises where it is an int that no kernel's int64 holds."""
     if isinstance(number, Integral) and not -(2**63) <= number < 2**63:

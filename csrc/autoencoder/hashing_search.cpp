@@ -41,8 +41,6 @@ bool has_instruction() {
 #endif
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // --- all distances ------------------------------------------------------------------------------------------------
 
 // Codes with their batch expanded, and unit stride in their bytes.

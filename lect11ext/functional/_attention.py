@@ -59,6 +59,7 @@ def check_options(
     window: Window | None,
     softcap: float | None,
     causal_alignment: str,
+    return_lse: bool = False,
 ) -> Options:
     """Raises for what is out of range; the causal bound goes into the window."""
     check_type("dropout_p", dropout_p, NUMBER)
@@ -66,6 +67,7 @@ def check_options(
         raise ValueError(f"dropout_p must be a probability, from 0 to 1, but got {dropout_p}")
     check_type("is_causal", is_causal, (bool,))
     check_type("enable_gqa", enable_gqa, (bool,))
+    check_type("return_lse", return_lse, (bool,))
     if scale is not None:
         check_finite("scale", scale)
     if softcap is not None:

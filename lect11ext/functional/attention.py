@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
     autocast's type. Dropout's noise is regenerated in the backward, never stored.
 
     Scores of any size give finite gradients. A backward makes the weights again from the LSE, which is rounded like any
-    number: where scores exceed 10⁴, and there are 16 queries or fewer for a head of the keys, they are off by a
+    number: where scores exceed 10⁴, and on CUDA 16 queries or fewer share a head of the keys, they are off by a
     rounding of the score; and where a mask is one huge number for a whole row (−10⁹, the lowest one), the row's keys
     each count once in the gradients, not 1/S. −inf, or False, bars a row.
 
@@ -111,7 +111,7 @@ def scaled_dot_product_attention(
         and dropout_key is None
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and causal_alignment == "top_left"
-        and type(is_causal) is type(enable_gqa) is bool
+        and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
         and not is_overridden(query, key, value)
         and _fit(query, key, value, enable_gqa)
     ):
@@ -128,7 +128,9 @@ def scaled_dot_product_attention(
             alibi_slopes=alibi_slopes, softcap=softcap, causal_alignment=causal_alignment, return_lse=return_lse,
             generator=generator, dropout_key=dropout_key,
         )  # fmt: skip
-    options = common.check_options(dropout_p, is_causal, scale, enable_gqa, window, softcap, causal_alignment)
+    options = common.check_options(
+        dropout_p, is_causal, scale, enable_gqa, window, softcap, causal_alignment, return_lse
+    )
     q, k, v, shape = common.canonical(query, key, value, enable_gqa)
     mask = common.canonical_mask(attn_mask, shape)
     slopes = common.canonical_slopes(alibi_slopes, shape)
@@ -260,7 +262,9 @@ def varlen_attention(
         >>> lect11ext.functional.varlen_attention(tokens, tokens, tokens, starts, starts, is_causal=True).shape
         torch.Size([7, 2, 8])
     """
-    options = common.check_options(dropout_p, is_causal, scale, enable_gqa, window, softcap, causal_alignment)
+    options = common.check_options(
+        dropout_p, is_causal, scale, enable_gqa, window, softcap, causal_alignment, return_lse
+    )
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_type(name, x, TENSOR)
         if x.dim() != 3:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._errors import NUMBER, TENSOR, check_device, check_type
+from .._errors import NUMBER, TENSOR, check_device, check_type, plain
 from . import _attention as common
 from ._attention import Window
 from .attention import scaled_dot_product_attention
@@ -73,6 +73,7 @@ def kernel_attention(
         True
     """
     check_type("enable_gqa", enable_gqa, (bool,))
+    check_type("return_lse", return_lse, (bool,))
     _, _, _, shape = common.canonical(query, key, value, enable_gqa)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not x.is_floating_point():
@@ -139,7 +140,7 @@ def _inverse_square(width: float | Tensor, shape: common.Shape, query: Tensor) -
     if not isinstance(width, Tensor):
         check_type("width", width, (*NUMBER, Tensor))
         least = 1.01 * sys.float_info.max**-0.5
-        if not least <= width <= sys.float_info.max:
+        if not least <= plain(width) <= sys.float_info.max:
             raise ValueError(f"width must be finite and at least {least:.2g}, so that 1/width² is, but got {width}")
         return float(width) ** -2
     check_device("width", width, query)

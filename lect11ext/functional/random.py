@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .._errors import OPTIONAL_GENERATOR, TENSOR, wrong_type
+from .._errors import OPTIONAL_GENERATOR, TENSOR, check_range, wrong_type
 from .._load import _C
 
 
@@ -123,6 +123,8 @@ def philox_normal(size: Sequence[int], key: Tensor, *, dtype: torch.dtype = torc
         shape = [n if isinstance(n, int | torch.SymInt) else operator.index(n) for n in size]
     except TypeError:
         raise TypeError(f"size must be a sequence of ints, but got {size!r}") from None
+    for n in shape:
+        check_range("size", n)
     for name, value, kind in (("key", key, Tensor), ("dtype", dtype, torch.dtype)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, but got {type(value).__name__}")

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .._errors import TENSOR, check_device, check_type
-
-Window = tuple[int | None, int | None]
+from ..functional._attention import Window
 
 LEAST_BASE, MOST_BASE = 1e-20, 1e38  # of rotate: beyond them an angle would be infinite in float32, and its sine NaN
 

@@ -11,9 +11,9 @@ from torch.nn.functional import linear, pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
-from .._errors import NUMBER, OPTIONAL_INT, TENSOR, check_type
+from .._errors import NUMBER, OPTIONAL_INT, TENSOR, check_sizes, check_type
 from ..functional import attention_weights, scaled_dot_product_attention, varlen_attention
-from ..functional._attention import check_window, dropout_key_for
+from ..functional._attention import Window, check_window, dropout_key_for
 from ..functional._attention_weights import attention_with_weights
 from ..functional.attention import check_sequences, jagged_parts
 from ._attention_inputs import (
@@ -28,8 +28,6 @@ from ._attention_inputs import (
     positions_of,
     rotate,
 )
-
-Window = tuple[int | None, int | None]
 
 
 class MultiheadAttention(nn.Module):
@@ -125,6 +123,7 @@ class MultiheadAttention(nn.Module):
             raise ValueError(f"dropout must be a probability, from 0 to 1, but got {dropout}")
         for name, optional in (("kdim", kdim), ("vdim", vdim), ("num_kv_heads", num_kv_heads)):
             check_type(name, optional, OPTIONAL_INT)
+        check_sizes(kdim=kdim or 0, vdim=vdim or 0)
         if num_kv_heads is not None and (num_kv_heads <= 0 or num_heads % num_kv_heads):
             raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, but got {num_kv_heads}")
         check_window(window)

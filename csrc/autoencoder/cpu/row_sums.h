@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "autoencoder/row_tiles.h"
+#include "common/cpu/math.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/normal.h"
 
@@ -38,7 +39,7 @@ T row_sum(const T* values, int64_t n) {
   if (n >= kLanes<T>) {
     Vec<T> partial(T(0));
     for (; i + kLanes<T> <= n; i += kLanes<T>) partial = partial + Vec<T>::loadu(values + i);
-    sum = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, partial);
+    sum = sum_of_lanes(partial);
   }
   for (; i < n; ++i) sum += values[i];
   return sum;

@@ -2,14 +2,12 @@
 // row comes from memory: those to be read next are asked for ahead.
 #include "autoencoder/sparse_code.h"
 
+#include "common/cpu/math.h"
 #include "common/cpu/memory.h"
 #include "common/cpu/scratch.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
-
-template <class S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // Vectors of the arithmetic in one of the storage type S.
 template <class S>
@@ -44,18 +42,21 @@ inline void for_vectors(int64_t width, F f) {
 
 // --- weighted sums ------------------------------------------------------------------------------------------------
 
-// Columns whose sums stay in registers while all rows of a batch pass.
+// Columns whose sums stay in registers while all rows of a batch pass, and how many rows ahead theirs are asked for:
+// some 100 lines.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kHeld = 16;
+constexpr int kHeld = 16, kAhead = 8;
 #else
-constexpr int kHeld = 8;
+constexpr int kHeld = 8, kAhead = 24;
 #endif
-// Rows whose places are looked up together, and how many rows ahead their columns are asked for.
-constexpr int kBatch = 64, kAhead = 8;
+// Rows whose places are looked up together.
+constexpr int kBatch = 64;
 
-// sums[d …] += Σ weights[i] · rows[i][d …], of kHeld vectors; behind the rows lie kAhead more.
+// sums[d …] += Σ weights[i] · rows[i][d …], of kHeld vectors; behind the rows lie kAhead more. In the end the first
+// rows are asked for again, at the columns that come next, or where these are the last the rows behind.
 template <class S>
-inline void add_columns(const S* const* rows, const Compute<S>* weights, int64_t count, int64_t d, Compute<S>* sums) {
+inline void add_columns(const S* const* rows, const Compute<S>* weights, int64_t count, int64_t d, bool last,
+                        Compute<S>* sums) {
   using T = Compute<S>;
   constexpr int kPart = kHeld / kParts<S>;  // vectors of storage
   constexpr int64_t kLine = 64 / sizeof(S);
@@ -64,7 +65,10 @@ inline void add_columns(const S* const* rows, const Compute<S>* weights, int64_t
   for (int v = 0; v < kHeld; ++v) sum[v] = Vec<T>::loadu(sums + d + v * kLanes<T>);
   for (int64_t i = 0; i < count; ++i) {
     const Vec<T> weight(weights[i]);
-    for (int64_t at = 0; at < kPart * kLanes<S>; at += kLine) __builtin_prefetch(rows[i + kAhead] + d + at);
+    const S* const ahead = i + kAhead < count ? rows[i + kAhead] + d
+                           : last             ? rows[i + kAhead]
+                                              : rows[i + kAhead - count] + d + kPart * kLanes<S>;
+    for (int64_t at = 0; at < kPart * kLanes<S>; at += kLine) __builtin_prefetch(ahead + at);
 #pragma GCC unroll 16
     for (int v = 0; v < kPart; ++v) {
       const Lanes<S> row = widen<S>(Vec<S>::loadu(rows[i] + d + v * kLanes<S>));
@@ -124,7 +128,7 @@ void sum_rows(const WeightedRows& args, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) weights[i] = values[place(e + i)];
       for (int64_t i = 0; i < count; ++i) rows[kAhead + i] = row_at(e + kAhead + i);
       for (int64_t d = 0; d < whole; d += kColumns) {
-        add_columns<S>(rows, weights, count, d, sums);
+        add_columns<S>(rows, weights, count, d, d + kColumns == whole, sums);
       }
       for (int64_t i = 0; i < count && whole < args.width; ++i) {
         add_rest<S>(rows[i], weights[i], whole, args.width, sums);
@@ -164,7 +168,7 @@ inline void dot_rows(const S* const* rows, const Compute<S>* dense, int64_t widt
   for (int i = 0; i < N; ++i) {
     Vec<T> total = sum[i].part[0];
     for (int part = 1; part < kParts<S>; ++part) total = total + sum[i].part[part];
-    out[i] = at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, total);
+    out[i] = sum_of_lanes(total);
   }
 }
 

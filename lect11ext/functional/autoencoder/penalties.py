@@ -78,13 +78,13 @@ def sparse_activation(
         (torch.Size([8, 100]), torch.Size([8]))
     """
     check_type("penalty", penalty, (str,))
+    check_type("target", target, NUMBER)
     if penalty not in ("l1", "kl"):
         raise ValueError(f"penalty must be 'l1' or 'kl', but got {penalty!r}")
     if penalty == "l1":
         return _penalized(input, scale, activation, penalty)
     if activation != "sigmoid":
         raise ValueError(f"activation must be 'sigmoid' for the KL penalty, but got {activation!r}")
-    check_type("target", target, NUMBER)
     if not 0 < target < 1:
         raise ValueError(f"target must lie between 0 and 1, but got {target}")
     if scale is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_device, check_type, plain
+from ..._errors import NUMBER, OPTIONAL_GENERATOR, OPTIONAL_NUMBER, TENSOR, check_device, check_range, check_type, plain
 
 # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 NamedWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]
@@ -53,6 +53,7 @@ def check_clip(grad_clip: float | None) -> None:
 def check_steps(name: str, steps: int) -> None:
     """Raises unless it is a number of steps, or 0."""
     check_type(name, steps, (int,))
+    check_range(name, steps)
     if steps < 0:
         raise ValueError(f"{name} must be a number of steps, or 0 for none, but got {steps}")
 

@@ -103,10 +103,11 @@ def lstm(
     Gradients: through every output to every tensor, of any order, in ``eval()`` too; forward-mode AD; ``vmap`` (batched
     weights run once a sample). Deterministic: the same bits in every run, and for any number of threads but where
     torch's own products and norms serve (a layer norm of the inputs, projections). Sums are kept in float32 (float64
-    for float64), of the 16-bit types c too within a call. Under autocast the layer runs in autocast's type. With
-    projections a layer runs step by step from the fused cells; a compiled or exported graph of its derivatives then
-    holds for one number of steps, and any batch. On CUDA float32 is multiplied as TF32 where
-    ``torch.backends.cudnn.rnn.fp32_precision`` says so, as torch.nn's layers are.
+    for float64), of the 16-bit types c too within a call, but for projections, whose states are rounded at every step
+    as torch.nn's are. Under autocast the layer runs in autocast's type. With projections a layer runs step by step from
+    the fused cells; a compiled or exported graph of its derivatives then holds for one number of steps, and any batch.
+    On CUDA float32 is multiplied as TF32 where ``torch.backends.cudnn.rnn.fp32_precision`` says so, as torch.nn's
+    layers are.
 
     Raises:
         TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.

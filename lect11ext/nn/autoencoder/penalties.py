@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..._errors import check_type
+from ..._errors import check_sizes, check_type
 from ...functional import contractive_linear, sparse_activation
 
 
@@ -40,6 +40,7 @@ class ContractiveLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(in_features=in_features, out_features=out_features)
         check_type("bias", bias, (bool,))  # activation comes next
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..._errors import TENSOR, check_type
+from ..._errors import TENSOR, check_sizes, check_type
 from ...functional import sparse_decode, topk_code, topk_encode
 
 
@@ -60,8 +60,7 @@ class TopKAutoencoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("hidden_features", hidden_features), ("k", k)):
-            check_type(name, size, (int,))
+        check_sizes(in_features=in_features, hidden_features=hidden_features, k=k)
         if not 1 <= k <= hidden_features:
             raise ValueError(f"k must be in [1, {hidden_features}], the hidden features, but got {k}")
         topk_code(torch.zeros(0, hidden_features, device="cpu"), k, activation=activation)  # checks

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._errors import check_sizes
 from ...functional import gaussian_rsample_kl
 
 
@@ -54,6 +55,7 @@ class GaussianLatent(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(in_features=in_features, latent_features=latent_features)
         super().__init__()
         self.mean = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.logvar = nn.Linear(in_features, latent_features, bias, device, dtype)
@@ -148,6 +150,7 @@ class ConditionalGaussianLatent(GaussianLatent):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(in_features=in_features, condition_features=condition_features)
         super().__init__(
             in_features + condition_features, latent_features, bias, num_samples=num_samples, free_bits=free_bits,
             logvar_range=logvar_range, reduction=reduction, device=device, dtype=dtype,

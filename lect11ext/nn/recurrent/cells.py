@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..._errors import check_type
+from ..._errors import check_sizes, check_type
 from ..._load import _C
 from ...functional import gru_cell, lstm_cell
 from ...functional.random import in_functorch
@@ -127,6 +127,7 @@ class LSTMCell(_Cell):
         candidate: str = "tanh",
         grad_clip: float | None = None,
     ) -> None:
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         if candidate not in ("tanh", "sigmoid"):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
@@ -181,6 +182,7 @@ class GRUCell(_Cell):
         reset_after: bool = True,
         grad_clip: float | None = None,
     ) -> None:
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         check_type("reset_after", reset_after, (bool,))
         self.reset_after = reset_after
