@@ -309,7 +309,7 @@ class Gradients {
       if (!has_bias_) return power(bounded(at::vec::fmadd(raw, transform.scale, Vec<C>(-lse))) * base);
       const auto capped = transform.capped(raw);
       slope = capped.slope, bend = capped.bend;
-      const Vec<C> t = has_bias_ ? transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + e)) : capped.t;
+      const Vec<C> t = transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + e));
       return power(bounded(t - Vec<C>(lse)) * base);
     };
     C own_delta, share = 1;  // of a weight, what is its own but for the rounding of the LSE
