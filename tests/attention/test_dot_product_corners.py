@@ -352,6 +352,16 @@ def test_gradients_of_few_queries_keep_the_forwards_scores(
         assert relative(ours, exact) <= 2 * relative(rival, exact)
 
 
+@pytest.mark.parametrize("columns", [16, 24, 31, 72])
+@pytest.mark.parametrize("queries", [1, 64])
+def test_weights_of_a_backward_sum_to_one(columns: int, queries: int, capability: str) -> None:
+    """Scores of 60 and more; in base 2 they are multiplied by a factor that is itself rounded."""
+    query, key = torch.randn(64, 1, queries, columns) * 20, torch.randn(64, 1, 512, columns)
+    value = torch.zeros(64, 1, 512, 1, requires_grad=True)
+    (weights,) = torch.autograd.grad(sdpa(query, key, value).sum(), value)
+    assert abs((weights.double().sum(2) / queries - 1).mean()) < 1.2e-6  # of 5e-6 with its rounding
+
+
 def test_gradient_of_a_mask_that_very_many_scores_share() -> None:
     q, k, v = torch.randn(16, 16, 1024, 8), torch.randn(16, 16, 16, 8), torch.randn(16, 16, 16, 8) + 3
     mask, cotangent = torch.zeros(1, 1, 1, 16), torch.rand(q.shape)

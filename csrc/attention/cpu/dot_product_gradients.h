@@ -294,11 +294,11 @@ class Gradients {
     const Vec<C> zero(C(0));
     const ScoreTransform<C> transform(args_);
     const Vec<C> factor(factor_), base(kLogBase<C>);
-    const Shift<C> shift(lse);
+    const Shift<C> shift(lse, exponent_of_score(factor_, args_.scale));
     const Vec<C> delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     const bool keeps_bias = args_.grad_mask != nullptr;
-    const bool fast = !has_bias_ && std::abs(lse) < kLargeExponent<C> / 2;
+    const bool fast = !has_bias_ && std::abs(lse) < kLargeExponent<C> * C(0.75);  // an lse is ln 2 of an exponent
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
     const auto kept_at = [&](int64_t e) { return dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1)); };
@@ -306,7 +306,7 @@ class Gradients {
     const auto weight_at = [&](int64_t e, Vec<C>& slope, Vec<C>& bend) __attribute__((always_inline)) {
       const Vec<C> raw = Vec<C>::loadu(p + e);
       if (fast) return shift.weight(raw, factor);
-      if (!has_bias_) return power(bounded(at::vec::fmadd(raw, transform.scale, Vec<C>(-lse))) * base);
+      if (!has_bias_) return power(bounded(transform.bounded_below(raw * transform.scale) - Vec<C>(lse)) * base);
       const auto capped = transform.capped(raw);
       slope = capped.slope, bend = capped.bend;
       const Vec<C> t = transform.biased(capped.t, Vec<C>::loadu(bias_.row(r) + e));

@@ -184,10 +184,12 @@ class RunningSoftmax {
       std::fill(out, out + args_.value_dim, S(0));
       return;
     }
-    // Of the shift that the weights have, and rounded once: what is lost here is an error of all weights of a backward.
-    const C shift = top_[r] * factor_;
-    const double exponent = std::abs(shift) > kLargeExponent<C> ? static_cast<double>(top_[r]) * factor_ : shift;
-    lse = static_cast<C>(exponent * kLogOfBase<C> + log_of_total);
+    // What is lost here is an error of all weights of a backward. Of a large score the backward has the product with
+    // the scale, rounded; else the shift that the weights had, and the factor's own rounding is made good.
+    const C shift = top_[r] * factor_, scale = biased_ ? C(1) : static_cast<C>(args_.scale);
+    const double exact = (biased_ ? 1.0 : args_.scale) / kLogOfBase<C>, top = top_[r];
+    if (std::abs(shift) > kLargeExponent<C>) lse = top_[r] * scale + log_of_total;
+    else lse = static_cast<C>((shift + top * (exact - factor_)) * kLogOfBase<C> + log_of_total);
     const Vec<C> inverse(C(1) / total);
     for (int64_t c = 0; c < columns_; c += kLanes<C>)
       (Vec<C>::loadu(sums_.row(r) + c) * inverse).store(sums_.row(r) + c);

@@ -95,7 +95,7 @@ class Weights {
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
     const Vec<C> factor(factor_);
-    const Shift<C> shift(lse);
+    const Shift<C> shift(lse, biased_ ? kLogBase<C> : exponent_of_score(factor_, args_.scale));
     C z[kBlockKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
 #pragma GCC unroll 4

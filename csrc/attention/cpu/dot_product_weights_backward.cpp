@@ -127,7 +127,7 @@ class WeightsGradients {
     const int64_t from = begin / kKeyStep<C> * kKeyStep<C>, to = round_up(end, kKeyStep<C>);
     const Vec<C> zero(C(0)), base(kLogBase<C>);
     const ScoreTransform<C> transform(args_);
-    const Shift<C> shift(lse);
+    const Shift<C> shift(lse, kLogBase<C>);
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
     for (int64_t e = from; e < to; e += kWidth) {
