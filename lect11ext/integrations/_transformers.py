@@ -27,8 +27,9 @@ def transformers() -> str:
     What an implementation is asked for is fused: grouped queries without repeating keys, causality and padding, the
     learned position bias of T5 **with its gradient**, soft-capping (Gemma 2), attention sinks (GPT-OSS), dropout, and
     decoding from a cache. Rows of which every key is masked (left padding) give zero. Attention weights
-    (``output_attentions=True`` in the call) come out of a second pass. Sliding windows and chunks come
-    as a boolean mask, whose empty tiles are skipped, as transformers' own "sdpa" makes it.
+    (``output_attentions=True`` in the call) come out of a second pass; a model that keeps the argument to itself, as
+    GPT-2's does, gets none. Sliding windows and chunks come as a boolean mask, whose empty tiles are skipped, as
+    transformers' own "sdpa" makes it.
 
     Returns:
         The name, ``"lect11ext"``.
