@@ -43,7 +43,7 @@ Tensor weights(const WeightsInputs& w) {
   Tensor result = at::empty_symint(shape, w.in.query.options());
   args.weights = result.mutable_data_ptr();
   Packing packing(args, /*may_share=*/true);
-  packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
+  packing.add(args.key, args.head_dim, !scores_by_rows(args), /*rows=*/false, args.packed_key);
   args.plan = packing.run();
   const int64_t items = args.batch * tile_count(args.queries) * key_block_count(args.keys);
   const int64_t rows = std::min(args.queries, kTileQueries), width = std::min(args.keys, kBlockKeys);
@@ -69,7 +69,7 @@ Gradients weights_backward(const Tensor& grad, const WeightsInputs& w, GradientM
   if (one_bias) args.grad_mask = nullptr;
   choose_parts(w.in, args);
   Packing packing(args);
-  packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/mask[0], args.packed_key);
+  packing.add(args.key, args.head_dim, !scores_by_rows(args), /*rows=*/mask[0], args.packed_key);
   args.plan = packing.run(/*widens=*/true);
   const int64_t rows = args.batch * args.heads * args.queries;
   Workspace space;

@@ -58,7 +58,7 @@ OutputsAndWeights cpu_with_weights(WITH_WEIGHTS_PARAMETERS) {
   args.average = average_heads;
   args.rows = rows_of_item(args);
   Packing packing(args, /*may_share=*/true);
-  packing.add(args.key, args.head_dim, /*transposed=*/true, /*rows=*/false, args.packed_key);
+  packing.add(args.key, args.head_dim, !scores_by_rows(args), /*rows=*/false, args.packed_key);
   packing.add(args.value, args.value_dim, /*transposed=*/false, /*rows=*/true, args.packed_value);
   args.plan = packing.run();
   const int64_t items = args.batch * ((args.queries + args.rows - 1) / args.rows);

@@ -25,6 +25,9 @@ inline int64_t known(const c10::SymInt& size) { return size.guard_int(__FILE__, 
 // its derivative, float16 has not, and neither type has digits for differences from a mean.
 inline bool loses_norms(const Inputs& in) { return in.has_norm() && in.input.element_size() == 2; }
 inline Tensor widened(const Tensor& t) { return t.defined() ? t.to(at::kFloat) : t; }
+inline MappedInputs widened(const Inputs& in) {
+  return {in, [](const Tensor& t) { return widened(t); }};
+}
 inline Outputs widened(const Outputs& out) {
   return {widened(out.out),   widened(out.h),      widened(out.c),   widened(out.gates),
           widened(out.cells), widened(out.normed), widened(out.rstd)};

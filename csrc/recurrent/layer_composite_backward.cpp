@@ -222,7 +222,7 @@ class CompositeBackward {
 
 Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
   if (!loses_norms(in)) return CompositeBackward(grads, in, kept).run(mask);
-  const MappedInputs wide(in, [](const Tensor& t) { return widened(t); });
+  const MappedInputs wide = widened(in);
   const OutputGradients wide_grads{widened(grads.out), widened(grads.h), widened(grads.c), widened(grads.gates),
                                    widened(grads.cells)};
   Gradients result = CompositeBackward(wide_grads, wide.in, widened(kept)).run(mask);

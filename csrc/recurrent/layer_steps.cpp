@@ -103,7 +103,7 @@ class GeneralStep {
 
 Outputs step_by_step(const Inputs& in, bool save) {
   if (loses_norms(in)) {
-    const Outputs wide = step_by_step(MappedInputs(in, [](const Tensor& t) { return widened(t); }).in, save);
+    const Outputs wide = step_by_step(widened(in).in, save);
     const auto back = [&](const Tensor& t) { return t.defined() ? t.to(in.input.scalar_type()) : t; };
     return {back(wide.out), back(wide.h), back(wide.c), {}, back(wide.cells), {}, {}};
   }

@@ -232,7 +232,7 @@ class Tangents {
 
 OutputGradients tangents(const Inputs& dual, const Outputs& out) {
   if (!loses_norms(dual)) return Tangents(dual, out).run();
-  const MappedInputs wide(dual, [](const Tensor& t) { return widened(t); });
+  const MappedInputs wide = widened(dual);
   const Outputs wide_out = widened(out);
   const OutputGradients d = Tangents(wide.in, wide_out).run();
   const auto back = [&](const Tensor& t) { return t.defined() ? t.to(dual.input.scalar_type()) : t; };

@@ -32,7 +32,7 @@ def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tenso
     forward-mode AD; ``vmap``. Deterministic: the same bits for any number of threads. Autocast changes no type.
 
     Raises:
-        TypeError, ValueError, RuntimeError (of devices): naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came.
 
     Source: Makhzani & Frey 2013, "k-Sparse Autoencoders"; Gao et al. 2024, "Scaling and evaluating sparse
     autoencoders".
