@@ -18,7 +18,7 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
 
  public:
   using Base::Base;
-  using Base::kCols, Base::kDim, Base::kNumbersBytes, Base::kRows, Base::kWidth;
+  using Base::kCols, Base::kDim, Base::kNumbersBytes, Base::kRows, Base::kStages, Base::kWidth;
 
   __device__ void run() const {
     const int64_t count = plan_.tiles.count();

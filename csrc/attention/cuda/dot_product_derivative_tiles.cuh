@@ -19,10 +19,13 @@ struct DerivativeTiles {
   static constexpr bool kKeysAreRows = P::kKeysAreRows;
   // Tiles of sixteen rows for a warp: two where registers hold the sums, so that what is read of the columns counts
   // twice.
-  static constexpr int kRowTiles = kIsHalf<S> && (kPart == Part::Query || (kPart == Part::Key && kWidth == 64)) ? 2 : 1;
+  static constexpr int kRowTiles = kPart == Part::Query && (kIsHalf<S> || (sizeof(S) == 4 && kWidth == 64)) ? 2
+                                   : kPart == Part::Key && kIsHalf<S> && kWidth == 64                       ? 2
+                                                                                                            : 1;
 
-  // Columns in a tile.
-  static constexpr int kCols = sizeof(S) == 8 && P::kTangents ? 8 : !kIsHalf<S> || P::kTangents ? 16 : 32;
+  // Columns in a tile, and tiles in shared memory: two blocks are to have room.
+  static constexpr int kCols = sizeof(S) < 8 ? (P::kTangents ? 16 : 32) : P::kTangents ? 8 : 16;
+  static constexpr int kStages = P::kOfMask || (std::is_same_v<S, float> && kWidth == 128) ? 1 : 2;
 
   static constexpr int kTiles = kCols / 8, kColumns = kWidth / 8;
   static constexpr int kFirstColumns = P::kFirst ? kColumns : 1, kSecondColumns = P::kSecond ? kColumns : 1;
@@ -127,45 +130,38 @@ struct DerivativeTiles {
 
   // --- pairs
 
-  // Of 16-bit types all rows have room in shared memory; wider ones may have to be read from global memory each time.
-  struct AnySource {
-    const S* shared;
-    const S *low, *high;
-    int stride, columns;
-
-    __device__ Left<S> load(int column, const Lane& lane) const {
-      if (shared != nullptr) return left_of_shared(shared, stride, column, lane);
-      return left_of_global(low, high, column, columns, lane);
-    }
-  };
-  using Source = std::conditional_t<kIsHalf<S>, SharedRows<S>, AnySource>;
-
-  __device__ Source source(const Sequence& sequence, int kind, int m, const Spot& spot, const Lane& lane) const {
+  __device__ SharedRows<S> shared_rows(int kind, int m, const Lane& lane) const {
     const TileShape<kDim>& shape = plan_.shape[kind % 2];
-    const S* const shared = rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride();
-    if constexpr (kIsHalf<S>) {
-      return {shared, shape.stride()};
-    } else {
-      if (plan_.rows_shared) return {shared, nullptr, nullptr, shape.stride(), shape.columns};
-      const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
-      const int end = kKeysAreRows ? sequence.keys : sequence.queries;
-      const auto row = [&](int i) -> const S* {
-        if (i >= end) return nullptr;
-        return row_of<S>(P::row(args_, kind), sequence.batch, kKeysAreRows ? spot.kv_head : spot.head, first + i);
-      };
-      return {nullptr, row(spot.row(m, 0, lane)), row(spot.row(m, 1, lane)), shape.stride(), shape.columns};
-    }
+    return {rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride(), shape.stride()};
+  }
+
+  __device__ GlobalRows<S> global_rows(const Sequence& sequence, int kind, int m, const Spot& spot,
+                                       const Lane& lane) const {
+    const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
+    const int end = kKeysAreRows ? sequence.keys : sequence.queries;
+    const auto row = [&](int i) -> const S* {
+      if (i >= end) return nullptr;
+      return row_of<S>(P::row(args_, kind), sequence.batch, kKeysAreRows ? spot.kv_head : spot.head, first + i);
+    };
+    return {row(spot.row(m, 0, lane)), row(spot.row(m, 1, lane)), plan_.shape[kind % 2].columns};
   }
 
   __device__ void add_product(C (&sums)[kRowTiles][kTiles][4], const Sequence& sequence, int row_kind, int column_kind,
                               const Spot& spot, int stage, const Lane& lane) const {
     if (plan_.rows.of[row_kind] < 0 || plan_.columns.of[column_kind] < 0) return;
-    Source sources[kRowTiles];
+    const auto multiply = [&](auto source) {
+      decltype(source(0)) sources[kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) sources[m] = source(sequence, row_kind, m, spot, lane);
-    // Scores are to have the bits that they had in the forward, whose rows are queries.
-    multiply_rows<kKeysAreRows>(sums, sources, stage_at(stage) + plan_.columns.of[column_kind],
-                                plan_.shape[column_kind % 2], lane);
+      for (int m = 0; m < kRowTiles; ++m) sources[m] = source(m);
+      // Scores are to have the bits that they had in the forward, whose rows are queries.
+      multiply_rows<kKeysAreRows>(sums, sources, stage_at(stage) + plan_.columns.of[column_kind],
+                                  plan_.shape[column_kind % 2], lane);
+    };
+    // Of 16-bit types all rows have room in shared memory; wider ones may have to be read from global memory each time.
+    if constexpr (!kIsHalf<S>) {
+      if (!plan_.rows_shared) return multiply([&](int m) { return global_rows(sequence, row_kind, m, spot, lane); });
+    }
+    multiply([&](int m) { return shared_rows(row_kind, m, lane); });
   }
 
   const DerivativeArgs& args_;

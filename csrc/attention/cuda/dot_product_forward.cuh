@@ -35,7 +35,7 @@ struct ForwardPlan : ForwardSettings {
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
   static constexpr int kDim = kIsHalf<S> ? kWidth : 0;
-  static constexpr int kRowTiles = kIsHalf<S> && kWidth <= 128 ? 2 : 1;
+  static constexpr int kRowTiles = sizeof(S) < 8 && kWidth <= 128 ? 2 : 1;
   static constexpr int kKeys = sizeof(S) == 8             ? (kWidth == 64 ? 16 : 8)
                                : !kIsHalf<S>              ? 32
                                : kWidth == 128 && !kPlain ? 48

@@ -12,11 +12,14 @@ namespace lect11ext::cuda {
 
 template <class S>
 inline constexpr bool kIsHalf = sizeof(S) == 2;
+// Whether the compiler is to know where rows lie in shared memory: doubles' products take longer than finding that out.
+template <class S>
+inline constexpr bool kIsFast = sizeof(S) < 8;
 template <class S>
 inline constexpr int kDepth = kIsHalf<S> ? 16 : 8;
 // Tiles of eight columns whose right operands are loaded together.
 template <class S>
-inline constexpr int kTogether = kIsHalf<S> ? 2 : 1;
+inline constexpr int kTogether = sizeof(S) < 8 ? 2 : 1;
 
 struct Lane {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -41,10 +44,13 @@ struct Fragment<float, N> {
   uint32_t words[N], rest[N];
 
   __device__ void set(int i, float x) {
-    // Words are finite, and of infinity and NaN the rest is all: a rest of zero times infinity would be NaN.
+    // Words are finite, and of infinity and NaN the rest is all: a rest of zero times infinity would be NaN. What is
+    // finite is rounded by an addition of integers; tensor_word would ask first. A rest has twelve bits, or is a power
+    // of two: of the one too many, which tensor cores leave out, halves are as far from either neighbour.
     constexpr float kMost = 0x1.ffcp127f;  // of TF32, so that nothing rounds to infinity either
-    words[i] = tensor_word<float>(__float_as_uint(std::fmin(std::fmax(x, -kMost), kMost)));
-    rest[i] = tensor_word<float>(__float_as_uint(x - __uint_as_float(words[i])));
+    constexpr uint32_t kHalf = 0x1000, kLeftOut = 0x1FFF;
+    words[i] = (__float_as_uint(std::fmin(std::fmax(x, -kMost), kMost)) + kHalf) & ~kLeftOut;
+    rest[i] = __float_as_uint(x - __uint_as_float(words[i]));
   }
 };
 
@@ -60,22 +66,34 @@ using Left = Fragment<S, 4>;
 template <class S>
 using Right = Fragment<S, 2>;
 
-// sums += left · rightᵀ. Of floats only the product of the smaller parts is left out, so that about 22 bits count.
-// Tensor cores cut what they add and do not round it: the small products come first, and what belongs together is added
-// to the sums by a rounded addition. kMirrored: with its operands exchanged the product has the same bits.
-template <class S, bool kMirrored = false>
-__device__ inline void multiply(Compute<S> (&sums)[4], const Left<S>& left, const Right<S>& right) {
-  if constexpr (kIsHalf<S>) {
-    mma<S>(sums, left.words, right.words);
-  } else if constexpr (std::is_same_v<S, float>) {
-    float part[4] = {};
-    mma<float>(part, kMirrored ? left.words : left.rest, kMirrored ? right.rest : right.words);
-    mma<float>(part, kMirrored ? left.rest : left.words, kMirrored ? right.words : right.rest);
-    mma<float>(part, left.words, right.words);
+// sum(m, n) += left[m] · right[n]ᵀ. Of floats only the product of the smaller parts is left out, so that about 22 bits
+// count. Tensor cores cut what they add and do not round it: the small products come first, and what belongs together
+// is added to the sums by a rounded addition. A product of the three waits for the one before: those of all m and n
+// take turns. kMirrored: with its operands exchanged the product has the same bits.
+template <class S, bool kMirrored = false, int M, int N, class Sum>
+__device__ inline void multiply(const Left<S> (&left)[M], const Right<S> (&right)[N], Sum sum) {
+  const auto each = [](auto f) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] += part[i];
+    for (int i = 0; i < M * N; ++i) f(i % M, i / M);
+  };
+  if constexpr (std::is_same_v<S, float>) {
+    float parts[M][N][4] = {};
+    each([&](int m, int n) {
+      mma<float>(parts[m][n], kMirrored ? left[m].words : left[m].rest, kMirrored ? right[n].rest : right[n].words);
+    });
+    each([&](int m, int n) {
+      mma<float>(parts[m][n], kMirrored ? left[m].rest : left[m].words, kMirrored ? right[n].words : right[n].rest);
+    });
+    each([&](int m, int n) { mma<float>(parts[m][n], left[m].words, right[n].words); });
+    each([&](int m, int n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum(m, n)[i] += parts[m][n][i];
+    });
   } else {
-    mma(sums, left.words, right.words);
+    each([&](int m, int n) {
+      if constexpr (kIsHalf<S>) mma<S>(sum(m, n), left[m].words, right[n].words);
+      else mma(sum(m, n), left[m].words, right[n].words);
+    });
   }
 }
 
@@ -147,9 +165,12 @@ __device__ inline void right_of_rows(Right<S> (&right)[kTogether<S>], const S* r
     right[0] = {words[0], words[1]};
     right[1] = {words[2], words[3]};
   } else {
-    const Pack<S, 2> both = Pack<S, 2>::load(rows + lane.g * stride + column + 2 * lane.q);
-    right[0].set(0, both.data[0]);
-    right[0].set(1, both.data[1]);
+#pragma unroll
+    for (int t = 0; t < kTogether<S>; ++t) {
+      const Pack<S, 2> both = Pack<S, 2>::load(rows + (8 * t + lane.g) * stride + column + 2 * lane.q);
+      right[t].set(0, both.data[0]);
+      right[t].set(1, both.data[1]);
+    }
   }
 }
 
@@ -167,9 +188,9 @@ __device__ inline void right_of_columns(Right<S> (&right)[kTogether<S>], const S
     right[1] = {words[2] & first, words[3] & second};
   } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const S x = rows[(2 * lane.q + i) * stride + column + lane.g];
-      right[0].set(i, rows_seen >> i & 1 ? x : S(0));
+    for (int i = 0; i < 2 * kTogether<S>; ++i) {
+      const S x = rows[(2 * lane.q + i % 2) * stride + column + i / 2 * 8 + lane.g];
+      right[i / 2].set(i % 2, rows_seen >> i % 2 & 1 ? x : S(0));
     }
   }
 }

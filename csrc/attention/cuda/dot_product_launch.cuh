@@ -78,7 +78,7 @@ PlanOf<S, kPart, kBound> make_plan(const DerivativeArgs& args) {
   PlanOf<S, kPart, kBound> plan{};
   plan.shape[0] = TileShape<Kernel::kDim>::template of<S>(args.head_dim);
   plan.shape[1] = TileShape<Kernel::kDim>::template of<S>(args.value_dim);
-  plan.stages = P::kOfMask ? 1 : 2;
+  plan.stages = Kernel::kStages;
   plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(mean, Kernel::kRows), 1, kMostWarps));
   plan.rows_shared = true;
   plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None && args.alibi_slopes == nullptr &&

@@ -256,6 +256,17 @@ struct SharedRows {
   __device__ Left<S> load(int column, const Lane& lane) const { return left_of_shared(rows, stride, column, lane); }
 };
 
+// Of a lane, in global memory: null where there are none.
+template <class S>
+struct GlobalRows {
+  const S *low, *high;
+  int columns;
+
+  __device__ Left<S> load(int column, const Lane& lane) const {
+    return left_of_global(low, high, column, columns, lane);
+  }
+};
+
 // sums += rows · tileᵀ for 8 · kTiles rows of a tile. kMirrored: as in multiply.
 //
 // A row that fills its room is one straight line of code, in which what is multiplied next is loaded ahead; else loads
@@ -271,11 +282,7 @@ __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], c
     for (int n = 0; n < kTiles; n += kTogether<S>) {
       Right<S> right[kTogether<S>];
       right_of_rows(right, tile + 8 * n * shape.stride(), shape.stride(), column, lane);
-#pragma unroll
-      for (int t = 0; t < kTogether<S>; ++t) {
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) multiply<S, kMirrored>(sums[m][n + t], left[m], right[t]);
-      }
+      multiply<S, kMirrored>(left, right, [&](int m, int t) -> auto& { return sums[m][n + t]; });
     }
   };
   if constexpr (kDim > 0) {
@@ -312,11 +319,7 @@ __device__ inline void multiply_columns(
         if (!plain && n % kColumnsAtOnce == 0 && 8 * n >= columns) break;
         Right<S> right[kTogether<S>];
         right_of_columns(right, from, shape.stride(), first_column + 8 * n, seen, lane);
-#pragma unroll
-        for (int t = 0; t < kTogether<S>; ++t) {
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) multiply<S>(out[m][n + t], left[m], right[t]);
-        }
+        multiply<S>(left, right, [&](int m, int t) -> auto& { return out[m][n + t]; });
       }
     }
   };
