@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,11 +69,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{name:32} {ceiling.work / median(seconds) / 1e9:8.1f} {ceiling.unit}")
     lines.append(f"\n{'workload':46} {'us':>9} {'best peer':>16} {'ratio':>6} {'% product':>10} {'% copy':>7}")
     for name, r in results.items():
-        peer = min(r["ratios"], key=lambda p: r["ratios"][p])
+        peer = min(r["ratios"], key=lambda p: r["ratios"][p], default="-")
         product = next((f"{v:.0f}" for k, v in r["per_cent"].items() if k.startswith("product")), "")
         copy = f"{r['per_cent']['copy']:.0f}" if "copy" in r["per_cent"] else ""
         ours = r["seconds"]["lect11ext"] * 1e6
-        lines.append(f"{name:46} {ours:9.1f} {peer:>16} {r['ratios'][peer]:6.2f} {product:>10} {copy:>7}")
+        lines.append(f"{name:46} {ours:9.1f} {peer:>16} {r['ratios'].get(peer, nan):6.2f} {product:>10} {copy:>7}")
     return "\n".join(lines)
 
 

@@ -122,7 +122,8 @@ def results(processor: str, ending: str = "") -> dict[str, float]:
     found = {}
     for path in sorted((HERE / "results").glob(f"*cpu-2-cores-{processor}{ending}.json")):
         for name, result in json.loads(path.read_text())["results"].items():
-            found[name] = min(result["ratios"].values())
+            if result["ratios"]:
+                found[name] = min(result["ratios"].values())
     return found
 
 

@@ -50,7 +50,9 @@ def check_type(name: str, value: object, types: tuple[type, ...]) -> None:
 
 def plain(number: Any) -> Any:
     """A number of NumPy's as Python's: what is computed with it would be rounded to its type, float16 even."""
-    return number if isinstance(number, (float, int, torch.SymFloat)) else number.item()
+    if isinstance(number, (float, int, torch.SymFloat)):
+        return number
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def check_finite(name: str, number: float, types: tuple[type, ...] = OPTIONAL_NUMBER) -> None:

@@ -127,6 +127,20 @@ class Watch(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def same_for_any_threads(call: Callable[[], Sequence[Tensor]], counts: Sequence[int] = (1, 2, 2)) -> Sequence[Tensor]:
+    """What it gives, asserted to be the same bits for every number of threads; one that comes twice is a repetition."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    return results[0]
+
+
 class Ops(TorchDispatchMode):
     """The calls of ops below autograd, each with what it gave."""
 

@@ -123,6 +123,15 @@ struct AttentionBackwardTangent : AttentionBackward {
   const void *lse_t, *grad_lse_t;  // as lse; lse_t is given
 };
 
+// Which weights dropout keeps, for what takes attention through ATen: row r, a query's, begins at block
+// offset + r · ⌈columns / kDropoutBlock⌉.
+struct DropoutMask {
+  bool* kept;          // [rows, columns]
+  const int64_t* key;  // [seed, offset]
+  int64_t rows, columns;
+  double p;
+};
+
 }  // namespace lect11ext
 
 // The CUDA kernels: they run on the current device, in order on `stream`, a cudaStream_t.
@@ -139,5 +148,6 @@ void attention_backward(const AttentionBackward& args, void* scratch, void* stre
 void attention_tangent(const AttentionTangent& args, void* scratch, void* stream);
 // Writes the tangents of the gradients to grad_query and so on.
 void attention_backward_tangent(const AttentionBackwardTangent& args, void* scratch, void* stream);
+void attention_dropout_mask(const DropoutMask& args, void* stream);
 
 }  // namespace lect11ext::cuda

@@ -44,15 +44,6 @@ Outputs decode(const Inputs& in) {
   return result;
 }
 
-bool decodes(const Inputs& in) {
-  if (in.has_starts() || in.key.size(1) == 0 || in.query.numel() == 0 || in.value.numel() == 0) return false;
-  return in.query.size(1) / in.key.size(1) * in.query.size(2) <= kDecodeRows;
-}
-
-}  // namespace
-
-Outputs forward(const Inputs& in) { return decodes(in) ? decode(in) : forward_by_tiles(in); }
-
 Outputs forward_by_tiles(const Inputs& in) {
   AttentionForwardCpu args{};
   const Describer described(in, args);
@@ -73,6 +64,14 @@ Outputs forward_by_tiles(const Inputs& in) {
   args.plan = packing.run();
   run_parallel(attention_forward_kernel, args, packing.tiles(), tile_cost(args));
   return result;
+}
+
+}  // namespace
+
+Outputs forward(const Inputs& in) {
+  const bool has_rows = !in.has_starts() && in.query.numel() > 0 && in.key.size(1) > 0;
+  const bool decodes = has_rows && few_rows(in.query.size(1), in.key.size(1), in.query.size(2));
+  return decodes ? decode(in) : forward_by_tiles(in);
 }
 
 Outputs tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Tangents& t) {

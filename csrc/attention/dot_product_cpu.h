@@ -78,11 +78,15 @@ struct AttentionForwardCpu : AttentionForward {
   PackedOperand packed_key, packed_value;
 };
 
-// Where few queries share a head of the keys nothing is packed. Sequences of one length only.
+// Where few queries share a head of the keys nothing is packed, and scores are inner products of rows: in the forward
+// and in all that makes its scores again. Sequences of one length only.
 inline constexpr int64_t kDecodeRows = 16;  // queries times heads that share, at most
 
+inline bool few_rows(int64_t heads, int64_t kv_heads, int64_t queries) {
+  return heads / kv_heads * queries <= kDecodeRows;
+}
 inline bool scores_by_rows(const Attention& args) {
-  return args.query_starts == nullptr && args.kv_heads > 0 && args.heads / args.kv_heads * args.queries <= kDecodeRows;
+  return args.query_starts == nullptr && few_rows(args.heads, args.kv_heads, args.queries);
 }
 
 struct AttentionDecodeCpu : AttentionForward {
@@ -117,7 +121,7 @@ LECT11EXT_CPU_KERNEL(attention_pack_kernel, AttentionPack)           // items: p
 LECT11EXT_CPU_KERNEL(attention_forward_kernel, AttentionForwardCpu)  // items: tiles of all sequences and heads
 LECT11EXT_CPU_KERNEL(attention_decode_kernel, AttentionDecodeCpu)    // items: parts of all heads of the keys
 LECT11EXT_CPU_KERNEL(attention_merge_kernel, AttentionDecodeCpu)     // items: rows of queries, after the parts
-LECT11EXT_CPU_KERNEL(attention_tangent_kernel, AttentionTangentCpu)  // the same
+LECT11EXT_CPU_KERNEL(attention_tangent_kernel, AttentionTangentCpu)  // items: tiles of all sequences and heads
 LECT11EXT_CPU_KERNEL(attention_backward_kernel, AttentionBackwardCpu)
 // The same where there are tangents: writes the gradients' tangents.
 LECT11EXT_CPU_KERNEL(attention_backward_tangent_kernel, AttentionBackwardCpu)

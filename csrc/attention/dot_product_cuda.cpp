@@ -86,9 +86,13 @@ Gradients backward_tangent(const Inputs& in, const Tensor& output, const Tensor&
 
 }  // namespace on_cuda
 
-// Only what goes through ATen asks for it, so that a way over the host serves.
 Tensor dropout_mask_cuda(const Tensor& key, c10::SymIntArrayRef size, double p) {
-  return dropout_mask_cpu(key.cpu(), size, p).to(key.device());
+  const c10::cuda::CUDAGuard guard(key.device());
+  const Tensor mask = at::empty_symint(size, key.options().dtype(at::kBool)), dense = key.contiguous();
+  const int64_t columns = mask.size(-1), rows = columns == 0 ? 0 : mask.numel() / columns;
+  const DropoutMask args{mask.mutable_data_ptr<bool>(), dense.const_data_ptr<int64_t>(), rows, columns, p};
+  cuda::attention_dropout_mask(args, c10::cuda::getCurrentCUDAStream().stream());
+  return mask;
 }
 
 }  // namespace lect11ext::attention_op

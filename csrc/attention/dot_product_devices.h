@@ -16,10 +16,6 @@
 namespace lect11ext::attention_op {
 
 LECT11EXT_ATTENTION_DEVICE(on_cpu)
-namespace on_cpu {
-// However few the queries are: with the very scores that derivatives and weights make again.
-Outputs forward_by_tiles(const Inputs& in);
-}  // namespace on_cpu
 LECT11EXT_ATTENTION_DEVICE(on_cuda)
 
 Tensor dropout_mask_cpu(const Tensor& key, c10::SymIntArrayRef size, double p);

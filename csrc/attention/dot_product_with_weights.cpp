@@ -44,7 +44,7 @@ OutputsAndWeights cpu_with_weights(WITH_WEIGHTS_PARAMETERS) {
   const bool one_pass =
       in.query.numel() > 0 && in.key.numel() > 0 && in.value.numel() > 0 && in.key.size(2) <= kOnePassKeys;
   if (!one_pass) {
-    const auto [output, lse] = on_cpu::forward_by_tiles(in);
+    const auto [output, lse] = on_cpu::forward(in);
     return {output, lse, on_cpu::weights(weights_inputs(in, lse, average_heads))};
   }
   AttentionWithWeightsCpu args{};

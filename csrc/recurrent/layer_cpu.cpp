@@ -120,9 +120,9 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   for (void*& exchange : args.exchange) scratch.add(exchange, state_bytes);
   for (void*& masked : args.masked) scratch.add(masked, state_bytes, args.hidden_mask != nullptr);
   scratch.add(args.reset_state, state_bytes, in.resets_first());
-  scratch.add(args.cell_states, blocks * B * kUnits * element);
+  scratch.add(args.cell_states, blocks * B * kUnits * element, in.is_lstm());
   scratch.add(args.pre, blocks * args.chunk * B * kUnits * G * element);
-  scratch.add(args.staged, args.shares * kLayerRows * even_input * element);
+  scratch.add(args.staged, args.shares * kLayerRows * even_input * element, packs && ih.has_value());
   scratch.add(args.sums, blocks * B * kUnits * G * element, halts);
   scratch.add(args.moments, blocks * B * 2 * element, in.has_norm());
   scratch.place();

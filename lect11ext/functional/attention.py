@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import TENSOR, check_type, wrong_type
+from .._errors import TENSOR, check_device, check_type, wrong_type
 from .._load import _C
 from . import _attention as common
 from ._attention import Window
@@ -194,6 +194,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         check_type(f"out_{name}", out, TENSOR)
         check_type(f"lse_{name}", lse, TENSOR)
         for part, x in ((f"out_{name}", out), (f"lse_{name}", lse)):
+            check_device(part, x, out_a, "out_a")
             if not x.is_floating_point():
                 raise TypeError(f"{part} must be floating-point, but got {x.dtype}")
         if out.shape[:-1] != lse.shape:

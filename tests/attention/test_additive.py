@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import ONE_STEP, check, flat, room
+from tests.helpers import ONE_STEP, check, flat, room, same_for_any_threads
 
 attend = functional.additive_attention
 # (batch, L, S, H', Dv)
@@ -259,16 +259,12 @@ def test_every_subset_of_gradients(asked: int) -> None:
 @pytest.mark.parametrize("shape", [((), 300, 200, 64, 32), ((40,), 1, 60, 32, 8), ((3,), 70, 90, 16, 4)], ids=str)
 def test_threads_and_repeats_give_the_same_bits(shape: Any) -> None:
     args = [*operands(*shape, torch.float32), torch.randn(shape[2], requires_grad=True)]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            out = attend(*args)
-            results.append([out, *torch.autograd.grad(out, args, torch.ones_like(out))])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        out = attend(*args)
+        return [out, *torch.autograd.grad(out, args, torch.ones_like(out))]
+
+    same_for_any_threads(results, (1, 2, 3, 2))
 
 
 def test_weights_are_kept_for_gradients_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext.reference.random import philox_words
+from tests.helpers import same_for_any_threads
 
 from .cases import KEY, Sizes, bool_mask, compare, float_mask, operands, plain_sdpa, same_of_any_layout, sdpa
 
@@ -250,17 +252,13 @@ def test_threads_and_repeats_give_the_same_bits(sizes: Sizes, name: str, dtype: 
     args, options = build(sizes, OPTIONS[name], dtype)
     if name == "float":  # reduced over everything that it is broadcast over
         args[3] = float_mask(1, 1, 1, sizes.keys, dtype=dtype).requires_grad_()
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            outs = sdpa(*args, enable_gqa=True, return_lse=True, **options)
-            leaves = [a for a in args if a.requires_grad]
-            results.append([*outs, *torch.autograd.grad(outs[0].square().sum() + outs[1].clamp_min(-9).sum(), leaves)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        outs = sdpa(*args, enable_gqa=True, return_lse=True, **options)
+        leaves = [a for a in args if a.requires_grad]
+        return [*outs, *torch.autograd.grad(outs[0].square().sum() + outs[1].clamp_min(-9).sum(), leaves)]
+
+    same_for_any_threads(results)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

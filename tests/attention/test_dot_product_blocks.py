@@ -117,23 +117,20 @@ def test_broadcast_over_the_batch(queries: int, keys: int, dtype: torch.dtype) -
     for a, b in zip(*(r[:-2] for r in results), strict=True):
         assert same_of_any_layout(a, b, dtype)
     for a, b in zip(*(r[-2:] for r in results), strict=True):
-        tolerance = 0.05 if dtype.itemsize == 2 else 1e-5
+        tolerance = 0.01 if dtype.itemsize == 2 else 1e-5
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 16, 40])
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
 def test_weights_of_large_scores_sum_to_one(size: float, queries: int) -> None:
-    """However scores are rounded, the backward makes the weights that the forward had. With few queries, whose scores
-    the forward sums in another order, at least none is far above one."""
+    """However scores are rounded, the backward makes the weights that the forward had."""
     query, key = torch.randn(1, 1, queries, 64), torch.randn(1, 1, 50, 64) * size
     value = torch.randn(1, 1, 50, 16)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     out = sdpa(*leaves)
     total = torch.autograd.grad(out[..., 0].sum(), value, retain_graph=True)[0].sum()
-    if queries > 16:
-        torch.testing.assert_close(total, torch.tensor(float(queries)), rtol=1e-4, atol=0)
-    assert total < queries * 1.65
+    torch.testing.assert_close(total, torch.tensor(float(queries)), rtol=1e-4, atol=0)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
     with torch.no_grad():
         saved = ops.attention(*leaves, *[None] * 5, 0.0, *[None] * 3, False, None)

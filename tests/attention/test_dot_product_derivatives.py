@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 
+from tests.helpers import same_for_any_threads
+
 from .cases import (
     GRADIENTS,
     KEY,
@@ -150,15 +152,7 @@ def test_second_order_of_every_capability(dtype: torch.dtype, capability: str) -
 def test_second_order_gives_the_same_bits_with_all_threads(dtype: torch.dtype) -> None:
     args: list[Any] = operands(Sizes(1, 2, 1, 100, 1030, 16, 8), dtype)
     args.append(float_mask(1, 1, 1, 1030, dtype=dtype).requires_grad_())
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(second_order(bound(**OPTIONS["everything"]), args))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: second_order(bound(**OPTIONS["everything"]), args))
 
 
 @pytest.mark.parametrize("mask", [None, "full", "heads"])

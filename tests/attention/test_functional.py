@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lect11ext import functional, reference
 from lect11ext._load import _C
+from tests.attention.cases import in_pieces
 from tests.helpers import ONE_STEP, check, double, flat, seeded
 
 sdpa = functional.scaled_dot_product_attention
@@ -280,12 +281,12 @@ WEIGHTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kwargs", WEIGHTS, ids=lambda kwargs: " ".join(map(str, kwargs)) or "plain")
 @pytest.mark.parametrize("average", [True, False])
-@pytest.mark.parametrize("chunk", [2**20, 120])
+@pytest.mark.parametrize("chunk", [None, 2**20, 120])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_weights(
-    kwargs: dict[str, Any], average: bool, chunk: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    kwargs: dict[str, Any], average: bool, chunk: int | None, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lect11ext.functional._attention_weights._CHUNK", chunk)
+    in_pieces(chunk, monkeypatch)
     query, key = operands((2, 4, 5, 8), (2, kv_heads, 7, 8))
     options = {"enable_gqa": True, **kwargs}
     args: list[Any] = [query, key]
@@ -318,8 +319,8 @@ def test_weights_of_every_shape(shapes: Any, average: bool) -> None:
 
 def test_derivatives_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     args = double(operands((1, 4, 3, 2), (1, 2, 4, 2), (1, 4, 3)))
-    for chunk in (2**20, 12):
-        monkeypatch.setattr("lect11ext.functional._attention_weights._CHUNK", chunk)
+    for chunk in (None, 2**20, 12):
+        in_pieces(chunk, monkeypatch)
 
         def weights(*a: Tensor) -> Tensor:
             return functional.attention_weights(*a, enable_gqa=True, is_causal=True, softcap=2.0)

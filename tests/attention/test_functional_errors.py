@@ -121,6 +121,11 @@ X, STARTS = torch.zeros(7, 4, 8), torch.tensor([0, 3, 7])
             ValueError,
             r"out_b must have the shape of out_a, \[2, 4, 7, 3\], but got \[2, 4, 7, 8\]",
         ),
+        (
+            lambda: functional.merge_attention(V, V[..., 0], V, V[..., 0].to("meta")),
+            RuntimeError,
+            "but lse_b is on meta and out_a on",
+        ),
         (lambda: functional.merge_attention(V.int(), V[..., 0], V, V[..., 0]), TypeError, "out_a must be floating-poi"),
         (
             lambda: functional.merge_attention(V, V[..., 0], V, V[..., 0].long()),

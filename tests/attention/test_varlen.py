@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from lect11ext import functional, reference
+from tests.helpers import same_for_any_threads
 
 from .cases import KEY, finite, judge, op_arguments, sdpa, wide, with_gradients
 
@@ -187,16 +188,12 @@ def test_sequences_do_not_see_each_other() -> None:
 
 def test_threads_and_repeats_give_the_same_bits(dtype: torch.dtype) -> None:
     args, starts_q, starts_k = operands("long", dtype)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            out, lse = packed(starts_q, starts_k, is_causal=True)(*args)
-            results.append([out, lse, *torch.autograd.grad(out.sum() + lse.sum(), args)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        out, lse = packed(starts_q, starts_k, is_causal=True)(*args)
+        return [out, lse, *torch.autograd.grad(out.sum() + lse.sum(), args)]
+
+    same_for_any_threads(results)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.attention.cases import KEY, Sizes, bool_mask, float_mask, judge, operands, wide
-from tests.helpers import Watch, same_products
+from tests.attention.cases import KEY, Sizes, bool_mask, float_mask, in_pieces, judge, operands, wide
+from tests.helpers import Watch, same_for_any_threads, same_products
 
 weights_of = functional.attention_weights
 ops = torch.ops.lect11ext
@@ -208,23 +208,14 @@ def test_compiled_whole() -> None:
 def test_threads_and_repeats_give_the_same_bits(name: str, average: bool) -> None:
     args, options = build(LARGE, name)
     cotangent = torch.randn(1, 200, 1300) if average else torch.randn(1, 2, 200, 1300)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(with_gradients(weights_of, args, cotangent, {**options, "average_heads": average}))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: with_gradients(weights_of, args, cotangent, {**options, "average_heads": average}))
 
 
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_plain_pytorch_of_other_devices(name: str, average: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lect11ext.functional._attention_weights._OP_DEVICES", ())
     for chunk in (2**20, 4000):
-        monkeypatch.setattr("lect11ext.functional._attention_weights._CHUNK", chunk)
+        in_pieces(chunk, monkeypatch)
         args, options = build(SIZES[0], name)
         compare(args, **options, average_heads=average)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lect11ext import reference
 from tests.attention.cases import Sizes, at_least, judge, wide
 from tests.attention.test_weights import DTYPES, OPTIONS, build
-from tests.helpers import Watch
+from tests.helpers import Watch, same_for_any_threads
 
 ops = torch.ops.lect11ext
 
@@ -22,6 +22,7 @@ SIZES = [
     Sizes(1, 2, 2, 100, 600, 64, 40),  # several blocks
     Sizes(1, 2, 1, 70, 1024, 16, 16),  # as many keys as one pass takes
     Sizes(1, 2, 1, 9, 1031, 16, 16),  # and more
+    Sizes(1, 2, 1, 3, 1100, 16, 16),  # of few queries
     Sizes(2, 3, 1, 1, 70, 33, 8),
     Sizes(1, 4, 4, 5, 1, 8, 8),
     Sizes(2, 2, 1, 6, 5, 0, 8),
@@ -68,6 +69,17 @@ def with_gradients(
     leaves = [a for a in args if a.requires_grad]
     cotangents = [torch.ones_like(o) for o in outs] if cotangents is None else cotangents
     return [*outs, *torch.autograd.grad(outs, leaves, [c.to(o) for c, o in zip(cotangents, outs, strict=True)])]
+
+
+@pytest.mark.parametrize("value_dim", [0, 16])
+@pytest.mark.parametrize("keys", [50, 1100])
+@pytest.mark.parametrize("queries", [1, 3, 16, 40])
+def test_weights_of_large_scores_sum_to_one(queries: int, keys: int, value_dim: int) -> None:
+    """Scores of 1e6 are rounded to sixteenths: where the LSE is of others than the weights are, sums show it."""
+    query, key = torch.randn(1, 1, queries, 64) * 1e6, torch.randn(1, 1, keys, 64)
+    value = torch.randn(1, 1, keys, value_dim)
+    _, _, weights = ours(query, key, value, average_heads=False)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, queries), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,15 +179,7 @@ def test_compiled_and_autocast() -> None:
 @pytest.mark.parametrize("average", [True, False])
 def test_threads_and_repeats_give_the_same_bits(average: bool) -> None:
     args, options = operands(Sizes(2, 4, 2, 150, 700, 32, 32), "dropout")
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(with_gradients(ours, args, None, **options, average_heads=average))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: with_gradients(ours, args, None, **options, average_heads=average))
 
 
 def test_large_scores() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import check, room
+from tests.helpers import check, room, same_for_any_threads
 
 KEY = torch.tensor([2**40 + 3, 5])
 SHAPES = [(1,), (1, 1), (3, 2), (5, 7), (64, 64), (3, 1025), (2, 3, 5, 31), (1, 4099), (700, 3), (0, 4), (4, 0)]
@@ -120,32 +121,23 @@ def test_gradcheck_of_every_order() -> None:
 def test_threads_agree_on_a_broadcast_prior() -> None:
     args = operands((300, 901), torch.float32, False)
     prior = [torch.full((1,), v, requires_grad=True) for v in (0.3, -0.2)]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            kl = functional.gaussian_rsample_kl(*args, prior_mean=prior[0], prior_logvar=prior[1])[1]
-            results.append(torch.autograd.grad(kl.sin().sum(), prior))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        kl = functional.gaussian_rsample_kl(*args, prior_mean=prior[0], prior_logvar=prior[1])[1]
+        return torch.autograd.grad(kl.sin().sum(), prior)
+
+    same_for_any_threads(results, (1, 2, 3))
 
 
 @pytest.mark.parametrize("shape", [(300, 64), (1, 50001), (3000, 5)], ids=str)
 def test_threads_and_repeats_give_the_same_bits(shape: tuple[int, ...]) -> None:
     args = operands(shape, torch.float32, True)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            for reduction in ("sum_latent", "sum"):
-                outs = call(functional, reduction=reduction)(*args)
-                results.append([*outs, *torch.autograd.grad(outs, args, [torch.ones_like(o) for o in outs])])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[2:]:
-        base = results[0] if other[1].shape == results[0][1].shape else results[1]
-        assert all(torch.equal(a, b) for a, b in zip(base, other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        outs = [o for reduction in ("sum_latent", "sum") for o in call(functional, reduction=reduction)(*args)]
+        return [*outs, *torch.autograd.grad(outs, args, [torch.ones_like(o) for o in outs])]
+
+    same_for_any_threads(results)
 
 
 def excess(x: Tensor) -> Tensor:

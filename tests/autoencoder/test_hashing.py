@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import room
+from tests.helpers import room, same_for_any_threads
 
 NAN = float("nan")
 BYTES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64, 65, 100, 128, 200, 1024]
@@ -233,27 +234,21 @@ def test_batches_of_distances(device: str) -> None:
 )
 def test_threads_give_the_same_result(queries: int, count: int, size: int) -> None:
     query, codes = random_codes(queries, size), random_codes(count, size)
-    threads, results = torch.get_num_threads(), []
     radius = 4 * size - size // 2
-    try:
-        for number in (1, 2, 2, 3, 7):
-            torch.set_num_threads(number)
-            results.append(
-                [
-                    functional.hamming_distance(query, codes[:999]),
-                    *functional.hamming_topk(query, codes, 13),
-                    *functional.hamming_topk(query, codes, count),
-                    *functional.hamming_radius(query, codes, radius),
-                    *functional.hamming_radius(query, codes, 8 * size),
-                    functional.pack_bits(codes),
-                ]
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        same(other, results[0])
-    same([results[0][0]], [reference.hamming_distance(query, codes[:999])])
-    distances, indices = results[0][3:5]
+
+    def results() -> Sequence[Tensor]:
+        return [
+            functional.hamming_distance(query, codes[:999]),
+            *functional.hamming_topk(query, codes, 13),
+            *functional.hamming_topk(query, codes, count),
+            *functional.hamming_radius(query, codes, radius),
+            *functional.hamming_radius(query, codes, 8 * size),
+            functional.pack_bits(codes),
+        ]
+
+    first = same_for_any_threads(results, (1, 2, 2, 3, 7))
+    same([first[0]], [reference.hamming_distance(query, codes[:999])])
+    distances, indices = first[3:5]
     same([distances, indices], functional.hamming_distance(query, codes).sort(dim=-1, stable=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lect11ext import functional, reference
-from tests.helpers import ONE_STEP, Tagged, check
+from tests.helpers import ONE_STEP, Tagged, check, same_for_any_threads
 
 LIKELIHOODS = ["bernoulli", "continuous_bernoulli", "gaussian", "squared_error"]
 REDUCTIONS = ["none", "sum_features", "batchmean", "sum"]
@@ -55,7 +56,7 @@ def test_logvar_and_weight_broadcast(shape: tuple[int, ...]) -> None:
         for given in ((v, None), (None, w), (v, w)):
             for reduction in REDUCTIONS:
                 # A gradient is a sum of up to 54 terms that may nearly cancel.
-                compare([*inputs(6, 9, dtype=dtype), *given], "gaussian", reduction, 54 * ONE_STEP)
+                compare([*inputs(6, 9, dtype=dtype), *given], "gaussian", reduction, 4 * ONE_STEP)
         compare([*inputs(6, 9, dtype=dtype), None, w], "bernoulli")
 
 
@@ -111,21 +112,17 @@ def test_relative_errors_of_the_continuous_bernoulli(capability: str) -> None:
 def test_threads_agree_on_broadcast_gradients(size: tuple[int, ...]) -> None:
     x, t = torch.randn(300, 901), torch.rand(300, 901)
     wide = [torch.rand(size).requires_grad_() for _ in range(2)]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            out = loss(x, t, "gaussian", logvar=wide[0], weight=wide[1], reduction="none")
-            results.append(torch.autograd.grad(out, wide, x))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        out = loss(x, t, "gaussian", logvar=wide[0], weight=wide[1], reduction="none")
+        return torch.autograd.grad(out, wide, x)
+
+    grads = same_for_any_threads(results, (1, 2, 3))
     exact = [w.detach().double().requires_grad_() for w in wide]
     out = reference.reconstruction_loss(
         x.double(), t.double(), "gaussian", logvar=exact[0], weight=exact[1], reduction="none"
     )
-    for got, expected in zip(results[0], torch.autograd.grad(out, exact, x.double()), strict=True):
+    for got, expected in zip(grads, torch.autograd.grad(out, exact, x.double()), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-2 if len(size) < 2 else 1e-3)
 
 
@@ -146,16 +143,12 @@ def test_tensor_subclasses_in_any_place() -> None:
 def test_threads_agree(likelihood: str) -> None:
     args = inputs(300, 901)
     weight = torch.rand(300, 901, requires_grad=True)
-    for reduction in REDUCTIONS:
-        results = []
-        for threads in (1, 2, 3):
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            out = loss(*args, likelihood, weight=weight, reduction=reduction)
-            results.append([out, *torch.autograd.grad(out.sin().sum(), [*args, weight])])
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        outs = [loss(*args, likelihood, weight=weight, reduction=reduction) for reduction in REDUCTIONS]
+        return [*outs, *(g for out in outs for g in torch.autograd.grad(out.sin().sum(), [*args, weight]))]
+
+    same_for_any_threads(results, (1, 2, 3))
 
 
 def test_strides() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import assert_within_rule, check, flat
+from tests.helpers import assert_within_rule, check, flat, same_for_any_threads
 
 NAN, INF = float("nan"), float("inf")
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -276,19 +277,15 @@ def test_encoding_forms_no_dense_gradient() -> None:
 def test_threads_and_repeats_give_the_same_bits() -> None:
     args = [a.requires_grad_() if a.is_floating_point() else a for a in operands((500, 9, 70, 130), torch.float32)]
     x = torch.randn(200, 3000, requires_grad=True)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            out = functional.sparse_decode(*args)
-            leaves = [a for a in args if a.is_floating_point()]
-            grads = torch.autograd.grad(out, leaves, torch.arange(1.0, len(out) + 1)[:, None].expand_as(out))
-            values, indices = functional.topk_code(x, 17)
-            results.append([out, *grads, values, indices, *torch.autograd.grad(values.sum(), x)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        out = functional.sparse_decode(*args)
+        leaves = [a for a in args if a.is_floating_point()]
+        grads = torch.autograd.grad(out, leaves, torch.arange(1.0, len(out) + 1)[:, None].expand_as(out))
+        values, indices = functional.topk_code(x, 17)
+        return [out, *grads, values, indices, *torch.autograd.grad(values.sum(), x)]
+
+    same_for_any_threads(results)
 
 
 def test_encode_promotes() -> None:
@@ -307,14 +304,9 @@ def test_threads_agree_on_the_bias_of_one_column() -> None:
     values, indices = torch.randn(70000, 2), torch.randint(5, (70000, 2))
     weight, bias = torch.randn(5, 1), torch.zeros(1, requires_grad=True)
     grad = torch.randn(70000, 1)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results += torch.autograd.grad(functional.sparse_decode(values, indices, weight, bias), bias, grad)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    same_for_any_threads(
+        lambda: torch.autograd.grad(functional.sparse_decode(values, indices, weight, bias), bias, grad), (1, 2, 3)
+    )
 
 
 @pytest.mark.slow

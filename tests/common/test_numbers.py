@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "gaussian_rsample_kl": lambda rate, two: F.gaussian_rsample_kl(
         X, X, num_samples=two, free_bits=rate, logvar_range=(-rate, rate), key=KEY
     ),
+    "binary code": lambda rate, two: lect11ext.nn.BinaryCode(noise=rate)(X, key=KEY),
     "sparse_code": lambda rate, two: F.topk_code(X, two),
     "kl penalty": lambda rate, two: F.sparse_activation(X, penalty="kl", activation="sigmoid", target=rate),
 }
@@ -62,6 +64,13 @@ def test_numbers_of_numpy(name: str, types: tuple[Any, Any]) -> None:
     number, integer = types
     rate = number(0.3)  # not Python's 0.3
     expected, got = CALLS[name](float(rate), 2), CALLS[name](rate, integer(2))
+    for a, b in zip(flat(got), flat(expected), strict=True):
+        assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fractions_are_numbers_too(name: str) -> None:
+    expected, got = CALLS[name](0.25, 2), CALLS[name](Fraction(1, 4), 2)
     for a, b in zip(flat(got), flat(expected), strict=True):
         assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
 

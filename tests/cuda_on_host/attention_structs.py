@@ -78,3 +78,7 @@ class AttentionBackwardTangent(AttentionBackward):
         ("lse_t", c_void_p),
         ("grad_lse_t", c_void_p),
     ]
+
+
+class DropoutMask(Structure):
+    _fields_ = [("kept", c_void_p), ("key", c_void_p), ("rows", c_int64), ("columns", c_int64), ("p", c_double)]

@@ -99,6 +99,7 @@ SCRATCH_ENTRY(attention_forward, AttentionForward)
 SCRATCH_ENTRY(attention_backward, AttentionBackward)
 SCRATCH_ENTRY(attention_tangent, AttentionTangent)
 SCRATCH_ENTRY(attention_backward_tangent, AttentionBackwardTangent)
+ENTRY(attention_dropout_mask, DropoutMask)
 
 // What the device seems to have from now on.
 extern "C" void set_device(int multiprocessors, int most_shared, int compute_major) {

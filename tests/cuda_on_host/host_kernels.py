@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_structs import AttentionBackward, AttentionBackwardTangent, AttentionForward, AttentionTangent
+from attention_structs import (
+    AttentionBackward,
+    AttentionBackwardTangent,
+    AttentionForward,
+    AttentionTangent,
+    DropoutMask,
+)
 from corruption_structs import CorruptionDrift, CorruptionReplace
 from hashing_structs import (
     Binarize,
@@ -290,6 +296,7 @@ ENTRIES = {
     "attention_backward": AttentionBackward,
     "attention_tangent": AttentionTangent,
     "attention_backward_tangent": AttentionBackwardTangent,
+    "attention_dropout_mask": DropoutMask,
 }
 
 
@@ -327,7 +334,7 @@ class Kernels:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Output):
+    if isinstance(value, (Output, Integers)):
         return value.tensor.data_ptr()
     if isinstance(value, Tensor):
         return value.data_ptr()
@@ -377,6 +384,22 @@ class Output:
         """What was written."""
         assert (self.memory[: self.begin] == self.SENTINEL).all(), "written before the output's begin"
         assert (self.memory[self.end :] == self.SENTINEL).all(), "written beyond the output's end"
+        return self.tensor
+
+
+class Integers:
+    """Memory for a kernel to write: 77 between two bands that must stay as they are."""
+
+    BAND, FRESH = 64, 77
+
+    def __init__(self, *size: int, dtype: torch.dtype) -> None:
+        numel = torch.Size(size).numel()
+        self.memory = torch.full((numel + 2 * self.BAND,), self.FRESH, dtype=dtype)
+        self.tensor = self.memory[self.BAND : self.BAND + numel].view(size)
+
+    def checked(self) -> Tensor:
+        assert (self.memory[: self.BAND] == self.FRESH).all(), "written before the output's begin"
+        assert (self.memory[-self.BAND :] == self.FRESH).all(), "written beyond the output's end"
         return self.tensor
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hashing_structs import CodeRows
-from host_kernels import Kernels, Output, make_views
+from host_kernels import Integers, Kernels, Output, make_views
 from torch import Tensor
 from view_structs import MAX_DIMS, Shape
 
@@ -17,22 +17,6 @@ from lect11ext import reference
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ONES = {1: 1, 2: 0x3C00, 4: 0x3F800000, 8: 0x3FF0000000000000}
 SIZED = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.float64}
-
-
-class Integers:
-    """Memory for a kernel to write: 77 between two bands that must stay as they are."""
-
-    BAND, FRESH = 64, 77
-
-    def __init__(self, *size: int, dtype: torch.dtype) -> None:
-        numel = torch.Size(size).numel()
-        self.memory = torch.full((numel + 2 * self.BAND,), self.FRESH, dtype=dtype)
-        self.tensor = self.memory[self.BAND : self.BAND + numel].view(size)
-
-    def checked(self) -> Tensor:
-        assert (self.memory[: self.BAND] == self.FRESH).all(), "written before the output's begin"
-        assert (self.memory[-self.BAND :] == self.FRESH).all(), "written beyond the output's end"
-        return self.tensor
 
 
 def rows_of(codes: Tensor) -> CodeRows:

@@ -182,6 +182,29 @@ def test_prepacked_copy_is_dropped_with_the_memory_it_was_made_from(kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_prepacked_copy_is_of_this_memory_and_no_later_one(kind: str) -> None:
+    """A weight that is replaced is freed, and the next but one may lie where it lay."""
+    for _ in range(30):
+        cell = getattr(nn, kind)(64, 256).eval().prepack()
+        x = torch.randn(1, 64)
+        for _ in range(2):
+            cell.weight_hh = torch.nn.Parameter(torch.randn_like(cell.weight_hh))
+        fresh = copy.deepcopy(cell)
+        state = torch.randn(1, 256)
+        hx = (state, state) if kind == "LSTMCell" else state
+        with torch.no_grad():
+            assert torch.equal(flat(cell(x, hx))[0], flat(fresh(x, hx))[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_inference_tensors_are_not_packed(kind: str) -> None:
+    """Nothing counts how often they are written."""
+    with torch.inference_mode():
+        cell = getattr(nn, kind)(5, 4).eval().prepack()
+    assert cell._packed is None
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
 def test_prepacked_cells_treat_odd_calls_as_others_do(kind: str) -> None:
     cell, x = getattr(nn, kind)(5, 4).eval().prepack(), torch.ones(1, 5)
     wrap = (lambda h: (h, h)) if kind == "LSTMCell" else (lambda h: h)
@@ -196,6 +219,10 @@ def test_prepacked_cells_treat_odd_calls_as_others_do(kind: str) -> None:
             cell(x, wrap(3))
         with pytest.raises(TypeError, match="input must be a Tensor, but got list"):
             cell([1.0])
+        with pytest.raises(TypeError, match="input must be a Tensor, but got str"):
+            cell("x", wrap(torch.zeros(1, 4)))
+        with pytest.raises(TypeError, match=r"(state|h) must be"):
+            cell(x, 3)
         compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(flat(compiled(x))[0], flat(cell(x))[0])
     for sizes in [(0, 4), (5, 0)]:

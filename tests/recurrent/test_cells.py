@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lect11ext import functional, reference
-from tests.helpers import ONE_STEP, assert_within_rule, flat, room
+from tests.helpers import ONE_STEP, assert_within_rule, flat, room, same_for_any_threads
 from tests.helpers import check as check_rule
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (7, 16, 16), (1, 64, 64), (5, 33, 17), (13, 31, 130), (32, 70, 48), (100, 20, 65)]
@@ -145,16 +145,12 @@ def test_strides(variant: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1, 300, 257), (40, 256, 130)], ids=str)
 def test_threads_and_repeats_give_the_same_bits(variant: str, shape: tuple[int, int, int]) -> None:
     args = operands(variant, *shape, torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            outs = flat(cell(functional, variant)(*args))
-            results.append([*outs, *torch.autograd.grad(outs, args, [torch.ones_like(o) for o in outs])])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def results() -> Sequence[Tensor]:
+        outs = flat(cell(functional, variant)(*args))
+        return [*outs, *torch.autograd.grad(outs, args, [torch.ones_like(o) for o in outs])]
+
+    same_for_any_threads(results)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -4,13 +4,16 @@ without a step."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import functional_call, hessian, jvp
 
 from lect11ext import functional, nn, reference
+from tests.helpers import same_for_any_threads
 
 KINDS = ["LSTM", "GRU"]
 
@@ -30,16 +33,15 @@ def test_clip_is_of_the_projected_state(rate: float) -> None:
 def test_a_backward_within_autocast_gives_the_same_bits_for_any_threads(kind: str, dtype: torch.dtype) -> None:
     """Products of the BLAS run in threads, of which only the caller's knows autocast. So large that they are taken."""
     layer = getattr(nn, kind)(128, 256, dtype=dtype)
-    x, before = torch.randn(96, 48, 128, dtype=dtype), torch.get_num_threads()
-    results = []
-    for threads, inside in ((1, False), (1, True), (2, True)):
-        torch.set_num_threads(threads)
+    x = torch.randn(96, 48, 128, dtype=dtype)
+
+    def results(inside: bool) -> Sequence[Tensor]:
         out = layer(x)[0].square().sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-            results.append(torch.autograd.grad(out, list(layer.parameters())))
-    torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+            return torch.autograd.grad(out, list(layer.parameters()))
+
+    outside, inside = (same_for_any_threads(lambda w=within: results(w), (1, 2)) for within in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

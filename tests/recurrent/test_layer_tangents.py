@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacfwd, jvp, vmap
 
 from lect11ext import functional
-from tests.helpers import Ops, assert_within_rule, chain, double, gradcheck
+from tests.helpers import Ops, assert_within_rule, chain, double, gradcheck, same_for_any_threads
 
 from .test_layer_variants import CASES, SHAPES, Case, rows
 
@@ -112,15 +112,7 @@ def test_kernel_by_the_rule(kind: str, options: str, dtype: torch.dtype, capabil
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_change_no_bit(kind: str, batch: int, dtype: torch.dtype) -> None:
     args = arguments(kind, OPTIONS[-1], 6, batch, 200, dtype)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(kernel(*args))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: kernel(*args), (1, 2, 3))
 
 
 @pytest.mark.parametrize("size", [(0, 3, 4), (3, 0, 4), (0, 0, 4)], ids=str)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lect11ext import reference
 from tests.conftest import DTYPES
-from tests.helpers import ONE_STEP, chain, check, gradcheck, gradgradcheck
+from tests.helpers import ONE_STEP, chain, check, gradcheck, gradgradcheck, same_for_any_threads
 
 SHAPES = [(1, 1, 2, 3), (5, 3, 4, 7), (3, 9, 17, 64), (6, 2, 3, 130), (2, 50, 5, 17)]
 BOTH = ["norm", "mask", "zoneout masks", "zoneout rates", "truncate", "sums"]
@@ -140,14 +140,7 @@ def compare_second_order(case: Case, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_batch_first_and_threads(kind: str, variant: str) -> None:
     case = Case(kind, variant, (7, 4, 8, 200), torch.float32)
-    expected = gradients(case, {})
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        for a, b in zip(gradients(case, {}), expected, strict=True):
-            assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(threads)
+    expected = same_for_any_threads(lambda: gradients(case, {}), (1, 3))
     turned = Case(kind, variant, (7, 4, 8, 200), torch.float32)
     turned.args = [a.detach() for a in case.args]
     turned.args[0] = turned.args[0].transpose(0, 1)
@@ -164,17 +157,9 @@ def test_batch_first_and_threads(kind: str, variant: str) -> None:
 def test_batches_in_two_parts(kind: str, variant: str, batch: int, dtype: torch.dtype) -> None:
     """Threads of a large batch take turns at its halves, which changes no bit."""
     case = Case(kind, variant, (6, batch, 9, 70), dtype)
-    threads = torch.get_num_threads()
     for options in rows(6, batch):
-        results = []
-        try:
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(gradients(case, {**options, "grad_clip": 0.5}))
-        finally:
-            torch.set_num_threads(threads)
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        chosen = {**options, "grad_clip": 0.5}
+        same_for_any_threads(lambda chosen=chosen: gradients(case, chosen), (1, 2, 3))
 
 
 def gradients(case: Case, options: dict[str, Any]) -> list[Tensor]:

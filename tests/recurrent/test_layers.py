@@ -20,6 +20,7 @@ from tests.helpers import (
     gradcheck,
     gradgradcheck,
     nearly,
+    same_for_any_threads,
     same_products,
 )
 
@@ -197,16 +198,7 @@ def grads(function: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_for_any_number_of_threads(kind: str, kept: torch.dtype, shape: tuple[int, ...]) -> None:
     args = operands(kind, shape, kept)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(grads(ours(kind), args))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: grads(ours(kind), args), (1, 2, 3, 5))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -164,7 +164,7 @@ void additive_forward(const AdditiveForward& args, void* stream) {
   if (args.batches.numel * tiles > 0) {
     with_type(args.dtype, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
-      launch(score_kernel<S>, dim3(static_cast<unsigned>(args.batches.numel * tiles)), kScoreThreads, 0, stream, args,
+      launch(score_kernel<S>, dim3(grid_size(args.batches.numel * tiles)), kScoreThreads, 0, stream, args,
              strided(args, args.query), strided(args, args.key));
     });
   }

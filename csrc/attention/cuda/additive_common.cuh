@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
 }
 
 inline void launch_blocks(auto kernel, int64_t blocks, int threads, void* stream, const auto& args) {
-  if (blocks > 0) launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, 0, stream, args);
+  if (blocks > 0) launch(kernel, dim3(grid_size(blocks)), threads, 0, stream, args);
 }
 
 inline void multiply(const BatchProduct& args, DType compute, void* stream) {

@@ -26,7 +26,7 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
     const RowTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
     const Sequence sequence(args_, tile.sequence);
     const int rows = kKeysAreRows ? sequence.keys : sequence.queries, size = static_cast<int>(plan_.tiles.size);
-    const int tiles = static_cast<int>(ceil_divide(rows, size));
+    const int tiles = static_cast<int>(divide_up(rows, size));
     if (tile.number >= tiles) return;
     // What has the most to do in a causal attention comes first: the first keys, the last queries.
     const int first_row = (kKeysAreRows ? tile.number : tiles - 1 - tile.number) * size;
@@ -34,7 +34,7 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
     const Range range =
         kKeysAreRows ? queries_seen(sequence, first_row, last_row) : keys_seen(sequence, first_row, last_row);
     const int first_tile = range.first / kCols;
-    const int columns = range.empty() ? 0 : static_cast<int>(ceil_divide(range.last, kCols)) - first_tile;
+    const int columns = range.empty() ? 0 : static_cast<int>(divide_up(range.last, kCols)) - first_tile;
     const int heads = kKeysAreRows ? group_ : 1;
 
     const Lane lane;

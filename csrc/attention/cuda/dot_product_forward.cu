@@ -60,13 +60,13 @@ template <class S, int kWidth, bool kPlain>
 typename ForwardShape<S, kWidth, kPlain>::Plan make_plan(const AttentionForward& args) {
   using Shape = ForwardShape<S, kWidth, kPlain>;
   const auto mean = [&](int64_t all) {
-    return args.query_starts == nullptr ? all : ceil_divide(all, std::max<int64_t>(args.sequences, 1));
+    return args.query_starts == nullptr ? all : divide_up(all, std::max<int64_t>(args.sequences, 1));
   };
   constexpr int64_t kFew = 16;  // queries, for which neighbouring heads lie in one tile
   const int64_t group = args.heads / args.kv_heads, queries = mean(args.queries);
   typename Shape::Plan plan{};
   plan.packed = static_cast<int>(queries <= kFew && args.queries * group <= kMostPositions ? group : 1);
-  plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(queries * plan.packed, Shape::kRows), 1, kMostWarps));
+  plan.warps = static_cast<int>(std::clamp<int64_t>(divide_up(queries * plan.packed, Shape::kRows), 1, kMostWarps));
   plan.row = TileShape<Shape::kDim>::template of<S>(args.head_dim);
   plan.value = TileShape<Shape::kDim>::template of<S>(args.value_dim);
   const auto bytes = [&] {
@@ -81,7 +81,7 @@ typename ForwardShape<S, kWidth, kPlain>::Plan make_plan(const AttentionForward&
   }
   plan.shared_bytes = bytes();
   plan.tiles = {args.query_starts, args.sequences, args.queries * plan.packed, plan.warps * Shape::kRows, plan.packed};
-  plan.chunks = std::max<int64_t>(1, ceil_divide(args.value_dim, kWidth));
+  plan.chunks = std::max<int64_t>(1, divide_up(args.value_dim, kWidth));
   plan.query_aligned = is_aligned<S>(args.query);
   plan.key_aligned = is_aligned<S>(args.key);
   plan.value_aligned = is_aligned<S>(args.value);
@@ -95,8 +95,8 @@ typename ForwardShape<S, kWidth, kPlain>::Plan make_plan(const AttentionForward&
   const int64_t resident =
       std::min<int64_t>(kResidentWarps / plan.warps, static_cast<int64_t>(most / plan.shared_bytes));
   const int64_t wanted = device_attribute(cudaDevAttrMultiProcessorCount) * resident / blocks;
-  const int64_t tiles = std::min(ceil_divide(mean(args.keys), Shape::kKeys),
-                                 args.window_left == kOpen ? kOpen : ceil_divide(args.window_left, Shape::kKeys) + 1);
+  const int64_t tiles = std::min(divide_up(mean(args.keys), Shape::kKeys),
+                                 args.window_left == kOpen ? kOpen : divide_up(args.window_left, Shape::kKeys) + 1);
   plan.splits = std::clamp<int64_t>(std::min(wanted, tiles / kLeastTiles), 1, kMostSplits);
   plan.unit = kPlain ? args.scale : 1;
   return plan;

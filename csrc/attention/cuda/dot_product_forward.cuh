@@ -75,13 +75,13 @@ class Forward {
     const RowTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
     const Sequence sequence(args_, tile.sequence);
     const int packed = plan_.packed, size = static_cast<int>(plan_.tiles.size), rows = sequence.queries * packed;
-    const int tiles = static_cast<int>(ceil_divide(rows, size));
+    const int tiles = static_cast<int>(divide_up(rows, size));
     if (tile.number >= tiles) return;
     // The last queries of a causal attention have the most to do and come first.
     const int first_row = (tiles - 1 - tile.number) * size, last_row = std::min(first_row + size, rows) - 1;
     const Range keys = keys_seen(sequence, first_row / packed, last_row / packed);
     const int first_tile = keys.first / kKeys;
-    const int key_tiles = keys.empty() ? 0 : static_cast<int>(ceil_divide(keys.last, kKeys)) - first_tile;
+    const int key_tiles = keys.empty() ? 0 : static_cast<int>(divide_up(keys.last, kKeys)) - first_tile;
     const auto begin = [&](unsigned split) {
       return first_tile + static_cast<int>(int64_t{key_tiles} * split / plan_.splits);
     };

@@ -43,8 +43,8 @@ HopperRun run(const AttentionForward& args, void* scratch, void* stream) {
   plan.order = BlockOrder::of(args, tiles, units, 4 * args.keys * kColumns, args.heads / args.kv_heads);
   reserve_shared(hopper_forward_kernel<S, kColumns, kKind>);
   const auto blocks = std::min<int64_t>(tiles * units, device_attribute(cudaDevAttrMultiProcessorCount));
-  launch(hopper_forward_kernel<S, kColumns, kKind>, static_cast<unsigned>(blocks), Kernel::kThreads, Kernel::kBytes,
-         stream, args, plan);
+  launch(hopper_forward_kernel<S, kColumns, kKind>, grid_size(blocks), Kernel::kThreads, Kernel::kBytes, stream, args,
+         plan);
   return result;
 }
 

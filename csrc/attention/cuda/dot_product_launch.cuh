@@ -74,12 +74,12 @@ PlanOf<S, kPart, kBound> make_plan(const DerivativeArgs& args) {
   using P = Pairs<S, kPart>;
   using Kernel = Derivative<S, kPart, kBound>;
   const int64_t rows = P::kKeysAreRows ? args.keys : args.queries;
-  const int64_t mean = args.query_starts == nullptr ? rows : ceil_divide(rows, std::max<int64_t>(args.sequences, 1));
+  const int64_t mean = args.query_starts == nullptr ? rows : divide_up(rows, std::max<int64_t>(args.sequences, 1));
   PlanOf<S, kPart, kBound> plan{};
   plan.shape[0] = TileShape<Kernel::kDim>::template of<S>(args.head_dim);
   plan.shape[1] = TileShape<Kernel::kDim>::template of<S>(args.value_dim);
   plan.stages = Kernel::kStages;
-  plan.warps = static_cast<int>(std::clamp<int64_t>(ceil_divide(mean, Kernel::kRows), 1, kMostWarps));
+  plan.warps = static_cast<int>(std::clamp<int64_t>(divide_up(mean, Kernel::kRows), 1, kMostWarps));
   plan.rows_shared = true;
   plan.plain = args.mask.type <= MaskType::Bool && args.mask_t.type == MaskType::None && args.alibi_slopes == nullptr &&
                args.softcap == 0 && args.dropout_p <= 0;
@@ -157,7 +157,7 @@ void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, F
     constexpr int kBound = bound;
     auto plan = make_plan<S, kPart, kBound>(args);
     fill(plan);
-    plan.chunks = std::max<int64_t>(1, ceil_divide(columns, Derivative<S, kPart, kBound>::kWidth));
+    plan.chunks = std::max<int64_t>(1, divide_up(columns, Derivative<S, kPart, kBound>::kWidth));
     const int64_t units = Pairs<S, kPart>::kKeysAreRows ? args.kv_heads : args.heads;
     const int64_t blocks = plan.tiles.count() * units;
     if (blocks == 0) return;

@@ -12,8 +12,8 @@ struct MaskWalk {
   int64_t own[4], along[4];  // batch, heads, tiles of queries, tiles of keys
 
   __host__ __device__ MaskWalk(const DerivativeArgs& args, const DerivativeSettings& plan, int columns) {
-    const int64_t sizes[4] = {args.batch, args.heads, ceil_divide(args.queries, plan.tiles.size),
-                              ceil_divide(args.keys, columns)};
+    const int64_t sizes[4] = {args.batch, args.heads, divide_up(args.queries, plan.tiles.size),
+                              divide_up(args.keys, columns)};
     for (int d = 0; d < 4; ++d) {
       own[d] = plan.mask_sizes[d] == 1 ? 1 : sizes[d];
       along[d] = plan.mask_sizes[d] == 1 ? sizes[d] : 1;

@@ -15,14 +15,6 @@ namespace lect11ext::cuda {
 inline constexpr int kMostWarps = 4;
 inline constexpr int kMostThreads = 32 * kMostWarps;
 
-__host__ __device__ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The first dimension of a grid.
-inline unsigned grid_size(int64_t blocks) {
-  if (blocks > INT32_MAX) throw std::runtime_error("attention has more tiles than a grid of CUDA has blocks.");
-  return static_cast<unsigned>(blocks);
-}
-
 // --- sequences ----------------------------------------------------------------------------------------------------
 
 // Positions within a sequence fit an int with room to spare; offsets in memory are of 64 bits.
@@ -100,7 +92,7 @@ struct RowTiles {
   int64_t packed;  // rows for every position
 
   __host__ __device__ int64_t count() const {
-    return starts == nullptr ? sequences * ceil_divide(rows, size) : rows / size + sequences;
+    return starts == nullptr ? sequences * divide_up(rows, size) : rows / size + sequences;
   }
 
   struct Tile {
@@ -112,7 +104,7 @@ struct RowTiles {
 
   __device__ Tile find(int64_t number) const {
     if (starts == nullptr) {
-      const int64_t tiles = ceil_divide(rows, size), sequence = divide(number, tiles);
+      const int64_t tiles = divide_up(rows, size), sequence = divide(number, tiles);
       return {sequence, static_cast<int>(number - sequence * tiles)};
     }
     int64_t low = 0, high = sequences;  // first_of(low) ≤ number < first_of(high)
@@ -136,7 +128,7 @@ struct TileShape {
 
   template <class S>
   static TileShape of(int64_t columns) {
-    TileShape shape{static_cast<int>(columns), static_cast<int>(ceil_divide(columns, 16)) * 16 + kGap, 0};
+    TileShape shape{static_cast<int>(columns), static_cast<int>(divide_up(columns, 16)) * 16 + kGap, 0};
     while (shape.own_lanes_log < 5 && kVector<S> << shape.own_lanes_log < shape.padded()) ++shape.own_lanes_log;
     return shape;
   }

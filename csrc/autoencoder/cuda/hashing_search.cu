@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(HammingFill args) {
   });
 }
 
-unsigned pairs(const HammingCudaSearch& args) { return static_cast<unsigned>(args.query.count * args.segments); }
+unsigned pairs(const HammingCudaSearch& args) { return grid_size(args.query.count * args.segments); }
 // Up to a multiple of sixteen: the compiler reads up to three words that a code does not have, to use none of them.
 size_t query_bytes(const HammingCudaSearch& args) {
   constexpr int64_t kRead = 16;
@@ -342,8 +342,7 @@ void hamming_distance(const HammingDistance& args, void* stream) {
   for (int d = 0; d < args.batches.ndim; ++d) aligned = aligned && args.codes_steps[d] % kWord == 0;
   if (args.batches.numel * tiles * columns == 0) return;
   launch(aligned ? distance_kernel<true> : distance_kernel<false>,
-         dim3(static_cast<unsigned>(args.batches.numel * tiles), static_cast<unsigned>(columns)), kThreads, 0, stream,
-         args, tiles);
+         dim3(grid_size(args.batches.numel * tiles), static_cast<unsigned>(columns)), kThreads, 0, stream, args, tiles);
 }
 
 void hamming_histogram(const HammingHistogram& args, void* stream) {
@@ -353,13 +352,13 @@ void hamming_histogram(const HammingHistogram& args, void* stream) {
   const int64_t most = std::min<int64_t>(kGroup, in_shared ? kMostShared / all : 1);
   const int64_t group = std::min(most, args.query.count), groups = (args.query.count + group - 1) / group;
   with_words(args, [&](auto words) {
-    launch(histogram_kernel<decltype(words)::value>, static_cast<unsigned>(groups * args.segments), kThreads,
+    launch(histogram_kernel<decltype(words)::value>, grid_size(groups * args.segments), kThreads,
            static_cast<size_t>(group) * (in_shared ? all : of_query), stream, args, static_cast<int>(group), in_shared);
   });
 }
 
 void hamming_plan(const HammingPlan& args, void* stream) {
-  launch(plan_kernel, static_cast<unsigned>(args.queries), kThreads, 0, stream, args);
+  launch(plan_kernel, grid_size(args.queries), kThreads, 0, stream, args);
 }
 
 void hamming_count(const HammingCount& args, void* stream) {

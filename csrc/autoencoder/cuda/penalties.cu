@@ -247,7 +247,7 @@ void with_access(const Args& args, F f) {
 
 template <class Args>
 void launch_columns(const Args& args, void* out, void* stream) {
-  const auto pieces = static_cast<unsigned>((args.blocks.cols + kColumns - 1) / kColumns);
+  const unsigned pieces = grid_size(divide_up(args.blocks.cols, kColumns));
   with_access(args, [&](auto type, auto access) {
     launch(columns_kernel<decltype(type), decltype(access), Args>,
            dim3(pieces, static_cast<unsigned>(args.blocks.runs)), kColumnThreads, 0, stream, args, out);
@@ -259,8 +259,8 @@ void launch_columns(const Args& args, void* out, void* stream) {
 void penalty_forward(const PenaltyForward& args, void* stream) {
   if (args.penalty == Penalty::Mean) return launch_columns(args, args.sums, stream);
   with_access(args, [&](auto type, auto access) {
-    launch(rows_kernel<decltype(type), decltype(access)>, dim3(static_cast<unsigned>(args.tiles.count)), kTileThreads,
-           0, stream, args);
+    launch(rows_kernel<decltype(type), decltype(access)>, dim3(grid_size(args.tiles.count)), kTileThreads, 0, stream,
+           args);
   });
 }
 

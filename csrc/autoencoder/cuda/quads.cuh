@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/cuda/launch.h"
 #include "common/cuda/memory.cuh"
 
 namespace lect11ext::cuda {
@@ -223,7 +224,7 @@ struct FlatRange {
     const int place = (j * kFlatThreads + static_cast<int>(threadIdx.x)) * kQuad;
     return Quad(begin + place, place, count);
   }
-  static dim3 grid(int64_t numel) { return dim3(static_cast<unsigned>((numel + kElements - 1) / kElements)); }
+  static dim3 grid(int64_t numel) { return dim3(grid_size(divide_up(numel, kElements))); }
 };
 
 }  // namespace lect11ext::cuda

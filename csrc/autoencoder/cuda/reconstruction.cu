@@ -224,7 +224,7 @@ bool fits(const ReconstructionBackward& args) {
 
 template <class T, class Access>
 void start(const ReconstructionForward& args, void* stream) {
-  launch(forward_kernel<T, Access>, dim3(static_cast<unsigned>(args.tiles.count)), kTileThreads, 0, stream, args);
+  launch(forward_kernel<T, Access>, dim3(grid_size(args.tiles.count)), kTileThreads, 0, stream, args);
 }
 
 template <class T, class Access>

@@ -287,7 +287,7 @@ void topk_code(const TopkCode& args, void* stream) {
   with_type(args.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const size_t bytes = static_cast<size_t>(room) * sizeof(Entry<typename Keys<S>::Key>);
-    launch(topk_kernel<S>, dim3(static_cast<unsigned>(args.rows)), kThreads, bytes, stream, args, room);
+    launch(topk_kernel<S>, dim3(grid_size(args.rows)), kThreads, bytes, stream, args, room);
   });
 }
 

@@ -267,8 +267,7 @@ bool fits(const GaussianBackward& args) {
 
 template <class T, class Access, bool PriorGiven>
 void start(const GaussianForward& args, void* stream) {
-  launch(forward_kernel<T, Access, PriorGiven>, dim3(static_cast<unsigned>(args.tiles.count)), kTileThreads, 0, stream,
-         args);
+  launch(forward_kernel<T, Access, PriorGiven>, dim3(grid_size(args.tiles.count)), kTileThreads, 0, stream, args);
 }
 
 template <class T, class Access, bool PriorGiven>

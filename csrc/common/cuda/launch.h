@@ -68,6 +68,15 @@ void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t sh
 // holds; where it is 1536 (sm_86, sm_89) the figure is a little high, and nothing depends on it but speed.
 inline int64_t resident_threads() { return 2048 * device_attribute(cudaDevAttrMultiProcessorCount); }
 
+// The first dimension of a grid.
+inline unsigned grid_size(int64_t blocks) {
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(
+        "a grid of CUDA has at most 2^31 - 1 blocks, but these sizes take " + std::to_string(blocks) + ".");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
 // Blocks for a grid-stride loop over `items`. A few times more than run at once, so that the last ones to finish leave
 // little of the device idle, and no more, so that a block's setup is paid rarely.
 inline dim3 grid_stride_blocks(int64_t items, int threads) {

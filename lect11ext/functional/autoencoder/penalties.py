@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..._errors import NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, plain, wrong_type
 from ..._load import _C
 from .._dispatch import through_torch
+from .checks import check_linear
 from .reconstruction import reconstruction_loss
 
 KL_FLOOR = 1e-6  # a unit that is silent over a whole batch has a large divergence, not an infinite one
@@ -131,14 +132,6 @@ def contractive_linear(
         >>> code.shape, penalty.shape
         (torch.Size([8, 5]), torch.Size([8]))
     """
-    for name, tensor in (("input", input), ("weight", weight)):
-        check_type(name, tensor, TENSOR)
-    check_type("bias", bias, OPTIONAL_TENSOR)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape [units, in], but got {list(weight.shape)}")
-    if input.dim() == 0 or input.size(-1) != weight.size(1):
-        raise ValueError(f"input must have shape [*, {weight.size(1)}], but got {list(input.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.size(0)}] (the rows of weight), but got {list(bias.shape)}")
+    check_linear(input, weight, bias, "units", "in")
     norms = reconstruction_loss(weight, weight.new_zeros(()).expand_as(weight), "squared_error")  # from zero
     return _penalized(F.linear(input, weight, bias), norms, activation, "contractive")

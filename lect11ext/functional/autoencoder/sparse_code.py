@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._errors import OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
+from ..._errors import OPTIONAL_TENSOR, TENSOR, wrong_type
 from ..._load import _C
 from .._dispatch import through_torch
+from .checks import check_linear
 
 
 def topk_code(input: Tensor, k: int, *, activation: str = "relu") -> tuple[Tensor, Tensor]:
@@ -141,15 +142,7 @@ def topk_encode(
         >>> lect11ext.functional.topk_encode(torch.tensor([[2.0, 3.0]]), weight, k=2)
         (tensor([[25.,  3.]]), tensor([[2, 1]]))
     """
-    for name, tensor in (("input", input), ("weight", weight)):
-        check_type(name, tensor, TENSOR)
-    check_type("bias", bias, OPTIONAL_TENSOR)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape [atoms, features], but got {list(weight.shape)}")
-    if input.dim() == 0 or input.size(-1) != weight.size(1):
-        raise ValueError(f"input must have shape [*, {weight.size(1)}], but got {list(input.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.size(0)}] (the rows of weight), but got {list(bias.shape)}")
+    check_linear(input, weight, bias, "atoms", "features")
     with torch.no_grad():
         _, indices = topk_code(_linear(input, weight, bias), k, activation=activation)
     if through_torch(input, weight, bias):

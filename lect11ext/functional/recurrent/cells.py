@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, wrong_type
+from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
 from ..._load import _C
 from .._dispatch import is_overridden
 
@@ -16,6 +16,7 @@ def _check_input(function: str, input: Tensor) -> None:
 
 
 def _check_state(function: str, name: str, state: Tensor, dim: int) -> None:
+    check_type(name, state, TENSOR)
     if state.dim() != dim:
         raise ValueError(f"{function}: Expected {name} to be {dim}D, as input is, got {state.dim()}D instead")
 

@@ -103,10 +103,15 @@ def listed_extras(name: str, extras: Any, what: str, weights: Sequence[Any]) -> 
     return items
 
 
-def listed_peepholes(peepholes: Any, weights: Sequence[Any]) -> list[Tensor]:
+def listed_peepholes(peepholes: Any, weights: Sequence[NamedWeights]) -> list[Tensor]:
     items = listed_extras("peepholes", peepholes, "tensors", weights)
-    for i, item in enumerate(items):
+    for i, (item, (weight, *_)) in enumerate(zip(items, weights, strict=True)):
         check_type(f"peepholes[{i}]", item, TENSOR)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and item.shape != (3, weight.size(0) // 4):
+            raise ValueError(
+                f"peepholes[{i}] must have shape [3, {weight.size(0) // 4}] (of the gates i, f and o), "
+                f"but got {list(item.shape)}"
+            )
     return items
 
 

@@ -237,6 +237,8 @@ def gru(
         grad_clip, truncate, recompute, generator, batch_first=batch_first, bidirectional=bidirectional,
         training=training, reset_after=reset_after,
     )  # fmt: skip
+    if layer_norms is not None and not reset_after:
+        raise ValueError("layer_norms must be None where reset_after is False: the norm is over the sums of all gates")
     items = named_weights(weights, projected=False)
     norms = None if layer_norms is None else listed_norms(layer_norms, items)
     if bidirectional and is_wanted(input):

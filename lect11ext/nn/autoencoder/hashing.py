@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._errors import NUMBER, TENSOR, check_finite, check_type
+from ..._errors import NUMBER, TENSOR, check_finite, check_type, plain
 from ...functional import binarize, hamming_radius, hamming_topk, pack_bits, philox_normal
 
 MOST_BYTES = 8191  # of a code that is searched
@@ -46,7 +46,7 @@ class BinaryCode(nn.Module):
         check_type("straight_through", straight_through, (bool,))
         if noise < 0:
             raise ValueError(f"noise must be nonnegative, but got {noise}")
-        self.noise = noise
+        self.noise = plain(noise)
         self.straight_through = straight_through
 
     def forward(self, logits: Tensor, *, generator: torch.Generator | None = None, key: Tensor | None = None) -> Tensor:

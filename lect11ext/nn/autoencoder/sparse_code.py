@@ -67,6 +67,7 @@ class TopKAutoencoder(nn.Module):
         self.k = k
         self.activation = activation
         self.tied_init = tied_init
+        check_type("bias", bias, (bool,))
         self.encoder = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.dictionary = nn.Parameter(torch.empty_like(self.encoder.weight))
         self.pre_bias = nn.Parameter(self.encoder.weight.new_empty(in_features))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._errors import check_sizes
+from ..._errors import check_sizes, check_type
 from ...functional import gaussian_rsample_kl
 
 
@@ -57,6 +57,7 @@ class GaussianLatent(nn.Module):
     ) -> None:
         check_sizes(in_features=in_features, latent_features=latent_features)
         super().__init__()
+        check_type("bias", bias, (bool,))
         self.mean = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.logvar = nn.Linear(in_features, latent_features, bias, device, dtype)
         self.num_samples = num_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from numbers import Number
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Layers(nn.RNNBase):
             check_type(name, size, (int,))
             check_range(name, size)
         check_type("bidirectional", bidirectional, (bool,))
-        if dropout is None:
+        if not isinstance(dropout, Number):  # torch names what is out of range, and a bool
             check_type("dropout", dropout, NUMBER)
         super().__init__(
             mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,

@@ -26,7 +26,7 @@ class _Cell(nn.RNNCellBase):
 
     _gates: int
     _packed: tuple[Tensor, Tensor] | None = None
-    _packed_from: tuple[tuple[int, int], ...] | None = None  # what _stamp said of the weights
+    _packed_from: tuple[_Source, ...] = ()  # the weights, as they were
 
     def prepack(self) -> Self:
         """Lays the weights out for inference on the CPU, and returns the module.
@@ -38,18 +38,20 @@ class _Cell(nn.RNNCellBase):
         they change neither a tensor's address nor its version. Call ``prepack()`` again after one.
 
         Only float32 and float64 weights on the CPU are packed. Rows of the 16-bit types are already in the order that
-        their instructions want, and on CUDA the products are cuBLAS's; there it does nothing.
+        their instructions want, and on CUDA the products are cuBLAS's; there it does nothing, nor for inference
+        tensors, whose changes nothing counts.
         """
         ih, hh, *_ = _weights(self)
         self._unpack()
-        if ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64):
+        counted = not (ih.is_inference() or hh.is_inference())
+        if counted and ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64):
             with torch.no_grad():
                 self._packed = (_pack(ih, self._gates), _pack(hh, self._gates))
-            self._packed_from = (_stamp(ih), _stamp(hh))
+            self._packed_from = (_Source(ih), _Source(hh))
         return self
 
     def _unpack(self) -> None:
-        self._packed = self._packed_from = None
+        self._packed, self._packed_from = None, ()
 
     def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
         """The packed weights, if this step may use them."""
@@ -57,9 +59,10 @@ class _Cell(nn.RNNCellBase):
             return None  # the packed copy has no derivatives and no batching rule, and tangents flow while grad is off
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
-        if input.shape != (1, self.input_size) or input.dtype != ih.dtype:
+        if not isinstance(input, Tensor) or input.shape != (1, self.input_size) or input.dtype != ih.dtype:
             return None
-        if (_stamp(ih), _stamp(hh)) != self._packed_from:
+        of_ih, of_hh = self._packed_from
+        if not (of_ih.is_still(ih) and of_hh.is_still(hh)):
             return None  # torch.func.functional_call, an assignment, an optimizer's step
         return self._packed
 
@@ -142,7 +145,7 @@ class LSTMCell(_Cell):
             hx = (zeros, zeros)
         ih, hh, b_ih, b_hh = _weights(self)
         packed = None if self._packed is None else self._packed_for(input, ih, hh)
-        if packed is not None and len(hx) == 2 and _are_rows(*hx):
+        if packed is not None and isinstance(hx, (tuple, list)) and len(hx) == 2 and _are_rows(*hx):
             return _C.lstm_cell_packed(input, *hx, *packed, b_ih, b_hh, self.candidate)
         return lstm_cell(input, hx, ih, hh, b_ih, b_hh, candidate=self.candidate, grad_clip=self.grad_clip)
 
@@ -212,9 +215,17 @@ def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tenso
         return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
-def _stamp(weight: Tensor) -> tuple[int, int]:
-    """Changes with the memory of a weight and with every write that autograd sees."""
-    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
+class _Source:
+    """A weight as it was: its memory, kept, so that no other gets its address, and how often it had been written."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.memory = weight.detach()
+        self.version = weight._version
+
+    def is_still(self, weight: Tensor) -> bool:
+        if weight.data_ptr() != self.memory.data_ptr() or weight.is_inference():
+            return False
+        return weight._version == self.version
 
 
 def _are_rows(*states: Tensor) -> bool:
