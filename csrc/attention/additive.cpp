@@ -15,6 +15,7 @@
 #include "attention/additive_inputs.h"
 #include "attention/additive_ops.h"
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/workspace.h"
 
 #ifdef LECT11EXT_WITH_CUDA
@@ -351,8 +352,7 @@ Gradients backward_entry(const Tensor& grad_output, ADDITIVE_PARAMETERS, const T
 }  // namespace
 
 Outputs additive_attention(ADDITIVE_PARAMETERS, bool save_weights) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::additive_attention", "").typed<ForwardSignature>();
+  static const auto op = find_op<ForwardSignature>("lect11ext::additive_attention");
   return op.call(ADDITIVE_ARGUMENTS, save_weights);
 }
 

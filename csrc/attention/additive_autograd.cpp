@@ -13,6 +13,7 @@
 
 #include "attention/additive_inputs.h"
 #include "attention/additive_ops.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -82,9 +83,7 @@ Gradients composite_backward(const Tensor& grad_output, const Inputs& in, const 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
 Gradients call_backward(const Tensor& grad_output, ADDITIVE_PARAMETERS, const Tensor& weights, Wanted wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::additive_attention_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_op<BackwardSignature>("lect11ext::additive_attention_backward");
   return op.call(grad_output, ADDITIVE_ARGUMENTS, weights, wanted);
 }
 

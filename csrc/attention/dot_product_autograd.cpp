@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "attention/dot_product_autograd.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -379,7 +380,7 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
   m.impl("attention_backward", autograd_backward);
   m.impl("attention_tangent", autograd_tangent);
   m.impl("attention_backward_tangent", autograd_backward_tangent);
-  m.impl("attention_dropout_mask", torch::CppFunction::makeFallthrough());
+  fall_through(m, {"attention_dropout_mask"});
 }
 
 TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {

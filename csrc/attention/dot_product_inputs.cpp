@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/ops.h"
 #include "common/random_ops.h"
 #include "common/tensors.h"
 
@@ -155,34 +156,25 @@ void Tangents::check(const Inputs& in) const {
   if (in.has_float_mask()) like("attn_mask_t", attn_mask, *in.attn_mask);
 }
 
-namespace {
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-}  // namespace
-
 Outputs call_forward(const Inputs& in) {
-  static const auto op = find<ForwardSignature>("lect11ext::attention");
+  static const auto op = find_op<ForwardSignature>("lect11ext::attention");
   return op.call(ATTENTION_ARGUMENTS_OF(in));
 }
 
 Gradients call_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse, const Inputs& in,
                         const Tensor& output, const Tensor& lse, GradientMask mask) {
-  static const auto op = find<BackwardSignature>("lect11ext::attention_backward");
+  static const auto op = find_op<BackwardSignature>("lect11ext::attention_backward");
   return op.call(grad_output, grad_lse, ATTENTION_ARGUMENTS_OF(in), output, lse, mask);
 }
 
 Outputs call_tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Tangents& t) {
-  static const auto op = find<TangentSignature>("lect11ext::attention_tangent");
+  static const auto op = find_op<TangentSignature>("lect11ext::attention_tangent");
   return op.call(ATTENTION_ARGUMENTS_OF(in), output, lse, t.query, t.key, t.value, t.attn_mask);
 }
 
 Gradients call_backward_tangent(const Inputs& in, const Tensor& output, const Tensor& lse, const Directions& along,
                                 GradientMask mask) {
-  static const auto op = find<BackwardTangentSignature>("lect11ext::attention_backward_tangent");
+  static const auto op = find_op<BackwardTangentSignature>("lect11ext::attention_backward_tangent");
   const Tangents& t = along.tangents;
   return op.call(along.grad_output, along.grad_lse, ATTENTION_ARGUMENTS_OF(in), output, lse, along.grad_output_t,
                  along.grad_lse_t, t.query, t.key, t.value, t.attn_mask, along.output_t, along.lse_t, mask);
@@ -196,7 +188,8 @@ void check_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p) {
 }
 
 Tensor call_dropout_mask(const Tensor& key, c10::SymIntArrayRef size, double p) {
-  static const auto op = find<Tensor(const Tensor&, c10::SymIntArrayRef, double)>("lect11ext::attention_dropout_mask");
+  static const auto op =
+      find_op<Tensor(const Tensor&, c10::SymIntArrayRef, double)>("lect11ext::attention_dropout_mask");
   return op.call(key, size, p);
 }
 

@@ -8,6 +8,7 @@
 
 #include "attention/dot_product_describe.h"
 #include "attention/dot_product_weights_inputs.h"
+#include "common/ops.h"
 #include "common/tensors.h"
 
 namespace lect11ext {
@@ -33,15 +34,12 @@ c10::SymDimVector WeightsInputs::shape() const {
 }
 
 Tensor call_weights(const WeightsInputs& w) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::attention_weights", "").typed<WeightsSignature>();
+  static const auto op = find_op<WeightsSignature>("lect11ext::attention_weights");
   return op.call(ATTENTION_WEIGHTS_ARGUMENTS_OF(w));
 }
 
 Gradients call_weights_backward(const Tensor& grad, const WeightsInputs& w, GradientMask mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::attention_weights_backward", "")
-                             .typed<WeightsBackwardSignature>();
+  static const auto op = find_op<WeightsBackwardSignature>("lect11ext::attention_weights_backward");
   return op.call(grad, ATTENTION_WEIGHTS_ARGUMENTS_OF(w), mask);
 }
 

@@ -8,14 +8,13 @@
 #include "attention/dot_product_devices.h"
 #include "attention/dot_product_packing.h"
 #include "attention/dot_product_weights_cpu.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace attention_op {
 
 OutputsAndWeights call_with_weights(const Inputs& in, bool average) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::attention_with_weights", "")
-                             .typed<WithWeightsSignature>();
+  static const auto op = find_op<WithWeightsSignature>("lect11ext::attention_with_weights");
   return op.call(in.query, in.key, in.value, in.attn_mask, in.alibi_slopes, in.dropout_key, in.dropout_p, in.scale,
                  in.window_left, in.window_right, in.bottom_right, in.softcap, average);
 }

@@ -10,11 +10,7 @@
 #include "autoencoder/corruption_inputs.h"
 #include "autoencoder/corruption_ops.h"
 #include "common/dispatch.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -45,28 +41,9 @@ Tensor meta_backward(const Tensor& grad, const Tensor& key, c10::string_view kin
 
 constexpr int64_t kTile = kCorruptionTile;
 
-void launch(const CorruptionDrift& args, c10::Device device) {
-  if (device.is_cpu()) {
-    return run_parallel(corruption_drift_kernel, args, (args.shape.numel + kTile - 1) / kTile, kTile);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::corruption_drift(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
-void launch(const CorruptionReplace& args, c10::Device device) {
-  if (device.is_cpu()) {
-    // Words cost half of what normals do.
-    return run_parallel(corruption_replace_kernel, args, (args.shape.numel + kTile - 1) / kTile, kTile / 2);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::corruption_replace(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
 // Fills the common part of the struct, and runs the kernel.
-template <class Args>
-Tensor run(Args& args, const Tensor& input, const Tensor& key) {
+template <auto kCpu, auto kCuda, class Args>
+Tensor run(Args& args, const Tensor& input, const Tensor& key, int64_t tile_cost) {
   Tensor out = empty_output(input.sizes(), input.options());
   if (out.numel() == 0) return out;
   Operand held{input, &args.input};
@@ -75,7 +52,7 @@ Tensor run(Args& args, const Tensor& input, const Tensor& key) {
   args.key = dense_key.const_data_ptr<int64_t>();
   args.out = out.mutable_data_ptr();
   args.streams = 2 * input.nbytes() > kBeyondCaches;
-  launch(args, input.device());
+  launch<kCpu, kCuda>(args, divide_up(args.shape.numel, kTile), tile_cost, input.device());
   return out;
 }
 
@@ -87,7 +64,8 @@ Tensor replace(const Inputs& in, const Tensor& key, double low, double high, boo
   args.low = low;
   args.high = high;
   args.mask = mask;
-  return run(args, in.input, key);
+  return run<corruption_replace_kernel, LECT11EXT_CUDA_KERNEL(corruption_replace)>(
+      args, in.input, key, /*tile_cost=*/kTile / 2);  // words cost half of what normals do
 }
 
 Outputs kernel_forward(CORRUPT_PARAMETERS) {
@@ -97,7 +75,9 @@ Outputs kernel_forward(CORRUPT_PARAMETERS) {
   if (in.kind == Kind::Gaussian) {
     CorruptionDrift args{};
     args.deviation = amount;
-    return {run(args, input, key), return_mask ? OptionalTensor(at::ones(input.sizes(), mask_options)) : std::nullopt};
+    Tensor out =
+        run<corruption_drift_kernel, LECT11EXT_CUDA_KERNEL(corruption_drift)>(args, input, key, /*tile_cost=*/kTile);
+    return {out, return_mask ? OptionalTensor(at::ones(input.sizes(), mask_options)) : std::nullopt};
   }
   if (in.threshold() == 0) {
     return {input.clone(at::MemoryFormat::Contiguous),
@@ -117,32 +97,17 @@ Tensor kernel_backward(const Tensor& grad, const Tensor& key, c10::string_view k
   return replace(in, key, 0, 0, nullptr);
 }
 
-#ifdef LECT11EXT_WITH_CUDA
-Outputs cuda_forward(CORRUPT_PARAMETERS) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  return kernel_forward(input, key, kind, amount, low, high, return_mask);
-}
-
-Tensor cuda_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
-  const c10::cuda::CUDAGuard guard(grad.device());
-  return kernel_backward(grad, key, kind, amount);
-}
-#endif
-
 }  // namespace
 
 // --- registration -------------------------------------------------------------------------------------------------
 
 Outputs corrupt(CORRUPT_PARAMETERS) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::corrupt", "").typed<Outputs(CORRUPT_PARAMETERS)>();
+  static const auto op = find_op<Outputs(CORRUPT_PARAMETERS)>("lect11ext::corrupt");
   return op.call(input, key, kind, amount, low, high, return_mask);
 }
 
 Tensor corrupt_backward(const Tensor& grad, const Tensor& key, c10::string_view kind, double amount) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::corrupt_backward", "")
-                             .typed<decltype(kernel_backward)>();
+  static const auto op = find_op<decltype(kernel_backward)>("lect11ext::corrupt_backward");
   return op.call(grad, key, kind, amount);
 }
 
@@ -154,16 +119,14 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def("corrupt_backward(Tensor grad, Tensor key, str kind, float amount) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("corrupt", kernel_forward);
   m.impl("corrupt_backward", kernel_backward);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("corrupt", cuda_forward);
-  m.impl("corrupt_backward", cuda_backward);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

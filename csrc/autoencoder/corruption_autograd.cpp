@@ -6,6 +6,7 @@
 
 #include "autoencoder/corruption_ops.h"
 #include "common/autograd.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -73,14 +74,9 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type here: an element leaves in the type in which it came.
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
-  m.impl("corrupt", torch::CppFunction::makeFallthrough());
-  m.impl("corrupt_backward", torch::CppFunction::makeFallthrough());
-}
+static void keep_types(torch::Library& m) { fall_through(m, {"corrupt", "corrupt_backward"}); }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
-  m.impl("corrupt", torch::CppFunction::makeFallthrough());
-  m.impl("corrupt_backward", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

@@ -13,12 +13,8 @@
 #include "autoencoder/hashing_inputs.h"
 #include "autoencoder/hashing_ops.h"
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/tensors.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace lect11ext {
 namespace {
@@ -56,21 +52,6 @@ Tensor integers_above(const Tensor& input, double threshold) {
 
 // --- kernels ------------------------------------------------------------------------------------------------------
 
-template <auto kCpu, auto kCuda, class Args>
-void launch(const Args& args, int64_t items, int64_t cost, c10::Device device) {
-  if (items == 0) return;
-  if (device.is_cpu()) return run_parallel(kCpu, args, items, cost);
-#ifdef LECT11EXT_WITH_CUDA
-  if constexpr (kCuda != nullptr) kCuda(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
-#ifdef LECT11EXT_WITH_CUDA
-#define CUDA_KERNEL(name) cuda::name
-#else
-#define CUDA_KERNEL(name) nullptr
-#endif
-
 Tensor kernel_binarize(const Tensor& input, double threshold) {
   check_binarize(input, threshold);
   Tensor out = empty_output(input.sizes(), input.options());
@@ -79,7 +60,7 @@ Tensor kernel_binarize(const Tensor& input, double threshold) {
   set_views(input.sizes(), args.shape, {&operand});
   args.threshold = rounded(threshold, input.scalar_type());
   args.out = out.mutable_data_ptr();
-  launch<binarize_kernel, CUDA_KERNEL(binarize)>(args, args.tiles(), Binarize::kTile / 4, input.device());
+  launch<binarize_kernel, LECT11EXT_CUDA_KERNEL(binarize)>(args, args.tiles(), Binarize::kTile / 4, input.device());
   return out;
 }
 
@@ -106,7 +87,7 @@ Tensor kernel_pack(const Tensor& input, double threshold) {
     operand.tensor = (is_bool ? input : integers_above(input, threshold)).contiguous();
     args.bits = static_cast<const uint8_t*>(operand.tensor.const_data_ptr());
   }
-  launch<pack_bits_kernel, CUDA_KERNEL(pack_bits)>(args, args.rows, 2 + args.columns / 8, input.device());
+  launch<pack_bits_kernel, LECT11EXT_CUDA_KERNEL(pack_bits)>(args, args.rows, 2 + args.columns / 8, input.device());
   return codes;
 }
 
@@ -132,26 +113,9 @@ Tensor kernel_unpack(const Tensor& codes, std::optional<c10::SymInt> num_bits, a
   args.one = pattern_of_one(dtype);
   args.item_size = static_cast<int64_t>(out.element_size());
   args.out = out.mutable_data_ptr();
-  launch<unpack_bits_kernel, CUDA_KERNEL(unpack_bits)>(args, args.rows, 2 + args.columns / 4, codes.device());
+  launch<unpack_bits_kernel, LECT11EXT_CUDA_KERNEL(unpack_bits)>(args, args.rows, 2 + args.columns / 4, codes.device());
   return out;
 }
-
-#ifdef LECT11EXT_WITH_CUDA
-Tensor cuda_binarize(const Tensor& input, double threshold) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  return kernel_binarize(input, threshold);
-}
-
-Tensor cuda_pack(const Tensor& input, double threshold) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  return kernel_pack(input, threshold);
-}
-
-Tensor cuda_unpack(const Tensor& codes, std::optional<c10::SymInt> num_bits, at::ScalarType dtype) {
-  const c10::cuda::CUDAGuard guard(codes.device());
-  return kernel_unpack(codes, num_bits, dtype);
-}
-#endif
 
 // --- meta ---------------------------------------------------------------------------------------------------------
 
@@ -182,20 +146,17 @@ Tensor meta_unpack(const Tensor& codes, std::optional<c10::SymInt> num_bits, at:
 // --- registration -------------------------------------------------------------------------------------------------
 
 Tensor binarize(const Tensor& input, double threshold) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::binarize", "").typed<decltype(binarize)>();
+  static const auto op = find_op<decltype(binarize)>("lect11ext::binarize");
   return op.call(input, threshold);
 }
 
 Tensor pack_bits(const Tensor& input, double threshold) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::pack_bits", "").typed<decltype(pack_bits)>();
+  static const auto op = find_op<decltype(pack_bits)>("lect11ext::pack_bits");
   return op.call(input, threshold);
 }
 
 Tensor unpack_bits(const Tensor& codes, std::optional<c10::SymInt> num_bits, at::ScalarType dtype) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::unpack_bits", "").typed<decltype(unpack_bits)>();
+  static const auto op = find_op<decltype(unpack_bits)>("lect11ext::unpack_bits");
   return op.call(codes, std::move(num_bits), dtype);
 }
 
@@ -205,18 +166,15 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
   m.def("unpack_bits(Tensor codes, SymInt? num_bits, ScalarType dtype) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("binarize", kernel_binarize);
   m.impl("pack_bits", kernel_pack);
   m.impl("unpack_bits", kernel_unpack);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("binarize", cuda_binarize);
-  m.impl("pack_bits", cuda_pack);
-  m.impl("unpack_bits", cuda_unpack);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

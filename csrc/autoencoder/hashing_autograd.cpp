@@ -4,6 +4,7 @@
 
 #include "autoencoder/hashing_ops.h"
 #include "common/autograd.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -51,14 +52,11 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type: a bit does not depend on it.
-static void fall_through(torch::Library& m) {
-  for (const char* op :
-       {"binarize", "pack_bits", "unpack_bits", "hamming_distance", "hamming_topk", "hamming_radius"}) {
-    m.impl(op, torch::CppFunction::makeFallthrough());
-  }
+static void keep_types(torch::Library& m) {
+  fall_through(m, {"binarize", "pack_bits", "unpack_bits", "hamming_distance", "hamming_topk", "hamming_radius"});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { fall_through(m); }
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { fall_through(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

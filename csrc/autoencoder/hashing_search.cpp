@@ -14,12 +14,8 @@
 #include "autoencoder/hashing_inputs.h"
 #include "autoencoder/hashing_ops.h"
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/tensors.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace lect11ext {
 namespace {
@@ -52,17 +48,6 @@ Tensor expand_batch(const Tensor& codes, at::IntArrayRef size) {
   return dense.expand(whole);
 }
 
-void launch(const HammingDistance& args, c10::Device device) {
-  if (device.is_cpu()) {
-    const int64_t blocks = divide_up(args.codes.count, code_block(args.bytes));
-    return run_parallel(hamming_distance_kernel, args, args.batches.numel * args.query_blocks() * blocks,
-                        code_block(args.bytes) * std::min(args.query.count, HammingDistance::kQueries) / 2);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::hamming_distance(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
 Tensor kernel_distance(const Tensor& a, const Tensor& b) {
   const auto sym_size = check_distance(a, b);
   const auto size = C10_AS_INTARRAYREF_SLOW(sym_size);
@@ -88,7 +73,10 @@ Tensor kernel_distance(const Tensor& a, const Tensor& b) {
   args.query = {query.const_data_ptr<uint8_t>(), query.size(-2), query.stride(-2)};
   args.codes = {codes.const_data_ptr<uint8_t>(), codes.size(-2), codes.stride(-2)};
   args.out = out.mutable_data_ptr<int32_t>();
-  launch(args, a.device());
+  const int64_t blocks = divide_up(args.codes.count, code_block(args.bytes));
+  launch<hamming_distance_kernel, LECT11EXT_CUDA_KERNEL(hamming_distance)>(
+      args, args.batches.numel * args.query_blocks() * blocks,
+      code_block(args.bytes) * std::min(args.query.count, HammingDistance::kQueries) / 2, a.device());
   return out;
 }
 
@@ -185,6 +173,7 @@ void prepare(const Tensor& query, const Tensor& codes, HammingCudaSearch& args) 
 }
 
 Pair cuda_topk(const Tensor& query, const Tensor& codes, int64_t k) {
+  const c10::cuda::CUDAGuard guard(query.device());
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   HammingHistogram histogram{};
   prepare(query, codes, histogram);
@@ -225,6 +214,7 @@ Pair cuda_topk(const Tensor& query, const Tensor& codes, int64_t k) {
 }
 
 Ranges cuda_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
+  const c10::cuda::CUDAGuard guard(query.device());
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   HammingCount count{};
   prepare(query, codes, count);
@@ -278,23 +268,6 @@ Ranges kernel_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
   return cpu_radius(rows, all, radius);
 }
 
-#ifdef LECT11EXT_WITH_CUDA
-Tensor cuda_distance(const Tensor& a, const Tensor& b) {
-  const c10::cuda::CUDAGuard guard(a.device());
-  return kernel_distance(a, b);
-}
-
-Pair cuda_topk_entry(const Tensor& query, const Tensor& codes, c10::SymInt k) {
-  const c10::cuda::CUDAGuard guard(query.device());
-  return kernel_topk(query, codes, std::move(k));
-}
-
-Ranges cuda_radius_entry(const Tensor& query, const Tensor& codes, int64_t radius) {
-  const c10::cuda::CUDAGuard guard(query.device());
-  return kernel_radius(query, codes, radius);
-}
-#endif
-
 // --- meta: of hamming_radius in Python, for C++ cannot say that a size depends on data ----------------------------
 
 Tensor meta_distance(const Tensor& a, const Tensor& b) {
@@ -313,21 +286,17 @@ Pair meta_topk(const Tensor& query, const Tensor& codes, c10::SymInt k) {
 // --- registration -------------------------------------------------------------------------------------------------
 
 Tensor hamming_distance(const Tensor& a, const Tensor& b) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::hamming_distance", "")
-                             .typed<decltype(hamming_distance)>();
+  static const auto op = find_op<decltype(hamming_distance)>("lect11ext::hamming_distance");
   return op.call(a, b);
 }
 
 Pair hamming_topk(const Tensor& query, const Tensor& codes, c10::SymInt k) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::hamming_topk", "").typed<decltype(hamming_topk)>();
+  static const auto op = find_op<decltype(hamming_topk)>("lect11ext::hamming_topk");
   return op.call(query, codes, std::move(k));
 }
 
 Ranges hamming_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::hamming_radius", "").typed<decltype(hamming_radius)>();
+  static const auto op = find_op<decltype(hamming_radius)>("lect11ext::hamming_radius");
   return op.call(query, codes, radius);
 }
 
@@ -339,18 +308,15 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag, at::Tag::dynamic_output_shape});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("hamming_distance", kernel_distance);
   m.impl("hamming_topk", kernel_topk);
   m.impl("hamming_radius", kernel_radius);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("hamming_distance", cuda_distance);
-  m.impl("hamming_topk", cuda_topk_entry);
-  m.impl("hamming_radius", cuda_radius_entry);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

@@ -12,11 +12,7 @@
 #include "autoencoder/partial_sums.h"
 #include "autoencoder/penalties_inputs.h"
 #include "common/dispatch.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -69,27 +65,6 @@ ColumnBlocks blocks_of(const Tensor& input) {
 
 constexpr int64_t kElementCost = 1;  // nanoseconds, of the slowest activation
 
-void launch(const PenaltyForward& args, c10::Device device) {
-  if (device.is_cpu()) {
-    const bool by_columns = args.penalty == Penalty::Mean;
-    const int64_t items = by_columns ? args.blocks.count : args.tiles.count;
-    const int64_t elements = by_columns ? elements_of(args.blocks) : elements_of(args.tiles);
-    return run_parallel(penalty_forward_kernel, args, items, elements * kElementCost);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::penalty_forward(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
-void launch(const PenaltyBackward& args, c10::Device device) {
-  if (device.is_cpu()) {
-    return run_parallel(penalty_backward_kernel, args, args.blocks.count, elements_of(args.blocks) * kElementCost);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::penalty_backward(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
 Pair kernel_forward(const Inputs& in) {
   in.check();
   PenaltyForward args{};
@@ -103,7 +78,8 @@ Pair kernel_forward(const Inputs& in) {
   args.output = output.mutable_data_ptr();
   args.output_dtype = dtype_of(output, "input");
   Tensor sums;
-  if (in.penalty == Penalty::Mean) {
+  const bool by_columns = in.penalty == Penalty::Mean;
+  if (by_columns) {
     args.blocks = blocks_of(in.input);
     sums = at::empty({args.blocks.runs, cols}, sums_options);
   } else {
@@ -111,8 +87,11 @@ Pair kernel_forward(const Inputs& in) {
     sums = at::empty({rows * args.tiles.tiles_per_row}, sums_options);
   }
   args.sums = sums.mutable_data_ptr();
-  launch(args, output.device());
-  if (in.penalty == Penalty::Mean) return {output, sum_runs(sums, 1.0 / static_cast<double>(rows))};
+  const int64_t items = by_columns ? args.blocks.count : args.tiles.count;
+  const int64_t elements = by_columns ? elements_of(args.blocks) : elements_of(args.tiles);
+  launch<penalty_forward_kernel, LECT11EXT_CUDA_KERNEL(penalty_forward)>(args, items, elements * kElementCost,
+                                                                         output.device());
+  if (by_columns) return {output, sum_runs(sums, 1.0 / static_cast<double>(rows))};
   const auto plain_size = C10_AS_INTARRAYREF_SLOW(size);
   return {output, args.tiles.tiles_per_row > 1 ? sum_tiles(sums, plain_size, args.tiles) : sums.view(plain_size)};
 }
@@ -143,23 +122,13 @@ Pair kernel_backward(const OptionalTensor& grad_output, const OptionalTensor& gr
     sums = at::empty({args.blocks.runs, cols}, in.input.options().dtype(in.compute_dtype()));
     args.grad_scale = sums.mutable_data_ptr();
   }
-  if (mask[0] || wants_scale) launch(args, in.input.device());
+  if (mask[0] || wants_scale) {
+    launch<penalty_backward_kernel, LECT11EXT_CUDA_KERNEL(penalty_backward)>(
+        args, args.blocks.count, elements_of(args.blocks) * kElementCost, in.input.device());
+  }
   if (wants_scale) grad_scale = sum_runs(sums).to(in.scale->scalar_type());
   return {grad_input, grad_scale};
 }
-
-#ifdef LECT11EXT_WITH_CUDA
-Pair cuda_forward(const Inputs& in) {
-  const c10::cuda::CUDAGuard guard(in.input.device());
-  return kernel_forward(in);
-}
-
-Pair cuda_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_penalty, const Inputs& in,
-                   std::array<bool, 2> mask) {
-  const c10::cuda::CUDAGuard guard(in.input.device());
-  return kernel_backward(grad_output, grad_penalty, in, mask);
-}
-#endif
 
 // --- registration -------------------------------------------------------------------------------------------------
 
@@ -177,8 +146,7 @@ Pair backward_entry(const OptionalTensor& grad_output, const OptionalTensor& gra
 }  // namespace
 
 Pair penalties::call_forward(PENALTY_PARAMETERS) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::penalized_activation", "").typed<ForwardSignature>();
+  static const auto op = find_op<ForwardSignature>("lect11ext::penalized_activation");
   return op.call(PENALTY_ARGUMENTS);
 }
 
@@ -193,16 +161,14 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("penalized_activation", forward_entry<kernel_forward>);
   m.impl("penalized_activation_backward", backward_entry<kernel_backward>);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("penalized_activation", forward_entry<cuda_forward>);
-  m.impl("penalized_activation_backward", backward_entry<cuda_backward>);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

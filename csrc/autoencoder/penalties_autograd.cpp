@@ -14,6 +14,7 @@
 
 #include "autoencoder/penalties_inputs.h"
 #include "common/autograd.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -109,9 +110,7 @@ Pair composite_backward(const OptionalTensor& grad_output, const OptionalTensor&
 
 Pair call_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_penalty, PENALTY_PARAMETERS,
                    std::array<bool, 2> mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::penalized_activation_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_op<BackwardSignature>("lect11ext::penalized_activation_backward");
   return op.call(grad_output, grad_penalty, PENALTY_ARGUMENTS, mask);
 }
 
@@ -179,14 +178,11 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type here: the arithmetic is in float32 or better whatever comes in.
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
-  m.impl("penalized_activation", torch::CppFunction::makeFallthrough());
-  m.impl("penalized_activation_backward", torch::CppFunction::makeFallthrough());
+static void keep_types(torch::Library& m) {
+  fall_through(m, {"penalized_activation", "penalized_activation_backward"});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
-  m.impl("penalized_activation", torch::CppFunction::makeFallthrough());
-  m.impl("penalized_activation_backward", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

@@ -10,11 +10,7 @@
 #include "autoencoder/partial_sums.h"
 #include "autoencoder/reconstruction_inputs.h"
 #include "common/dispatch.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -60,24 +56,6 @@ void describe(const Inputs& in, Reconstruction& args, Held& held) {
 
 constexpr int64_t kElementCost = 1;  // nanoseconds, about
 
-void launch(const ReconstructionForward& args, c10::Device device) {
-  if (device.is_cpu()) {
-    return run_parallel(reconstruction_forward_kernel, args, args.tiles.count, elements_of(args.tiles) * kElementCost);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::reconstruction_forward(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
-void launch(const ReconstructionBackward& args, c10::Device device) {
-  if (device.is_cpu()) {
-    return run_parallel(reconstruction_backward_kernel, args, args.tiles.count, elements_of(args.tiles) * kElementCost);
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::reconstruction_backward(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
 Tensor kernel_forward(const Inputs& in) {
   in.check();
   ReconstructionForward args{};
@@ -94,7 +72,8 @@ Tensor kernel_forward(const Inputs& in) {
   const bool partial = !args.loss_elements && args.tiles.tiles_per_row > 1;
   Tensor loss = partial ? at::empty({args.tiles.count}, options) : empty_output(size, options);
   args.loss = loss.mutable_data_ptr();
-  launch(args, loss.device());
+  launch<reconstruction_forward_kernel, LECT11EXT_CUDA_KERNEL(reconstruction_forward)>(
+      args, args.tiles.count, elements_of(args.tiles) * kElementCost, loss.device());
   if (partial) loss = sum_tiles(loss, size, args.tiles);
   if (in.reduction == Reduction::BatchMean) loss.div_(in.input.size(0));
   return loss;
@@ -122,24 +101,13 @@ Gradients kernel_backward(const Tensor& grad, const Inputs& in, std::array<bool,
   Tensor weight = make(mask[3] && in.has_weight(), compute, args.grad_weight);
   args.grad_input_dtype = dtype_of(in.input, "input");
   args.grad_target_dtype = dtype_of(in.target, "target");
-  if (args.tiles.count > 0) launch(args, in.input.device());
+  launch<reconstruction_backward_kernel, LECT11EXT_CUDA_KERNEL(reconstruction_backward)>(
+      args, args.tiles.count, elements_of(args.tiles) * kElementCost, in.input.device());
   const auto reduce = [](const Tensor& grad, const OptionalTensor& like) {
     return grad.defined() ? sum_broadcast(grad, like->sym_sizes()).to(like->scalar_type()) : grad;
   };
   return {input, target, reduce(logvar, in.logvar), reduce(weight, in.weight)};
 }
-
-#ifdef LECT11EXT_WITH_CUDA
-Tensor cuda_forward(const Inputs& in) {
-  const c10::cuda::CUDAGuard guard(in.input.device());
-  return kernel_forward(in);
-}
-
-Gradients cuda_backward(const Tensor& grad, const Inputs& in, std::array<bool, 4> mask) {
-  const c10::cuda::CUDAGuard guard(in.input.device());
-  return kernel_backward(grad, in, mask);
-}
-#endif
 
 // --- registration -------------------------------------------------------------------------------------------------
 
@@ -156,8 +124,7 @@ Gradients backward_entry(const Tensor& grad, RECONSTRUCTION_PARAMETERS, std::arr
 }  // namespace
 
 Tensor reconstruction::call_forward(RECONSTRUCTION_PARAMETERS) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::reconstruction_loss", "").typed<ForwardSignature>();
+  static const auto op = find_op<ForwardSignature>("lect11ext::reconstruction_loss");
   return op.call(RECONSTRUCTION_ARGUMENTS);
 }
 
@@ -171,16 +138,14 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("reconstruction_loss", forward_entry<kernel_forward>);
   m.impl("reconstruction_loss_backward", backward_entry<kernel_backward>);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("reconstruction_loss", forward_entry<cuda_forward>);
-  m.impl("reconstruction_loss_backward", backward_entry<cuda_backward>);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

@@ -18,6 +18,7 @@
 #include "autoencoder/partial_sums.h"
 #include "autoencoder/reconstruction_inputs.h"
 #include "common/autograd.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -118,9 +119,7 @@ Gradients composite_backward(const Tensor& grad, const Inputs& in, std::array<bo
 // --- autograd -----------------------------------------------------------------------------------------------------
 
 Gradients call_backward(const Tensor& grad, RECONSTRUCTION_PARAMETERS, std::array<bool, 4> mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::reconstruction_loss_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_op<BackwardSignature>("lect11ext::reconstruction_loss_backward");
   return op.call(grad, RECONSTRUCTION_ARGUMENTS, mask);
 }
 
@@ -185,14 +184,9 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type here: the arithmetic is in float32 or better whatever comes in.
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
-  m.impl("reconstruction_loss", torch::CppFunction::makeFallthrough());
-  m.impl("reconstruction_loss_backward", torch::CppFunction::makeFallthrough());
-}
+static void keep_types(torch::Library& m) { fall_through(m, {"reconstruction_loss", "reconstruction_loss_backward"}); }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
-  m.impl("reconstruction_loss", torch::CppFunction::makeFallthrough());
-  m.impl("reconstruction_loss_backward", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

@@ -11,11 +11,7 @@
 #include "autoencoder/sparse_code_inputs.h"
 #include "autoencoder/sparse_code_ops.h"
 #include "common/dispatch.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -64,11 +60,9 @@ at::ScalarType arithmetic_of(at::ScalarType result) { return result == at::kDoub
 // In a cache's reach an element takes about a quarter of a nanosecond.
 int64_t row_cost(int64_t terms, int64_t rows, int64_t width) { return (terms / rows + 1) * width / 4 + 1; }
 
-void launch(const WeightedRows& args, int64_t terms, bool on_cpu) {
-  if (on_cpu) return run_parallel(weighted_rows_kernel, args, args.rows, row_cost(terms, args.rows, args.width));
-#ifdef LECT11EXT_WITH_CUDA
-  cuda::weighted_rows(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
+void sum_rows(const WeightedRows& args, int64_t terms, c10::Device device) {
+  launch<weighted_rows_kernel, LECT11EXT_CUDA_KERNEL(weighted_rows)>(args, args.rows,
+                                                                     row_cost(terms, args.rows, args.width), device);
 }
 
 Tensor kernel_decode(const Tensor& values, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
@@ -93,7 +87,7 @@ Tensor kernel_decode(const Tensor& values, const Tensor& indices, const Tensor& 
   args.bias = added.defined() ? added.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
-  launch(args, terms.numel(), out.is_cpu());
+  sum_rows(args, terms.numel(), out.device());
   return out;
 }
 
@@ -121,10 +115,8 @@ Tensor kernel_dots(const Tensor& dense, const Tensor& indices, const Tensor& wei
   args.bias = added.defined() ? added.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
-  if (out.is_cpu()) run_parallel(row_dots_kernel, args, args.rows, row_cost(out.numel(), args.rows, args.width));
-#ifdef LECT11EXT_WITH_CUDA
-  else cuda::row_dots(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
+  launch<row_dots_kernel, LECT11EXT_CUDA_KERNEL(row_dots)>(args, args.rows,
+                                                           row_cost(out.numel(), args.rows, args.width), out.device());
   return out;
 }
 
@@ -179,46 +171,26 @@ Tensor kernel_outer(const Tensor& values, const Tensor& indices, const Tensor& d
   args.stride = table.stride(0);
   args.out = out.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
-  launch(args, terms.numel(), out.is_cpu());
+  sum_rows(args, terms.numel(), out.device());
   return out;
 }
-
-#ifdef LECT11EXT_WITH_CUDA
-Tensor cuda_decode(const Tensor& values, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
-  const c10::cuda::CUDAGuard guard(values.device());
-  return kernel_decode(values, indices, weight, bias);
-}
-
-Tensor cuda_dots(const Tensor& dense, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
-  const c10::cuda::CUDAGuard guard(dense.device());
-  return kernel_dots(dense, indices, weight, bias);
-}
-
-Tensor cuda_outer(const Tensor& values, const Tensor& indices, const Tensor& dense, c10::SymInt atoms) {
-  const c10::cuda::CUDAGuard guard(values.device());
-  return kernel_outer(values, indices, dense, std::move(atoms));
-}
-#endif
 
 }  // namespace
 
 // --- registration -------------------------------------------------------------------------------------------------
 
 Tensor sparse_decode(const Tensor& values, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::sparse_decode", "").typed<decltype(sparse_decode)>();
+  static const auto op = find_op<decltype(sparse_decode)>("lect11ext::sparse_decode");
   return op.call(values, indices, weight, bias);
 }
 
 Tensor sparse_dots(const Tensor& dense, const Tensor& indices, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::sparse_dots", "").typed<decltype(sparse_dots)>();
+  static const auto op = find_op<decltype(sparse_dots)>("lect11ext::sparse_dots");
   return op.call(dense, indices, weight, bias);
 }
 
 Tensor sparse_outer(const Tensor& values, const Tensor& indices, const Tensor& dense, c10::SymInt atoms) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::sparse_outer", "").typed<decltype(sparse_outer)>();
+  static const auto op = find_op<decltype(sparse_outer)>("lect11ext::sparse_outer");
   return op.call(values, indices, dense, std::move(atoms));
 }
 
@@ -231,18 +203,15 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("sparse_decode", kernel_decode);
   m.impl("sparse_dots", kernel_dots);
   m.impl("sparse_outer", kernel_outer);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("sparse_decode", cuda_decode);
-  m.impl("sparse_dots", cuda_dots);
-  m.impl("sparse_outer", cuda_outer);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

@@ -15,6 +15,7 @@
 #include "autoencoder/sparse_code_inputs.h"
 #include "autoencoder/sparse_code_ops.h"
 #include "common/autograd.h"
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -149,16 +150,9 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type: what binds is memory, and the sums are in float32 or better whatever comes in.
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
-  m.impl("sparse_decode", torch::CppFunction::makeFallthrough());
-  m.impl("sparse_dots", torch::CppFunction::makeFallthrough());
-  m.impl("sparse_outer", torch::CppFunction::makeFallthrough());
-}
+static void keep_types(torch::Library& m) { fall_through(m, {"sparse_decode", "sparse_dots", "sparse_outer"}); }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
-  m.impl("sparse_decode", torch::CppFunction::makeFallthrough());
-  m.impl("sparse_dots", torch::CppFunction::makeFallthrough());
-  m.impl("sparse_outer", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

@@ -12,11 +12,7 @@
 #include "autoencoder/sparse_code_inputs.h"
 #include "autoencoder/sparse_code_ops.h"
 #include "common/dispatch.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "common/ops.h"
 
 namespace lect11ext {
 namespace {
@@ -77,10 +73,8 @@ Code kernel_topk(const Tensor& input, c10::SymInt symbolic_k, c10::string_view a
   args.stride = rows.stride(0);
   args.values = values.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<int64_t>();
-  if (input.is_cpu()) run_parallel(topk_code_kernel, args, args.rows, /*cost=*/length / 2 + 20 * k);
-#ifdef LECT11EXT_WITH_CUDA
-  else cuda::topk_code(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
+  launch<topk_code_kernel, LECT11EXT_CUDA_KERNEL(topk_code)>(args, args.rows, /*cost=*/length / 2 + 20 * k,
+                                                             input.device());
   return {values, indices};
 }
 
@@ -96,35 +90,19 @@ Tensor kernel_scatter(const Tensor& grad_values, const Tensor& indices, c10::Sym
   args.element_bytes = static_cast<int64_t>(values.element_size());
   args.values = values.const_data_ptr();
   args.indices = places.const_data_ptr<int64_t>();
-  if (values.is_cpu()) {
+  const bool on_cpu = values.is_cpu();  // whose kernel writes zeros too
+  if (on_cpu) {
     for (int64_t i = 0; i < places.numel(); ++i) {
       TORCH_CHECK_INDEX(args.indices[i] >= 0 && args.indices[i] < args.length, "indices must be in [0, ", args.length,
                         "), but got ", args.indices[i]);
     }
-    Tensor out = empty_output(size, grad_values.options());
-    args.out = out.mutable_data_ptr();
-    run_parallel(scatter_code_kernel, args, args.rows, /*cost=*/args.length * args.element_bytes / 16 + args.k);
-    return out;
   }
-  Tensor out = at::zeros(size, grad_values.options());
-#ifdef LECT11EXT_WITH_CUDA
+  Tensor out = on_cpu ? empty_output(size, grad_values.options()) : at::zeros(size, grad_values.options());
   args.out = out.mutable_data_ptr();
-  cuda::scatter_code(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
+  launch<scatter_code_kernel, LECT11EXT_CUDA_KERNEL(scatter_code)>(
+      args, args.rows, /*cost=*/args.length * args.element_bytes / 16 + args.k, values.device());
   return out;
 }
-
-#ifdef LECT11EXT_WITH_CUDA
-Code cuda_topk(const Tensor& input, c10::SymInt k, c10::string_view activation) {
-  const c10::cuda::CUDAGuard guard(input.device());
-  return kernel_topk(input, std::move(k), activation);
-}
-
-Tensor cuda_scatter(const Tensor& grad_values, const Tensor& indices, c10::SymInt length) {
-  const c10::cuda::CUDAGuard guard(grad_values.device());
-  return kernel_scatter(grad_values, indices, std::move(length));
-}
-#endif
 
 // --- autograd -----------------------------------------------------------------------------------------------------
 
@@ -211,16 +189,12 @@ Tensor autograd_scatter(const Tensor& grad_values, const Tensor& indices, c10::S
 // --- registration -------------------------------------------------------------------------------------------------
 
 Code topk_code(const Tensor& input, c10::SymInt k, c10::string_view activation) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::topk_code", "")
-                             .typed<Code(const Tensor&, c10::SymInt, c10::string_view)>();
+  static const auto op = find_op<Code(const Tensor&, c10::SymInt, c10::string_view)>("lect11ext::topk_code");
   return op.call(input, std::move(k), activation);
 }
 
 Tensor topk_code_backward(const Tensor& grad_values, const Tensor& indices, c10::SymInt length) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::topk_code_backward", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, c10::SymInt)>();
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, c10::SymInt)>("lect11ext::topk_code_backward");
   return op.call(grad_values, indices, std::move(length));
 }
 
@@ -231,16 +205,14 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("topk_code", kernel_topk);
   m.impl("topk_code_backward", kernel_scatter);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("topk_code", cuda_topk);
-  m.impl("topk_code_backward", cuda_scatter);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
@@ -254,14 +226,9 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type: elements are compared and copied.
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
-  m.impl("topk_code", torch::CppFunction::makeFallthrough());
-  m.impl("topk_code_backward", torch::CppFunction::makeFallthrough());
-}
+static void keep_types(torch::Library& m) { fall_through(m, {"topk_code", "topk_code_backward"}); }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
-  m.impl("topk_code", torch::CppFunction::makeFallthrough());
-  m.impl("topk_code_backward", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

@@ -13,13 +13,9 @@
 #include "autoencoder/variational_ops.h"
 #include "common/autograd.h"
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/random_ops.h"
 #include "common/tensors.h"
-
-#ifdef LECT11EXT_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace lect11ext {
 namespace {
@@ -85,24 +81,6 @@ RowTiles tiles_of(const Inputs& in) {
 // About a nanosecond a normal and as much for the rest of an element.
 int64_t tile_cost(const RowTiles& tiles, int64_t samples) { return elements_of(tiles) * (samples + 1); }
 
-void launch(const GaussianForward& args, c10::Device device) {
-  if (device.is_cpu()) {
-    return run_parallel(gaussian_forward_kernel, args, args.tiles.count, tile_cost(args.tiles, args.samples));
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  if (args.tiles.count > 0) cuda::gaussian_forward(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
-void launch(const GaussianBackward& args, c10::Device device) {
-  if (device.is_cpu()) {
-    return run_parallel(gaussian_backward_kernel, args, args.tiles.count, tile_cost(args.tiles, args.samples));
-  }
-#ifdef LECT11EXT_WITH_CUDA
-  if (args.tiles.count > 0) cuda::gaussian_backward(args, c10::cuda::getCurrentCUDAStream().stream());
-#endif
-}
-
 std::tuple<Tensor, Tensor> kernel_forward(const Inputs& in) {
   in.check();
   GaussianForward args{};
@@ -122,7 +100,8 @@ std::tuple<Tensor, Tensor> kernel_forward(const Inputs& in) {
   args.z = z.mutable_data_ptr();
   args.z_dtype = dtype_of(z, "z");
   args.kl = kl.mutable_data_ptr();
-  launch(args, z.device());
+  launch<gaussian_forward_kernel, LECT11EXT_CUDA_KERNEL(gaussian_forward)>(
+      args, args.tiles.count, tile_cost(args.tiles, args.samples), z.device());
   if (partial) kl = sum_tiles(kl, size, args.tiles);
   if (in.reduction == Reduction::BatchMean) kl.div_(in.mean.size(0));
   return {z, kl};
@@ -156,25 +135,13 @@ Gradients kernel_backward(const OptionalTensor& grad_z, const OptionalTensor& gr
   Tensor prior_logvar = make(mask[3] && in.has_prior(), compute, args.grad_prior_logvar);
   args.grad_mean_dtype = dtype_of(in.mean, "mean");
   args.grad_logvar_dtype = dtype_of(in.logvar, "logvar");
-  launch(args, in.mean.device());
+  launch<gaussian_backward_kernel, LECT11EXT_CUDA_KERNEL(gaussian_backward)>(
+      args, args.tiles.count, tile_cost(args.tiles, args.samples), in.mean.device());
   const auto reduce = [](const Tensor& grad, const OptionalTensor& prior) {
     return grad.defined() ? sum_broadcast(grad, prior->sym_sizes()).to(prior->scalar_type()) : grad;
   };
   return {mean, logvar, reduce(prior_mean, in.prior_mean), reduce(prior_logvar, in.prior_logvar)};
 }
-
-#ifdef LECT11EXT_WITH_CUDA
-std::tuple<Tensor, Tensor> cuda_forward(const Inputs& in) {
-  const c10::cuda::CUDAGuard guard(in.mean.device());
-  return kernel_forward(in);
-}
-
-Gradients cuda_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Inputs& in,
-                        std::array<bool, 4> mask) {
-  const c10::cuda::CUDAGuard guard(in.mean.device());
-  return kernel_backward(grad_z, grad_kl, in, mask);
-}
-#endif
 
 // --- registration -------------------------------------------------------------------------------------------------
 
@@ -192,8 +159,7 @@ Gradients backward_entry(const OptionalTensor& grad_z, const OptionalTensor& gra
 }  // namespace
 
 std::tuple<Tensor, Tensor> gaussian_rsample_kl(GAUSSIAN_PARAMETERS) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gaussian_rsample_kl", "").typed<ForwardSignature>();
+  static const auto op = find_op<ForwardSignature>("lect11ext::gaussian_rsample_kl");
   return op.call(GAUSSIAN_ARGUMENTS);
 }
 
@@ -208,16 +174,14 @@ TORCH_LIBRARY_FRAGMENT(lect11ext, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lect11ext, CPU, m) {
+static void add_kernels(torch::Library& m) {
   m.impl("gaussian_rsample_kl", forward_entry<kernel_forward>);
   m.impl("gaussian_rsample_kl_backward", backward_entry<kernel_backward>);
 }
 
+TORCH_LIBRARY_IMPL(lect11ext, CPU, m) { add_kernels(m); }
 #ifdef LECT11EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) {
-  m.impl("gaussian_rsample_kl", forward_entry<cuda_forward>);
-  m.impl("gaussian_rsample_kl_backward", backward_entry<cuda_backward>);
-}
+TORCH_LIBRARY_IMPL(lect11ext, CUDA, m) { add_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {

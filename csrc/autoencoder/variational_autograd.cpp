@@ -14,6 +14,7 @@
 #include "autoencoder/variational_inputs.h"
 #include "autoencoder/variational_ops.h"
 #include "common/autograd.h"
+#include "common/ops.h"
 #include "common/random_ops.h"
 namespace lect11ext {
 namespace {
@@ -121,9 +122,7 @@ Gradients composite_backward(const OptionalTensor& grad_z, const OptionalTensor&
 
 Gradients call_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, GAUSSIAN_PARAMETERS,
                         std::array<bool, 4> mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::gaussian_rsample_kl_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_op<BackwardSignature>("lect11ext::gaussian_rsample_kl_backward");
   return op.call(grad_z, grad_kl, GAUSSIAN_ARGUMENTS, mask);
 }
 
@@ -201,14 +200,9 @@ TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
 }
 
 // Autocast changes no type here: the arithmetic is in float32 or better whatever comes in.
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) {
-  m.impl("gaussian_rsample_kl", torch::CppFunction::makeFallthrough());
-  m.impl("gaussian_rsample_kl_backward", torch::CppFunction::makeFallthrough());
-}
+static void keep_types(torch::Library& m) { fall_through(m, {"gaussian_rsample_kl", "gaussian_rsample_kl_backward"}); }
 
-TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) {
-  m.impl("gaussian_rsample_kl", torch::CppFunction::makeFallthrough());
-  m.impl("gaussian_rsample_kl_backward", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCPU, m) { keep_types(m); }
+TORCH_LIBRARY_IMPL(lect11ext, AutocastCUDA, m) { keep_types(m); }
 
 }  // namespace lect11ext

@@ -1,9 +1,22 @@
-// The parallel loop with which an op runs a CPU kernel.
+// With what an op runs its kernels: the parallel loop of the CPU, and the stream of a GPU.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/core/Device.h>
 
 #include <cstdint>
+
+#ifdef LECT11EXT_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+// As launch() takes it.
+#ifdef LECT11EXT_WITH_CUDA
+#define LECT11EXT_CUDA_KERNEL(name) cuda::name
+#else
+#define LECT11EXT_CUDA_KERNEL(name) nullptr
+#endif
 
 namespace lect11ext {
 
@@ -18,6 +31,17 @@ void run_parallel(void (*kernel)(const Args&, int64_t, int64_t), const Args& arg
   const int64_t grain = cost >= kWorthAThread ? 1 : (kWorthAThread + cost - 1) / (cost > 0 ? cost : 1);
   if (items <= grain || at::get_num_threads() == 1) return kernel(args, 0, items);
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// Runs the kernel that the device has: items and cost are those of run_parallel. Without items none runs.
+template <auto kCpu, auto kCuda, class Args>
+void launch(const Args& args, int64_t items, int64_t cost, c10::Device device) {
+  if (items == 0) return;
+  if (device.is_cpu()) return run_parallel(kCpu, args, items, cost);
+#ifdef LECT11EXT_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(device);
+  kCuda(args, c10::cuda::getCurrentCUDAStream().stream());
+#endif
 }
 
 }  // namespace lect11ext

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/random_ops.h"
 #include "common/tensors.h"
 
@@ -120,15 +121,12 @@ void check_key(const at::Tensor& key, c10::Device device, const char* name) {
 }
 
 at::Tensor philox_key(const at::Tensor& like, c10::SymInt numel, const std::optional<at::Generator>& generator) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::philox_key", "").typed<decltype(philox_key_meta)>();
+  static const auto op = find_op<decltype(philox_key_meta)>("lect11ext::philox_key");
   return op.call(like, std::move(numel), generator);
 }
 
 at::Tensor philox_normal(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lect11ext::philox_normal", "")
-                             .typed<decltype(philox_normal_meta)>();
+  static const auto op = find_op<decltype(philox_normal_meta)>("lect11ext::philox_normal");
   return op.call(key, size, dtype);
 }
 
@@ -156,9 +154,6 @@ TORCH_LIBRARY_IMPL(lect11ext, Meta, m) {
 }
 
 // A key is integral and noise is a constant: neither has a derivative.
-TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) {
-  m.impl("philox_key", torch::CppFunction::makeFallthrough());
-  m.impl("philox_normal", torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(lect11ext, Autograd, m) { fall_through(m, {"philox_key", "philox_normal"}); }
 
 }  // namespace lect11ext

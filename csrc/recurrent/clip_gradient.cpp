@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/autograd.h"
+#include "common/ops.h"
 #include "recurrent/cells_ops.h"
 
 namespace lect11ext {
@@ -45,8 +46,7 @@ at::Tensor autograd_forward(const at::Tensor& x, double limit) {
 
 at::Tensor clip_gradient(const at::Tensor& x, double limit) {
   if (std::isinf(limit)) return x;
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::clip_gradient", "").typed<decltype(forward)>();
+  static const auto op = find_op<decltype(forward)>("lect11ext::clip_gradient");
   return op.call(x, limit);
 }
 

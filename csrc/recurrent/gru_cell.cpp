@@ -10,6 +10,7 @@
 
 #include "common/autograd.h"
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/tensors.h"
 #include "recurrent/cell_common.h"
 #include "recurrent/cells_ops.h"
@@ -250,15 +251,13 @@ Gradients backward_entry(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor
 }  // namespace
 
 Outputs gru_cell(GRU_CELL_PARAMETERS, bool save_gates) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_cell", "").typed<ForwardSignature>();
+  static const auto op = find_op<ForwardSignature>("lect11ext::gru_cell");
   return op.call(GRU_CELL_ARGUMENTS, save_gates);
 }
 
 Tensor gru_cell_packed(const Tensor& input, const Tensor& h, const Tensor& packed_ih, const Tensor& packed_hh,
                        const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool reset_after) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_cell_packed", "").typed<decltype(cpu_packed)>();
+  static const auto op = find_op<decltype(cpu_packed)>("lect11ext::gru_cell_packed");
   return op.call(input, h, packed_ih, packed_hh, bias_ih, bias_hh, reset_after);
 }
 

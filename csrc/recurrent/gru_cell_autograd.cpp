@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "common/autograd.h"
+#include "common/ops.h"
 #include "recurrent/cells_ops.h"
 #include "recurrent/gru_cell_inputs.h"
 
@@ -61,8 +62,7 @@ Gradients composite_backward(const Tensor& grad_h, const Inputs& in, const Mask&
 // --- autograd ---------------------------------------------------------------------------------------------------
 
 Gradients call_backward(const Tensor& grad_h, GRU_CELL_PARAMETERS, const Tensor& gates, Mask mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_cell_backward", "").typed<BackwardSignature>();
+  static const auto op = find_op<BackwardSignature>("lect11ext::gru_cell_backward");
   return op.call(grad_h, GRU_CELL_ARGUMENTS, gates, mask);
 }
 

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "common/ops.h"
 #include "recurrent/layer_schema.h"
 
 namespace lect11ext {
@@ -180,8 +181,7 @@ namespace layer_op {
 Outputs call_forward(const Inputs& in, bool save) {
   const auto plain = [](const OptionalTensor& t) { return autograd::tensor_or_none(t); };
   if (in.is_lstm()) {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_layer", "").typed<LstmForward>();
+    static const auto op = find_op<LstmForward>("lect11ext::lstm_layer");
     auto [out, h, c, gates, cells, normed, rstd] =
         op.call(in.input, in.h, *in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_hr,
                 in.weight_peephole, in.weight_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.zoneout_c,
@@ -189,7 +189,7 @@ Outputs call_forward(const Inputs& in, bool save) {
                 in.batch_first, save);
     return {out, h, c, plain(gates), plain(cells), plain(normed), plain(rstd)};
   }
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_layer", "").typed<GruForward>();
+  static const auto op = find_op<GruForward>("lect11ext::gru_layer");
   auto [out, h, gates, normed, rstd] =
       op.call(in.input, in.h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_norm, in.hidden_mask,
               in.lengths, in.reset, in.zoneout_h, in.reset_after, in.zoneout_rate_h, in.grad_clip, in.truncate,
@@ -200,8 +200,7 @@ Outputs call_forward(const Inputs& in, bool save) {
 Gradients call_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
   const auto optional = [](const Tensor& t) { return autograd::optional_of(t); };
   if (in.is_lstm()) {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_layer_backward", "").typed<LstmBackward>();
+    static const auto op = find_op<LstmBackward>("lect11ext::lstm_layer_backward");
     auto [x, h, c, ih, hh, b_ih, b_hh, peephole, norm, hidden_mask] = op.call(
         optional(grads.out), optional(grads.h), optional(grads.c), optional(grads.gates), optional(grads.cells),
         in.input, in.h, *in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_hr, in.weight_peephole,
@@ -210,8 +209,7 @@ Gradients call_backward(const OutputGradients& grads, const Inputs& in, const Ou
         kept.out, optional(kept.gates), optional(kept.cells), optional(kept.normed), optional(kept.rstd), mask);
     return {x, h, c, ih, hh, b_ih, b_hh, peephole, norm, hidden_mask};
   }
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::gru_layer_backward", "").typed<GruBackward>();
+  static const auto op = find_op<GruBackward>("lect11ext::gru_layer_backward");
   auto [x, h, ih, hh, b_ih, b_hh, norm, hidden_mask] =
       op.call(optional(grads.out), optional(grads.h), optional(grads.gates), in.input, in.h, in.weight_ih, in.weight_hh,
               in.bias_ih, in.bias_hh, in.weight_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h,

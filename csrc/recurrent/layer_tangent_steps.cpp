@@ -1,4 +1,5 @@
 #include "recurrent/layer_tangent_steps.h"
+#include "common/ops.h"
 
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/addmm.h>
@@ -161,7 +162,7 @@ TangentOutputs differentiable(const Inputs& in) {
 }  // namespace
 
 TangentOutputs layer_op::call_tangents(const Inputs& in) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::layer_tangents", "").typed<Op>();
+  static const auto op = find_op<Op>("lect11ext::layer_tangents");
   auto [out, h, c, sums, cells] =
       op.call(in.input, *in.factors, in.h, in.c, in.weight_hh, in.hidden_mask, in.lengths, in.reset, in.zoneout_h,
               in.zoneout_c, in.zoneout_rate_h, in.zoneout_rate_c, in.truncate, in.reverse);

@@ -11,6 +11,7 @@
 
 #include "common/autograd.h"
 #include "common/dispatch.h"
+#include "common/ops.h"
 #include "common/tensors.h"
 #include "recurrent/cell_common.h"
 #include "recurrent/cells_ops.h"
@@ -248,16 +249,14 @@ Gradients backward_entry(const OptionalTensor& grad_h, const OptionalTensor& gra
 }  // namespace
 
 Outputs lstm_cell(LSTM_CELL_PARAMETERS, bool save_gates) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_cell", "").typed<ForwardSignature>();
+  static const auto op = find_op<ForwardSignature>("lect11ext::lstm_cell");
   return op.call(LSTM_CELL_ARGUMENTS, save_gates);
 }
 
 std::tuple<Tensor, Tensor> lstm_cell_packed(
     const Tensor& input, const Tensor& h, const Tensor& c, const Tensor& packed_ih, const Tensor& packed_hh,
     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, c10::string_view candidate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_cell_packed", "").typed<decltype(cpu_packed)>();
+  static const auto op = find_op<decltype(cpu_packed)>("lect11ext::lstm_cell_packed");
   return op.call(input, h, c, packed_ih, packed_hh, bias_ih, bias_hh, candidate);
 }
 

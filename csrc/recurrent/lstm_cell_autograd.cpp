@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "common/autograd.h"
+#include "common/ops.h"
 #include "recurrent/cells_ops.h"
 #include "recurrent/lstm_cell_inputs.h"
 
@@ -60,8 +61,7 @@ Gradients composite_backward(const OptionalTensor& grad_h, const OptionalTensor&
 
 Gradients call_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, LSTM_CELL_PARAMETERS,
                         const Tensor& gates, const Tensor& c_out, Mask mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("lect11ext::lstm_cell_backward", "").typed<BackwardSignature>();
+  static const auto op = find_op<BackwardSignature>("lect11ext::lstm_cell_backward");
   return op.call(grad_h, grad_c, LSTM_CELL_ARGUMENTS, gates, c_out, mask);
 }
 
