@@ -91,12 +91,12 @@ def _variant(name: str, batch: int, hidden: int) -> Workload:
                 return reference.gru_layer(x, h, *weights, reset_after=False)
             sums = x
             if layer.layer_norm:
-                scale = named["weight_norm_ih"]
+                scale = named["layer_norm_ih"]
                 sums = torch.nn.functional.layer_norm(x @ named["weight_ih"].t(), scale.shape, scale)
                 weights[0] = None
             return reference.lstm_layer(
                 sums, (h, h), *weights, weight_peephole=named.get("weight_peephole"), lengths=lengths,
-                weight_norm=named.get("weight_norm_hh"), zoneout_rate_h=layer.zoneout, zoneout_rate_c=layer.zoneout,
+                layer_norm=named.get("layer_norm_hh"), zoneout_rate_h=layer.zoneout, zoneout_rate_c=layer.zoneout,
             )  # fmt: skip
 
         wanted = [x, *layer.parameters()]

@@ -61,14 +61,12 @@ namespace layers {
 using namespace layer_op;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(LSTM_LAYER_PARAMETERS, bool save) {
-  const OptionalTensor cell(c);
-  Outputs out = call_forward(LSTM_LAYER_INPUTS(cell), save);
+  Outputs out = call_forward(LSTM_LAYER_INPUTS, save);
   return {out.out, out.h, out.c, out.cells};
 }
 
 std::tuple<Tensor, Tensor> gru(GRU_LAYER_PARAMETERS) {
-  const OptionalTensor none;
-  Outputs out = call_forward(GRU_LAYER_INPUTS(none), /*save=*/false);
+  Outputs out = call_forward(GRU_LAYER_INPUTS, /*save=*/false);
   return {out.out, out.h};
 }
 

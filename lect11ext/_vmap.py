@@ -1,7 +1,8 @@
 """Batching rules of all ops, for torch.vmap and everything built on it.
 
-They stand in Python because a C++ rule needs a header that torch does not ship. A cell or a layer whose weights are
-shared folds the new dimension into its batch; everything else runs once a sample.
+They stand in Python because a C++ rule needs a header that torch does not ship. Where it can, an op folds the new
+dimension into one that it has: a cell or a layer whose weights are shared into its batch. What cannot runs once a
+sample.
 """
 
 from __future__ import annotations

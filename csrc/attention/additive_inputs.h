@@ -89,8 +89,7 @@ struct Inputs {
 
  private:
   void check_device_and_type() const {
-    TORCH_CHECK_TYPE(is_kernel_dtype(query.scalar_type()),
-                     "query must be float32, float64, bfloat16 or float16, but got ", query.scalar_type());
+    check_dtype("query", query);
     for (const auto& [name, tensor] :
          {std::pair("key", &key), std::pair("value", &value), std::pair("score_weight", &score_weight)}) {
       TORCH_CHECK_TYPE(tensor->scalar_type() == query.scalar_type(), name, " must have the type of query, ",

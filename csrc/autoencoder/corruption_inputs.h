@@ -35,8 +35,7 @@ struct Inputs {
 
   // All but the key, so that a call that fails draws none.
   void check_operands() const {
-    TORCH_CHECK_TYPE(is_kernel_dtype(input.scalar_type()), name,
-                     " must be float32, float64, bfloat16 or float16, but got ", input.scalar_type());
+    check_dtype(name, input);
     if (kind == Kind::Gaussian) {
       TORCH_CHECK_VALUE(amount >= 0 && std::isfinite(amount),
                         "amount must be nonnegative and finite (the standard deviation), but got ", amount);

@@ -19,8 +19,7 @@ inline void check_threshold(double threshold) {
 }
 
 inline void check_binarize(const Tensor& input, double threshold) {
-  TORCH_CHECK_TYPE(is_kernel_dtype(input.scalar_type()),
-                   "input must be float32, float64, bfloat16 or float16, but got ", input.scalar_type());
+  check_dtype("input", input);
   check_threshold(threshold);
 }
 

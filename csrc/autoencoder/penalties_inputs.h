@@ -65,13 +65,11 @@ struct Inputs {
   }
 
   void check() const {
-    TORCH_CHECK_TYPE(is_kernel_dtype(input.scalar_type()),
-                     "input must be float32, float64, bfloat16 or float16, but got ", input.scalar_type());
+    check_dtype("input", input);
     TORCH_CHECK_VALUE(input.dim() > 0, "input must have at least one dimension, but got a scalar");
     if (!is_scaled()) return;
     TORCH_CHECK_VALUE(penalty != Penalty::Mean, "scale must be None for the penalty 'mean', but got a tensor");
-    TORCH_CHECK_TYPE(is_kernel_dtype(scale->scalar_type()),
-                     "scale must be float32, float64, bfloat16 or float16, but got ", scale->scalar_type());
+    check_dtype("scale", *scale);
     check_same_device({{"input", &input}, {"scale", &*scale}});
     const auto size = cols();
     check_shape("scale", scale->sym_sizes(), c10::SymIntArrayRef(&size, 1), "one value for each column of input");

@@ -57,8 +57,8 @@ struct Inputs {
     check_same_device({{"input", &input}, {"target", &target}});
     TORCH_CHECK_VALUE(!has_logvar() || likelihood == Likelihood::Gaussian,
                       "logvar must be None for this likelihood, but got a tensor; it belongs to 'gaussian'");
-    if (has_logvar()) check_broadcast("logvar", *logvar);
-    if (has_weight()) check_broadcast("weight", *weight);
+    if (has_logvar()) check_like_input("logvar", *logvar);
+    if (has_weight()) check_like_input("weight", *weight);
     TORCH_CHECK_VALUE(input.dim() > 0 || reduction == Reduction::None || reduction == Reduction::Sum,
                       "input must have at least one dimension for this reduction, but got a scalar");
   }
@@ -69,20 +69,10 @@ struct Inputs {
   }
 
  private:
-  static void check_dtype(const char* name, const Tensor& tensor) {
-    TORCH_CHECK_TYPE(is_kernel_dtype(tensor.scalar_type()), name,
-                     " must be float32, float64, bfloat16 or float16, but got ", tensor.scalar_type());
-  }
-
-  void check_broadcast(const char* name, const Tensor& tensor) const {
+  void check_like_input(const char* name, const Tensor& tensor) const {
     check_dtype(name, tensor);
     check_same_device({{"input", &input}, {name, &tensor}});
-    bool fits = tensor.dim() <= input.dim();
-    for (int64_t d = 1; fits && d <= tensor.dim(); ++d) {
-      fits = tensor.sym_size(-d) == input.sym_size(-d) || tensor.sym_size(-d) == 1;
-    }
-    TORCH_CHECK_VALUE(fits, name, " must broadcast to the shape of input, ", input.sym_sizes(), ", but got ",
-                      tensor.sym_sizes());
+    check_broadcast(name, tensor, "input", input);
   }
 };
 

@@ -15,11 +15,6 @@ namespace lect11ext::sparse_code {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_float(const char* name, const Tensor& t) {
-  TORCH_CHECK_TYPE(is_kernel_dtype(t.scalar_type()), name, " must be float32, float64, bfloat16 or float16, but got ",
-                   t.scalar_type());
-}
-
 inline void check_indices(const Tensor& indices) {
   TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt,
                    "indices must be int64 or int32, but got ", indices.scalar_type());
@@ -27,14 +22,14 @@ inline void check_indices(const Tensor& indices) {
 }
 
 inline void check_values(const Tensor& values, const Tensor& indices) {
-  check_float("values", values);
+  check_dtype("values", values);
   check_indices(indices);
   check_shape("values", values.sym_sizes(), indices.sym_sizes(), "that of indices");
   check_same_device({{"indices", &indices}, {"values", &values}});
 }
 
 inline void check_weight(const Tensor& weight, const Tensor& indices) {
-  check_float("weight", weight);
+  check_dtype("weight", weight);
   check_same_device({{"indices", &indices}, {"weight", &weight}});
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must have shape [atoms, features], but got ", weight.sym_sizes());
 }
@@ -55,7 +50,7 @@ inline c10::SymDimVector size_with(const Tensor& indices, const c10::SymInt& col
 
 // `columns` is empty where any number of them fits.
 inline void check_dense(const Tensor& dense, const Tensor& indices, const std::optional<c10::SymInt>& columns) {
-  check_float("dense", dense);
+  check_dtype("dense", dense);
   TORCH_CHECK_VALUE(dense.dim() > 0, "dense must have at least one dimension, but got a scalar");
   check_shape("dense", dense.sym_sizes(), size_with(indices, columns.value_or(dense.sym_size(-1))),
               "the rows of indices and the columns of weight");
@@ -64,7 +59,7 @@ inline void check_dense(const Tensor& dense, const Tensor& indices, const std::o
 
 inline void check_bias(const OptionalTensor& bias, const Tensor& weight, int64_t dim, const char* meaning) {
   if (!autograd::defined(bias)) return;
-  check_float("bias", *bias);
+  check_dtype("bias", *bias);
   check_shape("bias", bias->sym_sizes(), {weight.sym_size(dim)}, meaning);
   check_same_device({{"weight", &weight}, {"bias", &*bias}});
 }
@@ -90,7 +85,7 @@ inline void check_outer(const Tensor& values, const Tensor& indices, const Tenso
 }
 
 inline void check_topk(const Tensor& input, const c10::SymInt& k) {
-  check_float("input", input);
+  check_dtype("input", input);
   TORCH_CHECK_VALUE(input.dim() > 0, "input must have at least one dimension, but got a scalar");
   TORCH_CHECK_VALUE(k >= 0 && k <= input.sym_size(-1), "k must be in [0, ", input.sym_size(-1),
                     "], the last dimension of input, but got ", k);

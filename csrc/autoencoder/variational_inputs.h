@@ -64,10 +64,8 @@ struct Inputs {
 
   // All but the key, so that a call that fails draws none.
   void check_operands() const {
-    for (const auto& [name, tensor] : {std::pair("mean", &mean), std::pair("logvar", &logvar)}) {
-      TORCH_CHECK_TYPE(is_kernel_dtype(tensor->scalar_type()), name,
-                       " must be float32, float64, bfloat16 or float16, but got ", tensor->scalar_type());
-    }
+    check_dtype("mean", mean);
+    check_dtype("logvar", logvar);
     check_shape("logvar", logvar.sym_sizes(), mean.sym_sizes(), "that of mean");
     check_same_device({{"mean", &mean}, {"logvar", &logvar}});
     TORCH_CHECK_VALUE(has_prior() == autograd::defined(prior_logvar),
@@ -106,14 +104,8 @@ struct Inputs {
 
  private:
   void check_prior(const char* name, const Tensor& prior) const {
-    TORCH_CHECK_TYPE(is_kernel_dtype(prior.scalar_type()), name,
-                     " must be float32, float64, bfloat16 or float16, but got ", prior.scalar_type());
-    bool fits = prior.dim() <= mean.dim();
-    for (int64_t d = 1; fits && d <= prior.dim(); ++d) {
-      fits = prior.sym_size(-d) == mean.sym_size(-d) || prior.sym_size(-d) == 1;
-    }
-    TORCH_CHECK_VALUE(fits, name, " must broadcast to the shape of mean, ", mean.sym_sizes(), ", but got ",
-                      prior.sym_sizes());
+    check_dtype(name, prior);
+    check_broadcast(name, prior, "mean", mean);
   }
 };
 

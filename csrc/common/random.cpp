@@ -47,7 +47,7 @@ at::Tensor philox_key_cpu(const at::Tensor& like, c10::SymInt numel, const std::
 
 void check_normal(const at::Tensor& key, c10::SymIntArrayRef size, at::ScalarType dtype) {
   check_key(key, key.device());
-  TORCH_CHECK_TYPE(is_kernel_dtype(dtype), "dtype must be float32, float64, bfloat16 or float16, but got ", dtype);
+  check_dtype("dtype", dtype);
   for (const auto& n : size) TORCH_CHECK_VALUE(n >= 0, "size must be nonnegative, but got ", size);
 }
 

@@ -39,14 +39,17 @@ bool merges(int64_t inner_size, const std::vector<at::IntArrayRef>& strides, int
 
 }  // namespace
 
+void check_dtype(const char* name, at::ScalarType type) {
+  TORCH_CHECK_TYPE(is_kernel_dtype(type), name, " must be float32, float64, bfloat16 or float16, but got ", type);
+}
+
 DType dtype_of(const at::Tensor& tensor, const char* name) {
+  check_dtype(name, tensor);
   switch (tensor.scalar_type()) {
     case at::kFloat: return DType::Float;
     case at::kDouble: return DType::Double;
     case at::kBFloat16: return DType::BFloat16;
-    case at::kHalf: return DType::Half;
-    default:
-      TORCH_CHECK_TYPE(false, name, " must be float32, float64, bfloat16 or float16, but got ", tensor.scalar_type());
+    default: return DType::Half;
   }
 }
 
@@ -116,10 +119,18 @@ void check_same_device(std::initializer_list<std::pair<const char*, const at::Te
   const auto& [first_name, first] = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
     TORCH_CHECK(!tensor->defined() || tensor->device() == first->device(),
-                "Expected all tensors to be on the same "
-                "device, but ",
-                name, " is on ", tensor->device(), " and ", first_name, " is on ", first->device());
+                "Expected all tensors to be on the same device, but ", name, " is on ", tensor->device(), " and ",
+                first_name, " is on ", first->device());
   }
+}
+
+void check_broadcast(const char* name, const at::Tensor& tensor, const char* like_name, const at::Tensor& like) {
+  bool fits = tensor.dim() <= like.dim();
+  for (int64_t d = 1; fits && d <= tensor.dim(); ++d) {
+    fits = tensor.sym_size(-d) == like.sym_size(-d) || tensor.sym_size(-d) == 1;
+  }
+  TORCH_CHECK_VALUE(fits, name, " must broadcast to the shape of ", like_name, ", ", like.sym_sizes(), ", but got ",
+                    tensor.sym_sizes());
 }
 
 void check_shape(const char* name, c10::SymIntArrayRef got, c10::SymIntArrayRef expected, const char* meaning) {

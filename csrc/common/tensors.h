@@ -16,6 +16,10 @@ inline bool is_kernel_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
+// Throws TypeError unless the kernels have the type.
+void check_dtype(const char* name, at::ScalarType type);
+inline void check_dtype(const char* name, const at::Tensor& tensor) { check_dtype(name, tensor.scalar_type()); }
+
 // An uninitialised output. Where it is large, on the CPU, the system is asked to back it with huge pages, as NumPy
 // does.
 at::Tensor empty_output(at::IntArrayRef size, const at::TensorOptions& options);
@@ -46,6 +50,9 @@ at::Tensor finite_exp(const at::Tensor& x);
 
 // Throws unless all defined tensors are on the device of the first.
 void check_same_device(std::initializer_list<std::pair<const char*, const at::Tensor*>> tensors);
+
+// Throws unless `tensor` broadcasts to the shape of `like`.
+void check_broadcast(const char* name, const at::Tensor& tensor, const char* like_name, const at::Tensor& like);
 
 // Throws unless both are equal where both are known.
 void check_shape(const char* name, c10::SymIntArrayRef got, c10::SymIntArrayRef expected, const char* meaning);

@@ -29,8 +29,7 @@ void check_biases(const at::Tensor& input, const std::optional<at::Tensor>& bias
 }
 
 void check_rows(const at::Tensor& input, const at::Tensor& h, int64_t rank = 2) {
-  TORCH_CHECK_TYPE(is_kernel_dtype(input.scalar_type()),
-                   "input must be float32, float64, bfloat16 or float16, but got ", input.scalar_type());
+  check_dtype("input", input);
   check_matrix("input", input, rank);
   check_matrix("h", h);
   check_shape("h", h.sym_sizes(), {input.sym_size(-2), h.sym_size(1)}, "batch of input, hidden_size");

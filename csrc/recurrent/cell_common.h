@@ -56,8 +56,8 @@ struct Bias {
 // A gradient as the kernels take it: dense and of type `type`, or undefined.
 at::Tensor dense_gradient(const std::optional<at::Tensor>& grad, at::ScalarType type);
 
-// The type in which the CPU's kernels keep the gradient of the pre-activations: float, or double. CUDA keeps `storage`,
-// which cuBLAS takes.
+// The type in which the CPU's kernels keep the gradient of the pre-activations: float, or double. CUDA keeps its
+// storage type, which cuBLAS takes.
 at::ScalarType grad_pre_type(const at::Tensor& like);
 
 // The type of the arithmetic: float, or double.

@@ -143,7 +143,6 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
                         nullptr,
                         pre.mutable_data_ptr(),
                         in.reset_after ? pre_hidden.mutable_data_ptr() : nullptr,
-                        dtype_of(pre, "grad_pre"),
                         mask[1] ? grad_h_in.mutable_data_ptr() : nullptr};
   if (batch > 0) launch(args);
   if (!in.reset_after && batch > 0) {

@@ -49,13 +49,13 @@ struct GruGatesBackward {
   const void* gates;   // as the forward wrote them
   const void* h;       // [B, H], rows h_stride apart
   int64_t h_stride;
-  const void* grad_reset_h;  // Output: [B, H] dense, type grad_pre_dtype: gradient of r ⊙ h
-  // Written, type grad_pre_dtype, dense [B, 3H]. `grad_pre_input` holds d r, d z, d n; Reset writes z and n of it,
+  // What follows is of the arithmetic's type on the CPU, of dtype on CUDA.
+  const void* grad_reset_h;  // Output: [B, H] dense: gradient of r ⊙ h
+  // Written, dense [B, 3H]. `grad_pre_input` holds d r, d z, d n; Reset writes z and n of it,
   // Output r. `grad_pre_hidden` is After's alone: d r, d z, r ⊙ d n.
   void* grad_pre_input;
   void* grad_pre_hidden;
-  DType grad_pre_dtype;
-  // [B, H] dense, type grad_pre_dtype: dh' ⊙ z, written by After and Reset; Output adds grad_reset_h ⊙ r to it. Null:
+  // [B, H] dense: dh' ⊙ z, written by After and Reset; Output adds grad_reset_h ⊙ r to it. Null:
   // the gradient of h was not asked for.
   void* grad_h_in;
 };
@@ -87,6 +87,6 @@ LECT11EXT_CPU_KERNEL(gru_gates_backward_kernel, GruGatesBackward)  // a work ite
 namespace lect11ext::cuda {
 
 void gru_gates_forward(const GruGates& args, void* stream);
-void gru_gates_backward(const GruGatesBackward& args, void* stream);  // grad_pre_dtype: dtype, or the arithmetic's
+void gru_gates_backward(const GruGatesBackward& args, void* stream);
 
 }  // namespace lect11ext::cuda

@@ -156,10 +156,9 @@ struct LayerBackward : LayerGradients {
   void* panels;  // [blocks, G·H rounded up to even, 16]
   // [B, G·H rounded up to even] of S: what steps multiply. Null where panels are of C, or gradients of S already.
   void* exchange[2];
-  void* carry_h;  // [B, blocks·16] of C
-  void* carry_c;  // the same; LSTM only
-  void*
-      product;  // the same: what is multiplied by a mask or by r before it is part of the carry; null where nothing is
+  void* carry_h;     // [B, blocks·16] of C
+  void* carry_c;     // the same; LSTM only
+  void* product;     // the same: what a mask or r multiplies before it is part of the carry; null where nothing does
   void* carry_mask;  // the same: the mask's gradient so far; null without
   void* moments;     // [blocks, B, 2] of C: sums of a norm's gradient
   int64_t shares;

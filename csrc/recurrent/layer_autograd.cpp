@@ -56,23 +56,37 @@ struct LayerNode : autograd::Node {
                        recomputes ? cells_.unpack() : cells_.unpack(self),
                        normed_.unpack(),
                        rstd_.unpack()};
-    const auto optional = [](const Tensor& t) { return autograd::optional_of(t); };
-    const OptionalTensor c = optional(in[kC]), weight_ih = optional(in[kWeightIh]), bias_ih = optional(in[kBiasIh]),
-                         bias_hh = optional(in[kBiasHh]), peephole = optional(in[kPeephole]),
-                         norm = optional(in[kNorm]), hidden_mask = optional(in[kHiddenMask]), none;
-    const OptionalTensor lengths = optional(lengths_.unpack()), reset = optional(reset_.unpack()),
-                         zoneout_h = optional(zoneout_h_.unpack()), zoneout_c = optional(zoneout_c_.unpack());
-    const auto result =
-        call_backward(outer, {in[kInput],      in[kH],     c,         weight_ih,  in[kWeightHh], bias_ih,
-                              bias_hh,         none,       peephole,  norm,       hidden_mask,   lengths,
-                              reset,           zoneout_h,  zoneout_c, candidate_, reset_after_,  zoneout_rate_h_,
-                              zoneout_rate_c_, grad_clip_, truncate_, recompute_, reverse_,      batch_first_},
-                      kept, mask);
+    using autograd::optional_of;
+    const auto result = call_backward(outer,
+                                      {.input = in[kInput],
+                                       .h = in[kH],
+                                       .c = optional_of(in[kC]),
+                                       .weight_ih = optional_of(in[kWeightIh]),
+                                       .weight_hh = in[kWeightHh],
+                                       .bias_ih = optional_of(in[kBiasIh]),
+                                       .bias_hh = optional_of(in[kBiasHh]),
+                                       .weight_peephole = optional_of(in[kPeephole]),
+                                       .layer_norm = optional_of(in[kNorm]),
+                                       .hidden_mask = optional_of(in[kHiddenMask]),
+                                       .lengths = optional_of(lengths_.unpack()),
+                                       .reset = optional_of(reset_.unpack()),
+                                       .zoneout_h = optional_of(zoneout_h_.unpack()),
+                                       .zoneout_c = optional_of(zoneout_c_.unpack()),
+                                       .candidate = candidate_,
+                                       .reset_after = reset_after_,
+                                       .zoneout_rate_h = zoneout_rate_h_,
+                                       .zoneout_rate_c = zoneout_rate_c_,
+                                       .grad_clip = grad_clip_,
+                                       .truncate = truncate_,
+                                       .recompute = recompute_,
+                                       .reverse = reverse_,
+                                       .batch_first = batch_first_},
+                                      kept, mask);
     return {result.begin(), result.end()};
   }
 };
 
-void save_for_backward(LayerNode& node, const Inputs& in, const Outputs& out) {
+void save_for_backward(LayerNode& node, const Inputs& in, const Outputs& out, bool recomputes) {
   const auto keep = [](const Tensor& t) { return autograd::SavedVariable(t, /*is_output=*/false); };
   const auto keep_optional = [&](const OptionalTensor& t) { return keep(autograd::tensor_or_none(t)); };
   const auto keep_output = [](const Tensor& t) {
@@ -86,7 +100,7 @@ void save_for_backward(LayerNode& node, const Inputs& in, const Outputs& out) {
   node.zoneout_c_ = keep_optional(in.zoneout_c);
   node.out_ = keep_output(out.out);
   node.gates_ = keep_output(out.gates);
-  node.cells_ = in.recompute > 0 ? keep(out.cells) : keep_output(out.cells);
+  node.cells_ = recomputes ? keep(out.cells) : keep_output(out.cells);
   node.normed_ = keep(out.normed);
   node.rstd_ = keep(out.rstd);
 }
@@ -106,11 +120,10 @@ Outputs autograd_forward(const Inputs& in, bool save) {
   Outputs out;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    out = call_forward(dual ? in.without_recompute() : in, save || differentiable || dual);
+    out = dual ? call_forward(in.without_recompute(), /*save=*/true) : call_forward(in, save || differentiable);
   }
   // Tangents are made of gates, so that these are kept all the same where there are some, on this level or below.
   const bool recomputes = in.recompute > 0 && !out.gates.defined();
-  const Inputs used = recomputes ? in : in.without_recompute();
   decltype(autograd::make_node<LayerNode>()) saves;
   if (differentiable) {
     auto node = autograd::make_node<LayerNode>();
@@ -119,23 +132,23 @@ Outputs autograd_forward(const Inputs& in, bool save) {
       edges.push_back(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());
     }
     node->set_next_edges(std::move(edges));
-    node->candidate_ = std::string(used.candidate);
-    node->is_lstm_ = used.is_lstm();
-    node->reset_after_ = used.reset_after;
-    node->zoneout_rate_h_ = used.zoneout_rate_h;
-    node->zoneout_rate_c_ = used.zoneout_rate_c;
-    node->grad_clip_ = used.grad_clip;
-    node->truncate_ = used.truncate;
-    node->recompute_ = used.recompute;
-    node->reverse_ = used.reverse;
-    node->batch_first_ = used.batch_first;
+    node->candidate_ = std::string(in.candidate);
+    node->is_lstm_ = in.is_lstm();
+    node->reset_after_ = in.reset_after;
+    node->zoneout_rate_h_ = in.zoneout_rate_h;
+    node->zoneout_rate_c_ = in.zoneout_rate_c;
+    node->grad_clip_ = in.grad_clip;
+    node->truncate_ = in.truncate;
+    node->recompute_ = recomputes ? in.recompute : 0;
+    node->reverse_ = in.reverse;
+    node->batch_first_ = in.batch_first;
     for (const Tensor* output : {&out.out, &out.h, &out.c, &out.gates, &out.cells}) {
       if (output->defined() && !(recomputes && output == &out.cells)) torch::autograd::set_history(*output, node);
     }
     saves = std::move(node);
   }
   if (dual) {
-    const OutputGradients d = tangents(used, out);
+    const OutputGradients d = tangents(in, out);
     const auto set = [](const Tensor& output, const Tensor& t) {
       if (output.defined()) output._set_fw_grad(t, /*level=*/0, /*is_inplace_op=*/false);
     };
@@ -145,7 +158,7 @@ Outputs autograd_forward(const Inputs& in, bool save) {
     set(out.gates, d.gates);
     set(out.cells, d.cells);
   }
-  if (saves != nullptr) save_for_backward(*saves, used, out);  // tangents too
+  if (saves != nullptr) save_for_backward(*saves, in, out, recomputes);  // tangents too
   // Not what the Node alone keeps (common/autograd.h).
   return save ? out : Outputs{out.out, out.h, out.c, {}, {}, {}, {}};
 }
@@ -171,7 +184,7 @@ Outputs autocast_forward(const Inputs& in, bool save) {
   const c10::impl::ExcludeDispatchKeyGuard without(key);
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return call_forward(MappedInputs(in, cast).in, save);
+  return call_forward(in.mapped(cast), save);
 }
 
 }  // namespace
@@ -184,14 +197,14 @@ Outputs call_forward(const Inputs& in, bool save) {
     static const auto op = find_op<LstmForward>("lect11ext::lstm_layer");
     auto [out, h, c, gates, cells, normed, rstd] =
         op.call(in.input, in.h, *in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_hr,
-                in.weight_peephole, in.weight_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.zoneout_c,
+                in.weight_peephole, in.layer_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.zoneout_c,
                 in.candidate, in.zoneout_rate_h, in.zoneout_rate_c, in.grad_clip, in.truncate, in.recompute, in.reverse,
                 in.batch_first, save);
     return {out, h, c, plain(gates), plain(cells), plain(normed), plain(rstd)};
   }
   static const auto op = find_op<GruForward>("lect11ext::gru_layer");
   auto [out, h, gates, normed, rstd] =
-      op.call(in.input, in.h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_norm, in.hidden_mask,
+      op.call(in.input, in.h, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.layer_norm, in.hidden_mask,
               in.lengths, in.reset, in.zoneout_h, in.reset_after, in.zoneout_rate_h, in.grad_clip, in.truncate,
               in.recompute, in.reverse, in.batch_first, save);
   return {out, h, {}, plain(gates), {}, plain(normed), plain(rstd)};
@@ -204,7 +217,7 @@ Gradients call_backward(const OutputGradients& grads, const Inputs& in, const Ou
     auto [x, h, c, ih, hh, b_ih, b_hh, peephole, norm, hidden_mask] = op.call(
         optional(grads.out), optional(grads.h), optional(grads.c), optional(grads.gates), optional(grads.cells),
         in.input, in.h, *in.c, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh, in.weight_hr, in.weight_peephole,
-        in.weight_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.zoneout_c, in.candidate,
+        in.layer_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.zoneout_c, in.candidate,
         in.zoneout_rate_h, in.zoneout_rate_c, in.grad_clip, in.truncate, in.recompute, in.reverse, in.batch_first,
         kept.out, optional(kept.gates), optional(kept.cells), optional(kept.normed), optional(kept.rstd), mask);
     return {x, h, c, ih, hh, b_ih, b_hh, peephole, norm, hidden_mask};
@@ -212,9 +225,9 @@ Gradients call_backward(const OutputGradients& grads, const Inputs& in, const Ou
   static const auto op = find_op<GruBackward>("lect11ext::gru_layer_backward");
   auto [x, h, ih, hh, b_ih, b_hh, norm, hidden_mask] =
       op.call(optional(grads.out), optional(grads.h), optional(grads.gates), in.input, in.h, in.weight_ih, in.weight_hh,
-              in.bias_ih, in.bias_hh, in.weight_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h,
-              in.reset_after, in.zoneout_rate_h, in.grad_clip, in.truncate, in.recompute, in.reverse, in.batch_first,
-              kept.out, optional(kept.gates), optional(kept.normed), optional(kept.rstd),
+              in.bias_ih, in.bias_hh, in.layer_norm, in.hidden_mask, in.lengths, in.reset, in.zoneout_h, in.reset_after,
+              in.zoneout_rate_h, in.grad_clip, in.truncate, in.recompute, in.reverse, in.batch_first, kept.out,
+              optional(kept.gates), optional(kept.normed), optional(kept.rstd),
               {mask[kInput], mask[kH], mask[kWeightIh], mask[kWeightHh], mask[kBiasIh], mask[kBiasHh], mask[kNorm],
                mask[kHiddenMask]});
   return {x, h, {}, ih, hh, b_ih, b_hh, {}, norm, hidden_mask};

@@ -152,63 +152,18 @@ Gradients backward_of_steps(const Device& device, const OutputGradients& grads, 
   return result;
 }
 
-// `count` steps from step `begin` on, as a sequence of their own.
-class Part {
- public:
-  Part(const Inputs& in, int64_t begin, int64_t count, const Tensor& h, const Tensor& c)
-      : in_(in),
-        low_(in.reverse ? in.input.size(in.time_dim()) - begin - count : begin),
-        count_(count),
-        input_(steps(in.input)),
-        h_(h),
-        c_(autograd::optional_of(c)),
-        reset_(optional_steps(in.reset)),
-        zoneout_h_(optional_steps(in.zoneout_h)),
-        zoneout_c_(optional_steps(in.zoneout_c)) {
-    if (autograd::defined(in.lengths)) lengths_ = *in.lengths - low_;
+// `count` steps from `low` on in time, as a sequence of their own that begins with h and c.
+Inputs part_of(const Inputs& in, int64_t low, int64_t count, const Tensor& h, const Tensor& c) {
+  Inputs part = in.without_recompute();
+  part.h = h;
+  part.c = autograd::optional_of(c);
+  part.input = in.input.narrow(in.time_dim(), low, count);
+  for (OptionalTensor* t : {&part.reset, &part.zoneout_h, &part.zoneout_c}) {
+    if (autograd::defined(*t)) *t = (*t)->narrow(in.time_dim(), low, count);
   }
-
-  Tensor steps(const Tensor& t) const { return t.defined() ? t.narrow(in_.time_dim(), low_, count_) : t; }
-
-  Inputs inputs() const {
-    return {input_,
-            h_,
-            c_,
-            in_.weight_ih,
-            in_.weight_hh,
-            in_.bias_ih,
-            in_.bias_hh,
-            in_.weight_hr,
-            in_.weight_peephole,
-            in_.weight_norm,
-            in_.hidden_mask,
-            lengths_,
-            reset_,
-            zoneout_h_,
-            zoneout_c_,
-            in_.candidate,
-            in_.reset_after,
-            in_.zoneout_rate_h,
-            in_.zoneout_rate_c,
-            in_.grad_clip,
-            in_.truncate,
-            /*recompute=*/0,
-            in_.reverse,
-            in_.batch_first};
-  }
-
- private:
-  OptionalTensor optional_steps(const OptionalTensor& t) const {
-    return autograd::defined(t) ? OptionalTensor(steps(*t)) : std::nullopt;
-  }
-
-  const Inputs& in_;
-  const int64_t low_, count_;
-  const Tensor input_, h_;
-  const OptionalTensor c_;
-  OptionalTensor lengths_;
-  const OptionalTensor reset_, zoneout_h_, zoneout_c_;
-};
+  if (autograd::defined(in.lengths)) part.lengths = *in.lengths - low;
+  return part;
+}
 
 // A part of `recompute` steps at a time, from the last: its forward again, then its backward.
 Gradients backward_in_parts(const Device& device, const OutputGradients& grads, const Inputs& in, const Outputs& kept,
@@ -229,14 +184,14 @@ Gradients backward_in_parts(const Device& device, const OutputGradients& grads, 
       if (in.reverse && autograd::defined(in.lengths)) h = at::where((*in.lengths <= t).unsqueeze(-1), in.h, h);
       if (c.defined()) c = kept.cells.select(0, begin / in.recompute - 1);
     }
-    const Part part(in, begin, count, h, c);
-    const Inputs inputs = part.inputs();
-    const Outputs again = device.forward(inputs, /*save=*/true);
-    carried.out = part.steps(grads.out);
-    const auto found = backward_of_steps(device, carried, inputs, again, part_mask, begin);
+    const int64_t low = in.reverse ? T - begin - count : begin;
+    const Inputs part = part_of(in, low, count, h, c);
+    const Outputs again = device.forward(part, /*save=*/true);
+    if (grads.out.defined()) carried.out = grads.out.narrow(time, low, count);
+    const auto found = backward_of_steps(device, carried, part, again, part_mask, begin);
     carried.h = found[kH];
     carried.c = found[kC];
-    if (mask[kInput]) part.steps(result[kInput]).copy_(found[kInput]);
+    if (mask[kInput]) result[kInput].narrow(time, low, count).copy_(found[kInput]);
     for (size_t i = kWeightIh; i < kInputs; ++i) {
       if (!found[i].defined()) continue;
       result[i] = result[i].defined() ? result[i].add_(found[i]) : found[i].to(recurrent::compute_type(found[i]));

@@ -25,21 +25,22 @@ inline int64_t known(const c10::SymInt& size) { return size.guard_int(__FILE__, 
 // its derivative, float16 has not, and neither type has digits for differences from a mean.
 inline bool loses_norms(const Inputs& in) { return in.has_norm() && in.input.element_size() == 2; }
 inline Tensor widened(const Tensor& t) { return t.defined() ? t.to(at::kFloat) : t; }
-inline MappedInputs widened(const Inputs& in) {
-  return {in, [](const Tensor& t) { return widened(t); }};
+inline Inputs widened(const Inputs& in) {
+  return in.mapped([](const Tensor& t) { return widened(t); });
 }
 inline Outputs widened(const Outputs& out) {
   return {widened(out.out),   widened(out.h),      widened(out.c),   widened(out.gates),
           widened(out.cells), widened(out.normed), widened(out.rstd)};
 }
+// Back, to the type of the layer.
+inline Tensor narrowed(const Tensor& t, const Inputs& in) { return t.defined() ? t.to(in.input.scalar_type()) : t; }
 
 // The masks of a step, and the states before it.
 struct Steps {
-  const Inputs& in;
+  const Inputs in;
   c10::SymInt count;          // symbolic in a trace until a loop needs it
   Tensor inactive, restarts;  // [T, B, 1]; undefined where there are none
 
-  explicit Steps(Inputs&&) = delete;  // it is borrowed
   explicit Steps(const Inputs& in) : in(in), count(in.steps()) {
     if (autograd::defined(in.lengths)) inactive = first(in.inactive()).unsqueeze(-1);
     if (autograd::defined(in.reset)) restarts = first(*in.reset).unsqueeze(-1);

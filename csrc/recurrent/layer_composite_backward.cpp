@@ -62,7 +62,7 @@ class CompositeBackward {
     else gru_reset_first();
     const Tensor sums = stack(sums_, in_.gates() * hidden_);
     const Tensor hidden = in_.is_lstm() || in_.resets_first() ? sums : stack(sums_hidden_, 3 * hidden_);
-    const Tensor product = in_.has_norm() ? through_norm(hidden * *in_.weight_norm, normed_, rstd_) : hidden;
+    const Tensor product = in_.has_norm() ? through_norm(hidden * *in_.layer_norm, normed_, rstd_) : hidden;
     const bool multiplies = autograd::defined(in_.weight_ih);
     Gradients result;
     const auto give = [&](Input which, bool exists, const auto& make) {
@@ -125,7 +125,7 @@ class CompositeBackward {
 
   // From the gradient of the state's product after its norm to that of the state.
   Tensor to_state(int64_t t, const Tensor& sums) {
-    const Tensor grad = in_.has_norm() ? through_norm(sums * *in_.weight_norm, normed_at_[t], rstd_at_[t]) : sums;
+    const Tensor grad = in_.has_norm() ? through_norm(sums * *in_.layer_norm, normed_at_[t], rstd_at_[t]) : sums;
     products_[t] = grad.matmul(in_.weight_hh);
     return steps_.masked(products_[t]);
   }
@@ -222,13 +222,11 @@ class CompositeBackward {
 
 Gradients composite_backward(const OutputGradients& grads, const Inputs& in, const Outputs& kept, const Mask& mask) {
   if (!loses_norms(in)) return CompositeBackward(grads, in, kept).run(mask);
-  const MappedInputs wide = widened(in);
+  const Inputs wide = widened(in);
   const OutputGradients wide_grads{widened(grads.out), widened(grads.h), widened(grads.c), widened(grads.gates),
                                    widened(grads.cells)};
-  Gradients result = CompositeBackward(wide_grads, wide.in, widened(kept)).run(mask);
-  for (Tensor& t : result) {
-    if (t.defined()) t = t.to(in.input.scalar_type());
-  }
+  Gradients result = CompositeBackward(wide_grads, wide, widened(kept)).run(mask);
+  for (Tensor& t : result) t = narrowed(t, in);
   return result;
 }
 

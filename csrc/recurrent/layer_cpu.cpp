@@ -100,9 +100,9 @@ Outputs cpu_forward(const Inputs& in, bool save) {
   }
   args.bias_ih = bias_ih.data();
   args.bias_hh = bias_hh.data();
-  if (in.factors != nullptr) {
-    args.factors = read(*in.factors);
-    args.factors_strides = strides_of(in, *in.factors);
+  if (in.factors.defined()) {
+    args.factors = read(in.factors);
+    args.factors_strides = strides_of(in, in.factors);
     args.truncate = in.truncate;
   }
 

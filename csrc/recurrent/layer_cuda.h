@@ -32,7 +32,8 @@ constexpr int64_t cuda_depth(int64_t size, int64_t bytes) {
   return (size + chunk - 1) / chunk * chunk;
 }
 
-// A team's counter has a line of the caches to itself: in 64-bit words. A team has eight rows of the batch or more.
+// A team's counter has a line of the caches to itself: in 64-bit words. There is a team for every eight rows begun, at
+// most.
 inline constexpr int64_t kCudaArrivals = 16;
 constexpr int64_t cuda_arrivals(int64_t batch) { return (batch + 7) / 8 * kCudaArrivals; }
 

@@ -62,12 +62,12 @@ void Inputs::check() const {
   TORCH_CHECK_VALUE(has_projection() || state == size,
                     "h must have hidden_size columns where there is no weight_hr: ", size, ", but got ", state);
   TORCH_CHECK_VALUE(!has_norm() || !resets_first(),
-                    "weight_norm must be None where reset_after is False: the norm is over the sums of all gates");
+                    "layer_norm must be None where reset_after is False: the norm is over the sums of all gates");
   check_parameter(*this, "weight_hr", weight_hr, {state, size}, "size of h, hidden_size");
   check_parameter(*this, "weight_peephole", weight_peephole, {c10::SymInt(3), size}, "i f o, hidden_size");
-  check_parameter(*this, "weight_norm", weight_norm, {size * gates()}, "gates * hidden_size");
-  if (factors != nullptr) {
-    check_parameter(*this, "factors", *factors, {steps(), batch(), size * (is_lstm() ? 6 : 5)},
+  check_parameter(*this, "layer_norm", layer_norm, {size * gates()}, "gates * hidden_size");
+  if (factors.defined()) {
+    check_parameter(*this, "factors", factors, {steps(), batch(), size * (is_lstm() ? 6 : 5)},
                     "steps, batch, factors * hidden_size");
   }
   check_parameter(*this, "hidden_mask", hidden_mask, {batch(), state}, "batch, size of h");

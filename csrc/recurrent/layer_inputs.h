@@ -25,30 +25,30 @@ using Gradients = std::array<Tensor, kInputs>;
 using Mask = std::array<bool, kInputs>;
 
 struct Inputs {
-  const Tensor &input, &h;
-  const OptionalTensor& c;          // without: a GRU
-  const OptionalTensor& weight_ih;  // without: input is multiplied already
-  const Tensor& weight_hh;
-  const OptionalTensor &bias_ih, &bias_hh;
-  const OptionalTensor &weight_hr, &weight_peephole;  // LSTM only; weight_hr projects the states
-  const OptionalTensor &weight_norm, &hidden_mask;
-  const OptionalTensor &lengths, &reset, &zoneout_h, &zoneout_c;
-  c10::string_view candidate;
-  bool reset_after;  // GRU only
-  double zoneout_rate_h, zoneout_rate_c;
-  std::optional<double> grad_clip;
-  int64_t truncate, recompute;  // in steps; 0: neither
-  bool reverse, batch_first;
-  const Tensor* factors = nullptr;  // of the recurrence of tangents (layer.h)
+  Tensor input, h;
+  OptionalTensor c = {};          // without: a GRU
+  OptionalTensor weight_ih = {};  // without: input is multiplied already
+  Tensor weight_hh;
+  OptionalTensor bias_ih = {}, bias_hh = {};
+  OptionalTensor weight_hr = {}, weight_peephole = {};  // LSTM only; weight_hr projects the states
+  OptionalTensor layer_norm = {}, hidden_mask = {};
+  OptionalTensor lengths = {}, reset = {}, zoneout_h = {}, zoneout_c = {};
+  c10::string_view candidate = "tanh";  // borrowed
+  bool reset_after = true;              // GRU only
+  double zoneout_rate_h = 0, zoneout_rate_c = 0;
+  std::optional<double> grad_clip = {};
+  int64_t truncate = 0, recompute = 0;  // in steps; 0: neither
+  bool reverse = false, batch_first = false;
+  Tensor factors = {};  // of the recurrence of tangents (layer.h); else undefined
 
   bool is_lstm() const { return autograd::defined(c); }
   bool has_projection() const { return autograd::defined(weight_hr); }
-  bool has_norm() const { return autograd::defined(weight_norm); }
+  bool has_norm() const { return autograd::defined(layer_norm); }
   bool zones_out_h() const { return autograd::defined(zoneout_h) || zoneout_rate_h != 0; }
   bool zones_out_c() const { return is_lstm() && (autograd::defined(zoneout_c) || zoneout_rate_c != 0); }
   bool resets_first() const { return !is_lstm() && !reset_after; }
   int64_t gates() const { return is_lstm() ? 4 : 3; }
-  int64_t kept_gates() const { return resets_first() || factors != nullptr ? gates() : 4; }
+  int64_t kept_gates() const { return resets_first() || factors.defined() ? gates() : 4; }
   bool sigmoid_candidate() const { return candidate == "sigmoid"; }
   double clip() const { return grad_clip.value_or(INFINITY); }
   int64_t time_dim() const { return batch_first ? 1 : 0; }
@@ -64,17 +64,29 @@ struct Inputs {
 
   // All that has gradients; undefined for none.
   std::array<Tensor, kInputs> tensors() const {
-    const auto plain = [](const OptionalTensor& t) { return autograd::tensor_or_none(t); };
+    using autograd::tensor_or_none;
     return {input,
             h,
-            plain(c),
-            plain(weight_ih),
+            tensor_or_none(c),
+            tensor_or_none(weight_ih),
             weight_hh,
-            plain(bias_ih),
-            plain(bias_hh),
-            plain(weight_peephole),
-            plain(weight_norm),
-            plain(hidden_mask)};
+            tensor_or_none(bias_ih),
+            tensor_or_none(bias_hh),
+            tensor_or_none(weight_peephole),
+            tensor_or_none(layer_norm),
+            tensor_or_none(hidden_mask)};
+  }
+
+  // The same, with what `f` makes of the tensors that have gradients.
+  template <class F>
+  Inputs mapped(const F& f) const {
+    Inputs in = *this;
+    for (Tensor* t : {&in.input, &in.h, &in.weight_hh}) *t = f(*t);
+    for (OptionalTensor* t : {&in.c, &in.weight_ih, &in.bias_ih, &in.bias_hh, &in.weight_hr, &in.weight_peephole,
+                              &in.layer_norm, &in.hidden_mask}) {
+      if (autograd::defined(*t)) *t = f(**t);
+    }
+    return in;
   }
 
   void check() const;
@@ -89,60 +101,6 @@ struct Inputs {
     Inputs in = *this;
     in.recompute = 0;
     return in;
-  }
-};
-
-// Inputs of which `f` made the tensors that have gradients.
-struct MappedInputs {
-  const Tensor input, h;
-  const OptionalTensor c, weight_ih;
-  const Tensor weight_hh;
-  const OptionalTensor bias_ih, bias_hh, weight_hr, weight_peephole, weight_norm, hidden_mask;
-  const Inputs in;
-
-  template <class F>
-  MappedInputs(const Inputs& from, const F& f)
-      : input(f(from.input)),
-        h(f(from.h)),
-        c(optional(from.c, f)),
-        weight_ih(optional(from.weight_ih, f)),
-        weight_hh(f(from.weight_hh)),
-        bias_ih(optional(from.bias_ih, f)),
-        bias_hh(optional(from.bias_hh, f)),
-        weight_hr(optional(from.weight_hr, f)),
-        weight_peephole(optional(from.weight_peephole, f)),
-        weight_norm(optional(from.weight_norm, f)),
-        hidden_mask(optional(from.hidden_mask, f)),
-        in{input,
-           h,
-           c,
-           weight_ih,
-           weight_hh,
-           bias_ih,
-           bias_hh,
-           weight_hr,
-           weight_peephole,
-           weight_norm,
-           hidden_mask,
-           from.lengths,
-           from.reset,
-           from.zoneout_h,
-           from.zoneout_c,
-           from.candidate,
-           from.reset_after,
-           from.zoneout_rate_h,
-           from.zoneout_rate_c,
-           from.grad_clip,
-           from.truncate,
-           from.recompute,
-           from.reverse,
-           from.batch_first} {}
-  MappedInputs(const MappedInputs&) = delete;  // `in` is of these very tensors
-
- private:
-  template <class F>
-  static OptionalTensor optional(const OptionalTensor& t, const F& f) {
-    return autograd::defined(t) ? OptionalTensor(f(*t)) : std::nullopt;
   }
 };
 

@@ -10,51 +10,55 @@
 // clang-format off
 #define LSTM_LAYER_SCHEMA \
   "Tensor input, Tensor h, Tensor c, Tensor? weight_ih, Tensor weight_hh, Tensor? bias_ih=None, Tensor? " \
-  "bias_hh=None, Tensor? weight_hr=None, Tensor? weight_peephole=None, Tensor? weight_norm=None, " \
+  "bias_hh=None, Tensor? weight_hr=None, Tensor? weight_peephole=None, Tensor? layer_norm=None, " \
   "Tensor? hidden_mask=None, Tensor? lengths=None, Tensor? reset=None, Tensor? zoneout_h=None, Tensor? " \
   "zoneout_c=None, str candidate='tanh', float zoneout_rate_h=0., float zoneout_rate_c=0., float? " \
   "grad_clip=None, int truncate=0, int recompute=0, bool reverse=False, bool batch_first=False"
 #define GRU_LAYER_SCHEMA \
   "Tensor input, Tensor h, Tensor? weight_ih, Tensor weight_hh, Tensor? bias_ih=None, Tensor? " \
-  "bias_hh=None, Tensor? weight_norm=None, Tensor? hidden_mask=None, Tensor? lengths=None, Tensor? " \
+  "bias_hh=None, Tensor? layer_norm=None, Tensor? hidden_mask=None, Tensor? lengths=None, Tensor? " \
   "reset=None, Tensor? zoneout_h=None, bool reset_after=True, float zoneout_rate_h=0., float? " \
   "grad_clip=None, int truncate=0, int recompute=0, bool reverse=False, bool batch_first=False"
 // The same arguments in a backward, where nothing is left out.
 #define LSTM_LAYER_BACKWARD_SCHEMA \
   "Tensor input, Tensor h, Tensor c, Tensor? weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? " \
-  "bias_hh, Tensor? weight_hr, Tensor? weight_peephole, Tensor? weight_norm, Tensor? hidden_mask, " \
+  "bias_hh, Tensor? weight_hr, Tensor? weight_peephole, Tensor? layer_norm, Tensor? hidden_mask, " \
   "Tensor? lengths, Tensor? reset, Tensor? zoneout_h, Tensor? zoneout_c, str candidate, float " \
   "zoneout_rate_h, float zoneout_rate_c, float? grad_clip, int truncate, int recompute, bool reverse, " \
   "bool batch_first"
 #define GRU_LAYER_BACKWARD_SCHEMA \
   "Tensor input, Tensor h, Tensor? weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, " \
-  "Tensor? weight_norm, Tensor? hidden_mask, Tensor? lengths, Tensor? reset, Tensor? zoneout_h, bool " \
+  "Tensor? layer_norm, Tensor? hidden_mask, Tensor? lengths, Tensor? reset, Tensor? zoneout_h, bool " \
   "reset_after, float zoneout_rate_h, float? grad_clip, int truncate, int recompute, bool reverse, bool " \
   "batch_first"
 
-// The arguments in C++, and an Inputs made of them; `cell` and `none` are optional tensors.
+// The arguments in C++, and an Inputs made of them.
 #define LSTM_LAYER_PARAMETERS \
   const Tensor& input, const Tensor& h, const Tensor& c, const OptionalTensor& weight_ih, const Tensor& \
   weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& \
-  weight_hr, const OptionalTensor& weight_peephole, const OptionalTensor& weight_norm, const \
+  weight_hr, const OptionalTensor& weight_peephole, const OptionalTensor& layer_norm, const \
   OptionalTensor& hidden_mask, const OptionalTensor& lengths, const OptionalTensor& reset, const \
   OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, c10::string_view candidate, double \
   zoneout_rate_h, double zoneout_rate_c, std::optional<double> grad_clip, int64_t truncate, int64_t \
   recompute, bool reverse, bool batch_first
 #define GRU_LAYER_PARAMETERS \
   const Tensor& input, const Tensor& h, const OptionalTensor& weight_ih, const Tensor& weight_hh, const \
-  OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& weight_norm, const \
+  OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& layer_norm, const \
   OptionalTensor& hidden_mask, const OptionalTensor& lengths, const OptionalTensor& reset, const \
   OptionalTensor& zoneout_h, bool reset_after, double zoneout_rate_h, std::optional<double> grad_clip, \
   int64_t truncate, int64_t recompute, bool reverse, bool batch_first
-#define LSTM_LAYER_INPUTS(cell) \
-  Inputs{input, h, cell, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, weight_norm, \
-  hidden_mask, lengths, reset, zoneout_h, zoneout_c, candidate, true, zoneout_rate_h, zoneout_rate_c, \
-  grad_clip, truncate, recompute, reverse, batch_first}
-#define GRU_LAYER_INPUTS(none) \
-  Inputs{input, h, none, weight_ih, weight_hh, bias_ih, bias_hh, none, none, weight_norm, hidden_mask, \
-  lengths, reset, zoneout_h, none, "tanh", reset_after, zoneout_rate_h, 0.0, grad_clip, truncate, \
-  recompute, reverse, batch_first}
+#define LSTM_LAYER_INPUTS \
+  Inputs{.input = input, .h = h, .c = c, .weight_ih = weight_ih, .weight_hh = weight_hh, .bias_ih = bias_ih, \
+  .bias_hh = bias_hh, .weight_hr = weight_hr, .weight_peephole = weight_peephole, .layer_norm = layer_norm, \
+  .hidden_mask = hidden_mask, .lengths = lengths, .reset = reset, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c, \
+  .candidate = candidate, .zoneout_rate_h = zoneout_rate_h, .zoneout_rate_c = zoneout_rate_c, \
+  .grad_clip = grad_clip, .truncate = truncate, .recompute = recompute, .reverse = reverse, \
+  .batch_first = batch_first}
+#define GRU_LAYER_INPUTS \
+  Inputs{.input = input, .h = h, .weight_ih = weight_ih, .weight_hh = weight_hh, .bias_ih = bias_ih, \
+  .bias_hh = bias_hh, .layer_norm = layer_norm, .hidden_mask = hidden_mask, .lengths = lengths, .reset = reset, \
+  .zoneout_h = zoneout_h, .reset_after = reset_after, .zoneout_rate_h = zoneout_rate_h, .grad_clip = grad_clip, \
+  .truncate = truncate, .recompute = recompute, .reverse = reverse, .batch_first = batch_first}
 // clang-format on
 
 namespace lect11ext::layer_op {
@@ -86,37 +90,41 @@ using BackwardBody = Gradients(const OutputGradients&, const Inputs&, const Outp
 
 template <ForwardBody* body>
 LstmOutputs lstm_forward(LSTM_LAYER_PARAMETERS, bool save) {
-  const OptionalTensor cell(c);
-  Outputs out = body(LSTM_LAYER_INPUTS(cell), save);
-  const auto optional = [](const Tensor& t) { return autograd::optional_of(t); };
-  return {out.out, out.h, out.c, optional(out.gates), optional(out.cells), optional(out.normed), optional(out.rstd)};
+  using autograd::optional_of;
+  const Outputs out = body(LSTM_LAYER_INPUTS, save);
+  return {out.out,
+          out.h,
+          out.c,
+          optional_of(out.gates),
+          optional_of(out.cells),
+          optional_of(out.normed),
+          optional_of(out.rstd)};
 }
 
 template <ForwardBody* body>
 GruOutputs gru_forward(GRU_LAYER_PARAMETERS, bool save) {
-  const OptionalTensor none;
-  Outputs out = body(GRU_LAYER_INPUTS(none), save);
-  const auto optional = [](const Tensor& t) { return autograd::optional_of(t); };
-  return {out.out, out.h, optional(out.gates), optional(out.normed), optional(out.rstd)};
+  using autograd::optional_of;
+  const Outputs out = body(GRU_LAYER_INPUTS, save);
+  return {out.out, out.h, optional_of(out.gates), optional_of(out.normed), optional_of(out.rstd)};
 }
 
 template <BackwardBody* body>
 Tensors10 lstm_backward(LSTM_LAYER_BACKWARD_PARAMETERS) {
-  const auto plain = [](const OptionalTensor& t) { return autograd::tensor_or_none(t); };
-  const OptionalTensor cell(c);
-  const OutputGradients grads{plain(grad_out), plain(grad_h), plain(grad_c), plain(grad_gates), plain(grad_cells)};
-  const Outputs kept{out, {}, {}, plain(gates), plain(cells), plain(normed), plain(rstd)};
-  const auto g = body(grads, LSTM_LAYER_INPUTS(cell), kept, mask);
+  using autograd::tensor_or_none;
+  const OutputGradients grads{tensor_or_none(grad_out), tensor_or_none(grad_h), tensor_or_none(grad_c),
+                              tensor_or_none(grad_gates), tensor_or_none(grad_cells)};
+  const Outputs kept{
+      out, {}, {}, tensor_or_none(gates), tensor_or_none(cells), tensor_or_none(normed), tensor_or_none(rstd)};
+  const auto g = body(grads, LSTM_LAYER_INPUTS, kept, mask);
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9]};
 }
 
 template <BackwardBody* body>
 Tensors8 gru_backward(GRU_LAYER_BACKWARD_PARAMETERS) {
-  const auto plain = [](const OptionalTensor& t) { return autograd::tensor_or_none(t); };
-  const OptionalTensor none;
-  const OutputGradients grads{plain(grad_out), plain(grad_h), {}, plain(grad_gates), {}};
-  const Outputs kept{out, {}, {}, plain(gates), {}, plain(normed), plain(rstd)};
-  const auto g = body(grads, GRU_LAYER_INPUTS(none), kept,
+  using autograd::tensor_or_none;
+  const OutputGradients grads{tensor_or_none(grad_out), tensor_or_none(grad_h), {}, tensor_or_none(grad_gates), {}};
+  const Outputs kept{out, {}, {}, tensor_or_none(gates), {}, tensor_or_none(normed), tensor_or_none(rstd)};
+  const auto g = body(grads, GRU_LAYER_INPUTS, kept,
                       {mask[0], mask[1], false, mask[2], mask[3], mask[4], mask[5], false, mask[6], mask[7]});
   return {g[kInput], g[kH], g[kWeightIh], g[kWeightHh], g[kBiasIh], g[kBiasHh], g[kNorm], g[kHiddenMask]};
 }

@@ -57,7 +57,7 @@ class GeneralStep {
 
   Tensor product(const Tensor& h) const {
     if (!in_.has_norm()) return at::linear(steps_.masked(h), in_.weight_hh, in_.bias_hh);
-    const Tensor v = normalize(at::linear(steps_.masked(h), in_.weight_hh)).first * *in_.weight_norm;
+    const Tensor v = normalize(at::linear(steps_.masked(h), in_.weight_hh)).first * *in_.layer_norm;
     return autograd::defined(in_.bias_hh) ? v + *in_.bias_hh : v;
   }
 
@@ -103,9 +103,8 @@ class GeneralStep {
 
 Outputs step_by_step(const Inputs& in, bool save) {
   if (loses_norms(in)) {
-    const Outputs wide = step_by_step(widened(in).in, save);
-    const auto back = [&](const Tensor& t) { return t.defined() ? t.to(in.input.scalar_type()) : t; };
-    return {back(wide.out), back(wide.h), back(wide.c), {}, back(wide.cells), {}, {}};
+    const Outputs wide = step_by_step(widened(in), save);
+    return {narrowed(wide.out, in), narrowed(wide.h, in), narrowed(wide.c, in), {}, narrowed(wide.cells, in), {}, {}};
   }
   const Steps steps(in);
   const GeneralStep general(steps);

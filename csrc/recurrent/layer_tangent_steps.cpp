@@ -59,7 +59,7 @@ TangentOutputs composite_tangents(const Inputs& in, const TangentProduct& produc
     return t.narrow(-1, first * hidden, parts * hidden);
   };
   const auto sum_of_parts = [&](const Tensor& t) { return t.unflatten(1, {-1, hidden}).sum(1); };
-  const auto each = in.factors->unbind(0);
+  const auto each = in.factors.unbind(0);
   std::vector<Tensor> all(states.count());
   for (int64_t s = 0; s < states.count(); ++s) {
     const int64_t t = states.time(s);
@@ -93,32 +93,20 @@ using Op = OpOutputs(TANGENTS_PARAMETERS);
 
 template <TangentOutputs body(const Inputs&)>
 OpOutputs tangents_op(TANGENTS_PARAMETERS) {
-  const OptionalTensor none;
-  const Inputs in{input,
-                  h,
-                  c,
-                  none,
-                  weight_hh,
-                  none,
-                  none,
-                  none,
-                  none,
-                  none,
-                  hidden_mask,
-                  lengths,
-                  reset,
-                  zoneout_h,
-                  zoneout_c,
-                  "tanh",
-                  /*reset_after=*/true,
-                  zoneout_rate_h,
-                  zoneout_rate_c,
-                  std::nullopt,
-                  truncate,
-                  /*recompute=*/0,
-                  reverse,
-                  /*batch_first=*/false,
-                  &factors};
+  const Inputs in{.input = input,
+                  .h = h,
+                  .c = c,
+                  .weight_hh = weight_hh,
+                  .hidden_mask = hidden_mask,
+                  .lengths = lengths,
+                  .reset = reset,
+                  .zoneout_h = zoneout_h,
+                  .zoneout_c = zoneout_c,
+                  .zoneout_rate_h = zoneout_rate_h,
+                  .zoneout_rate_c = zoneout_rate_c,
+                  .truncate = truncate,
+                  .reverse = reverse,
+                  .factors = factors};
   TangentOutputs out = body(in);
   return {out.out, out.h, autograd::optional_of(out.c), out.sums, autograd::optional_of(out.cells)};
 }
@@ -131,9 +119,8 @@ TangentOutputs by_composite(const Inputs& in) {
 }
 
 TangentOutputs by_kernel(const Inputs& in) {
-  const Tensor factors = in.factors->contiguous();
   Inputs dense = in;
-  dense.factors = &factors;
+  dense.factors = in.factors.contiguous();
   const Outputs out = cpu_forward(dense, /*save=*/true);
   return {out.out, out.h, out.c, out.gates, out.cells};
 }
@@ -150,9 +137,8 @@ TangentOutputs meta(const Inputs& in) {
 
 TangentOutputs differentiable(const Inputs& in) {
   const OptionalTensor &c = in.c, &mask = in.hidden_mask;
-  const bool needs_grad = autograd::needs_grad(in.input, *in.factors, in.h, c, in.weight_hh, mask);
-  const auto plain = [](const OptionalTensor& t) { return autograd::tensor_or_none(t); };
-  if (needs_grad || autograd::has_tangent(in.input, *in.factors, in.h, plain(c), in.weight_hh, plain(mask))) {
+  const bool needs_grad = autograd::needs_grad(in.input, in.factors, in.h, c, in.weight_hh, mask);
+  if (needs_grad || autograd::has_tangent(in.input, in.factors, in.h, c, in.weight_hh, mask)) {
     return by_composite(in);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -164,7 +150,7 @@ TangentOutputs differentiable(const Inputs& in) {
 TangentOutputs layer_op::call_tangents(const Inputs& in) {
   static const auto op = find_op<Op>("lect11ext::layer_tangents");
   auto [out, h, c, sums, cells] =
-      op.call(in.input, *in.factors, in.h, in.c, in.weight_hh, in.hidden_mask, in.lengths, in.reset, in.zoneout_h,
+      op.call(in.input, in.factors, in.h, in.c, in.weight_hh, in.hidden_mask, in.lengths, in.reset, in.zoneout_h,
               in.zoneout_c, in.zoneout_rate_h, in.zoneout_rate_c, in.truncate, in.reverse);
   return {out, h, autograd::tensor_or_none(c), sums, autograd::tensor_or_none(cells)};
 }

@@ -17,8 +17,7 @@ struct TangentOutputs {
 // The tangents of the states from step to step.
 class TangentStates {
  public:
-  explicit TangentStates(const Inputs& in);  // which must live as long
-  explicit TangentStates(Inputs&&) = delete;
+  explicit TangentStates(const Inputs& in);
 
   Tensor h, c;  // c of an LSTM only
 

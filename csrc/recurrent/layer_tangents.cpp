@@ -19,14 +19,11 @@ void accumulate(Tensor& sum, const Tensor& term) {
   if (term.defined()) sum = sum.defined() ? sum + term : term;
 }
 
-const OptionalTensor kNone;
-
 class Tangents {
  public:
   Tangents(const Inputs& dual, const Outputs& out)
       : dual_(dual),
-        primals_(dual, [](const Tensor& t) { return primal(t); }),
-        in_(primals_.in),
+        in_(dual.mapped(primal)),
         steps_(in_),
         out_(out),
         hidden_(known(in_.hidden())),
@@ -104,41 +101,29 @@ class Tangents {
       accumulate(added, by_product);
       return call_tangents(recurrence(added, factors));
     }
-    if (tangent(dual_.weight_norm).defined()) added = added + normed_ * tangent(dual_.weight_norm);
+    if (tangent(dual_.layer_norm).defined()) added = added + normed_ * tangent(dual_.layer_norm);
     const Tensor weight = in_.weight_hh.t();
     return composite_tangents(recurrence(added, factors), [&](int64_t t, const Tensor& h) {
       const Tensor d = by_product.defined() ? at::addmm(by_product[t], h, weight) : h.matmul(weight);
-      return at::addcmul(added[t], through_norm(d, normed_[t], rstd_[t]), *in_.weight_norm);
+      return at::addcmul(added[t], through_norm(d, normed_[t], rstd_[t]), *in_.layer_norm);
     });
   }
 
   Inputs recurrence(const Tensor& sums, const Tensor& factors) const {
-    const OptionalTensor& none = kNone;
-    return {sums,
-            h_,
-            c_,
-            none,
-            in_.weight_hh,
-            none,
-            none,
-            none,
-            none,
-            none,
-            in_.hidden_mask,
-            in_.lengths,
-            reset_,
-            zoneout_h_,
-            zoneout_c_,
-            "tanh",
-            /*reset_after=*/true,
-            in_.zoneout_rate_h,
-            in_.zoneout_rate_c,
-            std::nullopt,
-            in_.truncate,
-            /*recompute=*/0,
-            in_.reverse,
-            /*batch_first=*/false,
-            &factors};
+    return {.input = sums,
+            .h = h_,
+            .c = c_,
+            .weight_hh = in_.weight_hh,
+            .hidden_mask = in_.hidden_mask,
+            .lengths = in_.lengths,
+            .reset = reset_,
+            .zoneout_h = zoneout_h_,
+            .zoneout_c = zoneout_c_,
+            .zoneout_rate_h = in_.zoneout_rate_h,
+            .zoneout_rate_c = in_.zoneout_rate_c,
+            .truncate = in_.truncate,
+            .reverse = in_.reverse,
+            .factors = factors};
   }
 
   Found lstm() {
@@ -215,8 +200,7 @@ class Tangents {
   }
 
   const Inputs& dual_;
-  const MappedInputs primals_;  // without their tangents
-  const Inputs& in_;
+  const Inputs in_;  // without their tangents
   const Steps steps_;
   const Outputs& out_;
   const int64_t hidden_;
@@ -232,11 +216,11 @@ class Tangents {
 
 OutputGradients tangents(const Inputs& dual, const Outputs& out) {
   if (!loses_norms(dual)) return Tangents(dual, out).run();
-  const MappedInputs wide = widened(dual);
+  const Inputs wide = widened(dual);
   const Outputs wide_out = widened(out);
-  const OutputGradients d = Tangents(wide.in, wide_out).run();
-  const auto back = [&](const Tensor& t) { return t.defined() ? t.to(dual.input.scalar_type()) : t; };
-  return {back(d.out), back(d.h), back(d.c), back(d.gates), back(d.cells)};
+  const OutputGradients d = Tangents(wide, wide_out).run();
+  return {narrowed(d.out, dual), narrowed(d.h, dual), narrowed(d.c, dual), narrowed(d.gates, dual),
+          narrowed(d.cells, dual)};
 }
 
 }  // namespace lect11ext::layer_op

@@ -21,7 +21,7 @@ Common::Common(const Inputs& in)
       h(in.h.contiguous()),
       c(dense(in.c)),
       peephole(dense(in.weight_peephole)),
-      norm(dense(in.weight_norm)),
+      norm(dense(in.layer_norm)),
       hidden_mask(dense(in.hidden_mask)),
       lengths(dense(in.lengths)),
       reset(autograd::tensor_or_none(in.reset)),

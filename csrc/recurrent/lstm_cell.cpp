@@ -161,7 +161,6 @@ Pointwise gates_backward(const OptionalTensor& grad_h, const OptionalTensor& gra
                                c.stride,
                                cell.const_data_ptr(),
                                out.grad_pre.mutable_data_ptr(),
-                               dtype_of(out.grad_pre, "grad_pre"),
                                needs_c ? out.grad_c_in.mutable_data_ptr() : nullptr};
   if (batch > 0) launch(args);
   return out;

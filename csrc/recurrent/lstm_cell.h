@@ -41,9 +41,8 @@ struct LstmGatesBackward {
   const void* c;       // [B, H], rows c_stride apart
   int64_t c_stride;
   const void* c_out;  // [B, H] dense: tanh of it is computed again, which is cheaper than to read it
-  void* grad_pre;     // [B, 4H] dense, written, of type grad_pre_dtype
-  DType grad_pre_dtype;
-  void* grad_c_in;  // [B, H] dense, written; null: not asked
+  void* grad_pre;     // [B, 4H] dense, written; of the arithmetic's type on the CPU, of dtype on CUDA
+  void* grad_c_in;    // [B, H] dense, written; null: not asked
 };
 
 // The whole step: the CPU's kernel. A work item is a block of kUnits hidden units, all their gates, all rows.
@@ -74,6 +73,6 @@ LECT11EXT_CPU_KERNEL(lstm_gates_backward_kernel, LstmGatesBackward)  // a work i
 namespace lect11ext::cuda {
 
 void lstm_gates_forward(const LstmGates& args, void* stream);
-void lstm_gates_backward(const LstmGatesBackward& args, void* stream);  // grad_pre_dtype: dtype, or the arithmetic's
+void lstm_gates_backward(const LstmGatesBackward& args, void* stream);
 
 }  // namespace lect11ext::cuda

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
+from torch.nn import functional as F
 
 
 class _ClipGradient(torch.autograd.Function):
@@ -49,7 +49,7 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One LSTM step; see :func:`lect11ext.functional.lstm_cell`."""
     h, c = state
-    i, f, g, o = (linear(input, weight_ih, bias_ih) + linear(h, weight_hh, bias_hh)).chunk(4, -1)
+    i, f, g, o = (F.linear(input, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, -1)
     i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
     g = g.tanh() if candidate == "tanh" else g.sigmoid()
     c_new = f * c + i * g
@@ -70,12 +70,12 @@ def gru_cell(
 ) -> Tensor:
     """One GRU step; see :func:`lect11ext.functional.gru_cell`."""
     size = h.size(-1)
-    x_r, x_z, x_n = linear(input, weight_ih, bias_ih).chunk(3, -1)
+    x_r, x_z, x_n = F.linear(input, weight_ih, bias_ih).chunk(3, -1)
     w_gates, w_n = weight_hh.split([2 * size, size])
     b_gates, b_n = (None, None) if bias_hh is None else bias_hh.split([2 * size, size])
-    h_r, h_z = linear(h, w_gates, b_gates).chunk(2, -1)
+    h_r, h_z = F.linear(h, w_gates, b_gates).chunk(2, -1)
     r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    h_n = r * linear(h, w_n, b_n) if reset_after else linear(r * h, w_n, b_n)
+    h_n = r * F.linear(h, w_n, b_n) if reset_after else F.linear(r * h, w_n, b_n)
     n = (x_n + h_n).tanh()
     return _clip_gradient(z * h + (1 - z) * n, grad_clip)
 
@@ -91,8 +91,8 @@ def _product(h: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None
     """The state's part of the sums."""
     u = h if mask is None else h * mask
     if norm is None:
-        return linear(u, weight, bias)
-    v = layer_norm(linear(u, weight), norm.shape, norm)
+        return F.linear(u, weight, bias)
+    v = F.layer_norm(F.linear(u, weight), norm.shape, norm)
     return v if bias is None else v + bias
 
 
@@ -106,7 +106,7 @@ def lstm_layer(
     *,
     weight_hr: Tensor | None = None,
     weight_peephole: Tensor | None = None,
-    weight_norm: Tensor | None = None,
+    layer_norm: Tensor | None = None,
     hidden_mask: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
@@ -127,12 +127,12 @@ def lstm_layer(
     def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         h, c = states
         x = _sums(input[t], weight_ih, bias_ih)
-        i, f, g, o = (x + _product(h, weight_hh, bias_hh, weight_norm, hidden_mask)).chunk(4, -1)
+        i, f, g, o = (x + _product(h, weight_hh, bias_hh, layer_norm, hidden_mask)).chunk(4, -1)
         i, f = (i + p_i * c).sigmoid(), (f + p_f * c).sigmoid()
         c_new = f * c + i * (g.tanh() if candidate == "tanh" else g.sigmoid())
         h_new = (o + p_o * c_new).sigmoid() * c_new.tanh()
         if weight_hr is not None:
-            h_new = linear(h_new, weight_hr)
+            h_new = F.linear(h_new, weight_hr)
         h_new = _keep(None if zoneout_h is None else zoneout_h[t], zoneout_rate_h, h, h_new)
         c_new = _keep(None if zoneout_c is None else zoneout_c[t], zoneout_rate_c, c, c_new)
         return _clip_gradient(h_new, grad_clip), _clip_gradient(c_new, grad_clip)
@@ -150,7 +150,7 @@ def gru_layer(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     *,
-    weight_norm: Tensor | None = None,
+    layer_norm: Tensor | None = None,
     hidden_mask: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
@@ -168,16 +168,16 @@ def gru_layer(
         (h,) = states
         x_r, x_z, x_n = _sums(input[t], weight_ih, bias_ih).chunk(3, -1)
         if reset_after:
-            h_r, h_z, h_n = _product(h, weight_hh, bias_hh, weight_norm, hidden_mask).chunk(3, -1)
+            h_r, h_z, h_n = _product(h, weight_hh, bias_hh, layer_norm, hidden_mask).chunk(3, -1)
             r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
             n = (x_n + r * h_n).tanh()
         else:
             u = h if hidden_mask is None else h * hidden_mask
             w_gates, w_n = weight_hh.split([2 * size, size])
             b_gates, b_n = (None, None) if bias_hh is None else bias_hh.split([2 * size, size])
-            h_r, h_z = linear(u, w_gates, b_gates).chunk(2, -1)
+            h_r, h_z = F.linear(u, w_gates, b_gates).chunk(2, -1)
             r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-            n = (x_n + linear(r * u, w_n, b_n)).tanh()
+            n = (x_n + F.linear(r * u, w_n, b_n)).tanh()
         h_new = _keep(None if zoneout_h is None else zoneout_h[t], zoneout_rate_h, h, z * h + (1 - z) * n)
         return (_clip_gradient(h_new, grad_clip),)
 
@@ -187,7 +187,7 @@ def gru_layer(
 
 def _sums(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
-        return linear(x, weight, bias)
+        return F.linear(x, weight, bias)
     return x if bias is None else x + bias
 
 

@@ -13,7 +13,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 # The stand-in's device holds 2048 threads: up to there one unit a thread, then vectors where H allows them.
 SIZES = [(1, 1), (3, 5), (2, 8), (64, 40), (33, 66), (37, 129)]
-TYPES = [(F32, F32), (F64, F64), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]  # storage, grad_pre
+DTYPES = [F32, F64, BF16, F16]
 
 
 class Draw:
@@ -37,11 +37,6 @@ def near(output: Output, expected: Tensor, units: float = 8) -> None:
     got, wanted = output.checked(), expected.detach()
     largest = wanted.abs().nan_to_num(0.0).max().item()
     assert_near(got, wanted.view(got.shape), units=units, atol=units * torch.finfo(got.dtype).eps * largest)
-
-
-def coarser(a: torch.dtype, b: torch.dtype) -> float:
-    """How many of b's epsilons one of a's is, at least one."""
-    return max(torch.finfo(a).eps / torch.finfo(b).eps, 1.0)
 
 
 def far_apart(state: Tensor) -> Tensor:

@@ -170,7 +170,6 @@ class LstmGatesBackward(Structure):
         *_pointers("gates", "c"),
         ("c_stride", c_int64),
         *_pointers("c_out", "grad_pre"),
-        ("grad_pre_dtype", c_int8),
         ("grad_c_in", c_void_p),
     ]
 
@@ -194,7 +193,6 @@ class GruGatesBackward(Structure):
         *_pointers("gates", "h"),
         ("h_stride", c_int64),
         *_pointers("grad_reset_h", "grad_pre_input", "grad_pre_hidden"),
-        ("grad_pre_dtype", c_int8),
         ("grad_h_in", c_void_p),
     ]
 

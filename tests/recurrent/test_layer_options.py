@@ -32,10 +32,10 @@ def by_reference(layer: Any, x: Tensor) -> list[Tensor]:
         named = {n[: -len(ending)]: p for n, p in layer.named_parameters() if n.endswith(ending)}
         sums, zoneout = x, layer.zoneout
         if layer.layer_norm:
-            scale = named["weight_norm_ih"]
+            scale = named["layer_norm_ih"]
             sums = torch.nn.functional.layer_norm(x @ named["weight_ih"].t(), scale.shape, scale)
         options = {
-            "weight_norm": named.get("weight_norm_hh"), "truncate": layer.truncate, "reverse": "reverse" in ending
+            "layer_norm": named.get("layer_norm_hh"), "truncate": layer.truncate, "reverse": "reverse" in ending
         }  # fmt: skip
         weights = [None if layer.layer_norm else named["weight_ih"], named["weight_hh"], named["bias_ih"],
                    named["bias_hh"]]  # fmt: skip

@@ -37,11 +37,11 @@ class Case:
             "bias_ih": (gates * hidden,),
             "bias_hh": (gates * hidden,),
             "weight_peephole": (3, hidden),
-            "weight_norm": (gates * hidden,),
+            "layer_norm": (gates * hidden,),
             "hidden_mask": (batch, hidden),
         }
         absent = {"c"} if kind == "gru" else set()
-        absent |= {n for n, word in (("weight_peephole", "peephole"), ("weight_norm", "norm"), ("hidden_mask", "mask"))
+        absent |= {n for n, word in (("weight_peephole", "peephole"), ("layer_norm", "norm"), ("hidden_mask", "mask"))
                    if word not in variant.replace("zoneout masks", "")}  # fmt: skip
         absent |= {"weight_ih"} if multiplied else set()
         self.names = [n for n in sizes if n not in absent]
@@ -211,7 +211,7 @@ def test_projections_run_step_by_step(options: dict[str, Any]) -> None:
     sizes = [(steps, batch, inputs), (batch, size), (batch, hidden), (4 * hidden, inputs), (4 * hidden, size)]
     sizes += [(4 * hidden,), (4 * hidden,), (size, hidden), (3, hidden), (4 * hidden,), (batch, size)]
     args = [(torch.randn(s, dtype=torch.float64) * 0.4).requires_grad_() for s in sizes]
-    names = ["bias_ih", "bias_hh", "weight_hr", "weight_peephole", "weight_norm", "hidden_mask"]
+    names = ["bias_ih", "bias_hh", "weight_hr", "weight_peephole", "layer_norm", "hidden_mask"]
 
     def ours(*args: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.lect11ext.lstm_layer(*args, **options)[:3]
@@ -231,8 +231,8 @@ def test_projections_run_step_by_step(options: dict[str, Any]) -> None:
     ("options", "error", "message"),
     [
         ({"weight_peephole": torch.zeros(4, 5)}, ValueError, r"weight_peephole must have shape \[3, 5\]"),
-        ({"weight_norm": torch.zeros(15)}, ValueError, r"weight_norm must have shape \[20\]"),
-        ({"weight_norm": torch.zeros(20).double()}, TypeError, "weight_norm must have the type of input"),
+        ({"layer_norm": torch.zeros(15)}, ValueError, r"layer_norm must have shape \[20\]"),
+        ({"layer_norm": torch.zeros(20).double()}, TypeError, "layer_norm must have the type of input"),
         ({"hidden_mask": torch.zeros(5)}, ValueError, r"hidden_mask must have shape \[2, 5\]"),
         ({"zoneout_h": torch.zeros(3, 2, 5)}, TypeError, "zoneout_h must be bool"),
         ({"zoneout_c": torch.zeros(2, 3, 5) > 0}, ValueError, r"zoneout_c must have shape \[3, 2, 5\]"),
@@ -251,5 +251,5 @@ def test_errors_name_the_argument(options: dict[str, Any], error: type[Exception
 
 def test_no_norm_of_a_gru_that_resets_first() -> None:
     case = Case("gru", "norm first", (3, 2, 4, 5), torch.float32)
-    with pytest.raises(ValueError, match="weight_norm must be None where reset_after is False"):
+    with pytest.raises(ValueError, match="layer_norm must be None where reset_after is False"):
         case.ours(*case.args)

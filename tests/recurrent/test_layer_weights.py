@@ -39,14 +39,14 @@ def test_checkpoints_and_initialisation(kind: str, options: dict[str, Any]) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_norms_scale_begins_with_one(kind: str) -> None:
     layer = getattr(nn, kind)(F, H, layer_norm=True)
-    torch.nn.utils.parametrizations.weight_norm(layer, "weight_norm_hh_l0")
-    torch.nn.utils.prune.l1_unstructured(layer, "weight_norm_ih_l0", amount=2)
+    torch.nn.utils.parametrizations.weight_norm(layer, "layer_norm_hh_l0")
+    torch.nn.utils.prune.l1_unstructured(layer, "layer_norm_ih_l0", amount=2)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(3)
     layer.reset_parameters()
     layer(torch.randn(T, B, F))  # a pruned weight is computed before a call
-    assert (layer.weight_norm_hh_l0 == 1).all() and layer.weight_norm_ih_l0.sum() == len(layer.weight_norm_ih_l0) - 2
+    assert (layer.layer_norm_hh_l0 == 1).all() and layer.layer_norm_ih_l0.sum() == len(layer.layer_norm_ih_l0) - 2
     assert layer.weight_hh_l0.abs().max() <= H**-0.5
 
 

@@ -185,9 +185,9 @@ void column_sums(const ColumnSums& args, int64_t begin, int64_t end) {
     const int64_t first = item * kSumColumns, n = std::min(kSumColumns, args.n - first);
     alignas(64) C sums[kSumColumns] = {}, part[kSumColumns], lost[kSumColumns] = {};
     C widened[kSumColumns];
-    for (int64_t begin = 0; begin < args.m; begin += kSumRows) {
+    for (int64_t from = 0; from < args.m; from += kSumRows) {
       std::fill_n(part, n, C(0));
-      for (int64_t m = begin; m < std::min(begin + kSumRows, args.m); ++m) {
+      for (int64_t m = from; m < std::min(from + kSumRows, args.m); ++m) {
         const int64_t at = m * args.n + first;
         if (args.rounded) convert(static_cast<const S*>(args.a) + at, widened, n);
         const C* row = args.rounded ? widened : static_cast<const C*>(args.a) + at;

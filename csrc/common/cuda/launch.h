@@ -54,7 +54,7 @@ void reserve_shared(Kernel* kernel) {
         "reserve shared memory");
 }
 
-// The same for a kernel whose blocks wait for one another: all of them run at the same time, or none.
+// As launch(), of a kernel whose blocks wait for one another: all of them run at the same time, or none.
 template <class... Params>
 void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                      const std::type_identity_t<Params>&... args) {

@@ -106,9 +106,8 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks) forward_kernel(cons
   });
 }
 
-// After: 6 elements read and 7 written a hidden unit, 52 bytes in float, 26 in bf16. Reset: 4 read and 3 written. P is
-// the type of the pre-activations' gradients and of h's.
-template <class S, class P, int N>
+// After: 6 elements read and 7 written a hidden unit, 52 bytes in float, 26 in bf16. Reset: 4 read and 3 written.
+template <class S, int N>
 __device__ inline void backward_output_gates(const GruGatesBackward& args, const Units& units) {
   using T = Compute<S>;
   const bool after = args.stage == GruStage::After;
@@ -119,7 +118,7 @@ __device__ inline void backward_output_gates(const GruGatesBackward& args, const
   const auto z_in = load<N, S>(args.gates, units.at(kept, 1)), n_in = load<N, S>(args.gates, units.at(kept, 2));
   const auto r_in = load_or_zero<N, S>(after ? args.gates : nullptr, units.at(kept, 0));
   const auto product = load_or_zero<N, S>(after ? args.gates : nullptr, units.at(kept, 3));
-  Pack<P, N> d_r, d_z, d_n, d_product, grad_h_in;
+  Pack<S, N> d_r, d_z, d_n, d_product, grad_h_in;
 #pragma unroll
   for (int u = 0; u < N; ++u) {
     const T d_h = clamp<T>(grad_h[u], -clip, clip), z = z_in[u], n = n_in[u], r = r_in[u];
@@ -141,14 +140,14 @@ __device__ inline void backward_output_gates(const GruGatesBackward& args, const
 }
 
 // 4 elements read and 2 written.
-template <class S, class P, int N>
+template <class S, int N>
 __device__ inline void backward_reset_gate(const GruGatesBackward& args, const Units& units) {
   using T = Compute<S>;
-  const auto grad = load<N, P>(args.grad_reset_h, units.at(1, 0));
+  const auto grad = load<N, S>(args.grad_reset_h, units.at(1, 0));
   const auto h = load<N, S>(args.h, units.row * args.h_stride + units.unit);
   const auto r_in = load<N, S>(args.gates, units.at(3, 0));
-  auto grad_h_in = load_or_zero<N, P>(args.grad_h_in, units.at(1, 0));
-  Pack<P, N> d_r;
+  auto grad_h_in = load_or_zero<N, S>(args.grad_h_in, units.at(1, 0));
+  Pack<S, N> d_r;
 #pragma unroll
   for (int u = 0; u < N; ++u) {
     const T r = r_in[u];
@@ -159,13 +158,13 @@ __device__ inline void backward_reset_gate(const GruGatesBackward& args, const U
   if (args.grad_h_in != nullptr) store(grad_h_in, args.grad_h_in, units.at(1, 0));
 }
 
-template <class S, class P, int N>
+template <class S, int N>
 __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     backward_kernel(const __grid_constant__ GruGatesBackward args) {
   for_each_unit<N>(args.batch, args.hidden, [&](int64_t row, int64_t unit) {
     const Units units{args.hidden, row, unit};
-    if (args.stage == GruStage::Output) backward_reset_gate<S, P, N>(args, units);
-    else backward_output_gates<S, P, N>(args, units);
+    if (args.stage == GruStage::Output) backward_reset_gate<S, N>(args, units);
+    else backward_output_gates<S, N>(args, units);
   });
 }
 
@@ -183,14 +182,13 @@ void gru_gates_forward(const GruGates& args, void* stream) {
 }
 
 void gru_gates_backward(const GruGatesBackward& args, void* stream) {
-  with_gradient_types(args.dtype, args.grad_pre_dtype, [&](auto* storage, auto* gradient) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    using P = std::remove_pointer_t<decltype(gradient)>;
+  with_type(args.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
     constexpr int N = kVector<S>;
     const bool vectors = use_vectors<S>(args.batch, args.hidden, args.h_stride,
                                         {args.grad_h, args.gates, args.h, args.grad_reset_h, args.grad_pre_input,
                                          args.grad_pre_hidden, args.grad_h_in});
-    launch_cell<N>(backward_kernel<S, P, 1>, backward_kernel<S, P, N>, vectors, args, stream);
+    launch_cell<N>(backward_kernel<S, 1>, backward_kernel<S, N>, vectors, args, stream);
   });
 }
 

@@ -43,9 +43,8 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks) forward_kernel(cons
   });
 }
 
-// Bound by memory: 8 elements read and 5 written a hidden unit (52 bytes in float, 26 in bf16). P is the type of the
-// pre-activations' gradients.
-template <class S, class P, int N>
+// Bound by memory: 8 elements read and 5 written a hidden unit (52 bytes in float, 26 in bf16).
+template <class S, int N>
 __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     backward_kernel(const __grid_constant__ LstmGatesBackward args) {
   using T = Compute<S>;
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     const Pack<S, N> c = load<N, S>(args.c, row * args.c_stride + unit), c_out = load<N, S>(args.c_out, state);
     const Pack<S, N> grad_h = load_or_zero<N, S>(args.grad_h, state);
     const Pack<S, N> grad_c = load_or_zero<N, S>(args.grad_c, state);
-    Pack<P, N> grad_pre[4];
+    Pack<S, N> grad_pre[4];
     Pack<S, N> grad_c_in;
 #pragma unroll
     for (int u = 0; u < N; ++u) {
@@ -92,14 +91,13 @@ void lstm_gates_forward(const LstmGates& args, void* stream) {
 }
 
 void lstm_gates_backward(const LstmGatesBackward& args, void* stream) {
-  with_gradient_types(args.dtype, args.grad_pre_dtype, [&](auto* storage, auto* gradient) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    using P = std::remove_pointer_t<decltype(gradient)>;
+  with_type(args.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
     constexpr int N = kVector<S>;
     const bool vectors =
         use_vectors<S>(args.batch, args.hidden, args.c_stride,
                        {args.grad_h, args.grad_c, args.gates, args.c, args.c_out, args.grad_pre, args.grad_c_in});
-    launch_cell<N>(backward_kernel<S, P, 1>, backward_kernel<S, P, N>, vectors, args, stream);
+    launch_cell<N>(backward_kernel<S, 1>, backward_kernel<S, N>, vectors, args, stream);
   });
 }
 

@@ -60,18 +60,4 @@ void launch_cell(void (*single)(Args), void (*vector)(Args), bool vectors, const
   launch(vectors ? vector : single, blocks, kCellThreads, 0, stream, args);
 }
 
-// Calls f with null pointers of the two types of a backward: of storage, and of the pre-activations' gradients, which
-// is either that of storage or that of the arithmetic.
-template <class F>
-void with_gradient_types(DType dtype, DType grad_pre_dtype, F f) {
-  with_type(dtype, [&](auto* storage) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    if (grad_pre_dtype == dtype) return f(storage, storage);
-    if constexpr (!std::is_same_v<S, Compute<S>>) {
-      if (grad_pre_dtype == kDType<Compute<S>>) return f(storage, static_cast<Compute<S>*>(nullptr));
-    }
-    throw std::invalid_argument("grad_pre_dtype must be the type of the step or that of its arithmetic.");
-  });
-}
-
 }  // namespace lect11ext::cuda

@@ -178,7 +178,7 @@ def hamming_radius(query: Tensor, codes: Tensor, radius: int) -> tuple[Tensor, T
     Returns:
         ``(offsets, distances, indices)``, int64 ``[n + 1]``, int32 and int64: what query i found stands from
         ``offsets[i]`` to ``offsets[i + 1]``, in ascending order of the index. No gradient. The sizes depend on the
-        data: ``torch.compile(fullgraph=True)`` takes them as unbacked; no ``vmap``.
+        data: ``torch.compile(fullgraph=True)`` takes them as unbacked; ``vmap`` serves where all samples find as many.
         On CUDA the host waits for their number, which no CUDA graph can capture.
 
     Raises:

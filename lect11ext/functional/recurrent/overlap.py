@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..random import in_functorch
 
-TILE_UNITS, TEAM_ROWS = 8, 16  # as csrc/recurrent/cuda/layer_plan.cuh has them
+TILE_UNITS, TEAM_ROWS = 8, 16  # of csrc/recurrent: layer_cuda.h, cuda/layer_dataflow.cuh
 
 
 def is_wanted(input: Tensor) -> bool:

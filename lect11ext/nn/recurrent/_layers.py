@@ -73,7 +73,7 @@ class Layers(nn.RNNBase):
             if self.layer_norm:
                 for part in ("ih", "hh"):
                     scale = nn.Parameter(like.new_ones(gates * self.hidden_size))
-                    self.register_parameter(f"weight_norm_{part}{ending}", scale)
+                    self.register_parameter(f"layer_norm_{part}{ending}", scale)
             if self.peephole:
                 bound = self.hidden_size**-0.5
                 weight = nn.Parameter(like.new_empty(3, self.hidden_size).uniform_(-bound, bound))
@@ -87,17 +87,17 @@ class Layers(nn.RNNBase):
         """As torch.nn's, uniform within ±1/√hidden_size; scales of norms are one."""
         super().reset_parameters()
         for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("weight_norm_"):
+            if name.startswith("layer_norm_"):
                 nn.init.ones_(parameter)
         for name in getattr(self, "parametrizations", ()):
-            if name.startswith("weight_norm_"):
+            if name.startswith("layer_norm_"):
                 with suppress(RuntimeError):  # one without a right_inverse cannot be given a value
                     setattr(self, name, torch.ones_like(getattr(self, name)))
 
     def _layer_norms(self) -> list[tuple[Tensor, Tensor]] | None:
         if not self.layer_norm:
             return None
-        parts = ("weight_norm_ih", "weight_norm_hh")
+        parts = ("layer_norm_ih", "layer_norm_hh")
         return [(getattr(self, parts[0] + e), getattr(self, parts[1] + e)) for e in self._endings()]
 
     def flatten_parameters(self) -> None:

@@ -28,7 +28,7 @@ class LSTM(Layers):
             torch.nn's.
         candidate: ``"tanh"``, or ``"sigmoid"`` for Goodfellow et al.'s eq. 10.41.
         grad_clip: clamps the gradients of h and c element by element at every step.
-        layer_norm: whether the gates' sums are normalised (parameters weight_norm_ih_l0, weight_norm_hh_l0, …).
+        layer_norm: whether the gates' sums are normalised (parameters layer_norm_ih_l0, layer_norm_hh_l0, …).
         peephole: whether the gates see c (parameters weight_peephole_l0, …).
         zoneout: probabilities (of h, of c), or one for both.
         recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
@@ -150,7 +150,7 @@ class GRU(Layers):
         grad_clip: clamps the gradient of h element by element at every step.
         reset_after: whether the reset gate acts after the recurrent product, as in torch.nn, or before it; not
             before it with ``layer_norm``.
-        layer_norm: whether the gates' sums are normalised (parameters weight_norm_ih_l0, weight_norm_hh_l0, …).
+        layer_norm: whether the gates' sums are normalised (parameters layer_norm_ih_l0, layer_norm_hh_l0, …).
         zoneout: probability with which a unit keeps its value.
         recurrent_dropout, truncate, recompute: as in :func:`lect11ext.functional.lstm`.
 
