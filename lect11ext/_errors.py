@@ -44,7 +44,8 @@ def is_type(value: object, types: tuple[type, ...]) -> bool:
 
 def check_type(name: str, value: object, types: tuple[type, ...]) -> None:
     """Raises unless ``value`` has one of the types, beforehand: for what a kernel would convert."""
-    if not is_type(value, types):
+    # The first is what a call of a small layer, with fourteen arguments to ask about, has time for.
+    if type(value) not in types and not is_type(value, types):
         raise _expected(name, value, types)
 
 
@@ -78,9 +79,9 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be nonnegative, but got {size}")
 
 
-def check_range(name: str, number: float | None) -> None:
+def check_range(name: str, number: Any) -> None:
     """Raises where it is an int that no kernel's int64 holds."""
-    if isinstance(number, Integral) and not -(2**63) <= number < 2**63:
+    if number is not None and isinstance(number, (int, Integral)) and not -(2**63) <= number < 2**63:
         raise _too_large(name, number)
 
 

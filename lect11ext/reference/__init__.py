@@ -2,8 +2,8 @@
 
 Names, arguments and meaning are those of :mod:`lect11ext.functional`, on any device and dtype, with all derivatives;
 of the recurrent layers there is one layer of one direction, :func:`lstm_layer` and :func:`gru_layer`, which the tests
-put together. Arguments are not checked. Noise comes from NumPy, or is handed over (`noise=`), so what draws runs neither under
-`torch.vmap` nor `torch.compile`.
+put together. Arguments are not checked. Noise comes from NumPy, or is handed over (`noise=`), so what draws runs
+neither under `torch.vmap` nor `torch.compile`.
 """
 
 from .additive import additive_attention
