@@ -29,7 +29,7 @@ def _expected(name: str, value: object, types: tuple[type, ...]) -> TypeError:
     return TypeError(f"{name} must be {words}, but got {got}")
 
 
-def _too_large(name: str, number: Integral) -> ValueError:
+def _too_large(name: str, number: Any) -> ValueError:
     return ValueError(f"{name} must fit in 64 bits, but got one of {int(number).bit_length() + 1}")
 
 
@@ -81,7 +81,7 @@ def check_sizes(**sizes: int) -> None:
 
 def check_range(name: str, number: Any) -> None:
     """Raises where it is an int that no kernel's int64 holds."""
-    if number is not None and isinstance(number, (int, Integral)) and not -(2**63) <= number < 2**63:
+    if number is not None and isinstance(number, (int, Integral)) and not -(2**63) <= int(number) < 2**63:
         raise _too_large(name, number)
 
 

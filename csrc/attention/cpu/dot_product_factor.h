@@ -1,4 +1,5 @@
-// A tile's rows of queries, or of gradients of its outputs, as a backward multiplies them from both sides.
+// What the backwards share: which heads a work item has, and a tile's rows of queries, or of gradients of its outputs,
+// as they are multiplied from both sides.
 #pragma once
 
 #include "attention/cpu/dot_product_tile.h"
@@ -41,6 +42,34 @@ inline Factor<P> load_factor(const AttentionOperand& t, int64_t columns, const A
     factor.panel = {panel, padded * kDeep};
   }
   return factor;
+}
+
+// sums += weights of a tile, transposed, · the factor's rows: what a tile of queries gives to `width` keys.
+template <class P>
+inline void add_across(const PanelRows& seen, int64_t count, const Matrix<const P>& weights, const Factor<P>& factor,
+                       int64_t width, const Matrix<Compute<P>>& sums, int64_t columns) {
+  constexpr int64_t kDeep = PanelStep<P>::kDeep;
+  if (factor.panel.data == nullptr) return;
+  const int64_t step = seen.whole ? width : kPanelKeys;
+  for (int64_t p = 0; p < width; p += step) {
+    const int64_t first = seen.whole ? 0 : seen.first[p / kPanelKeys] / kDeep;  // in steps of kDeep rows
+    const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
+    if (first * kDeep >= last) continue;
+    multiply<Order::Across, P>({weights.row(first) + p * kDeep, weights.stride}, std::min(step, width - p),
+                               round_up(last, kDeep) - first * kDeep, {factor.panel.row(first), factor.panel.stride},
+                               {sums.row(p), sums.stride}, columns, true);
+  }
+}
+
+// Calls run_head(sequence, head of the keys, part) for all that a work item has.
+template <class F>
+inline void each_head(const AttentionBackwardCpu& args, int64_t item, F run_head) {
+  const int64_t groups = args.kv_heads / args.head_group, part = item % args.parts;
+  const int64_t head = item / args.parts % groups * args.head_group;
+  const int64_t sequence = item / args.parts / groups * args.sequence_group;
+  for (int64_t n = sequence; n < sequence + args.sequence_group; ++n) {
+    for (int64_t h = head; h < head + args.head_group; ++h) run_head(n, h, part);
+  }
 }
 
 }  // namespace lect11ext::CPU_CAPABILITY

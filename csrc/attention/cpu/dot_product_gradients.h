@@ -59,12 +59,7 @@ class Gradients {
   }
 
   void run(int64_t item) {
-    const int64_t groups = args_.kv_heads / args_.head_group, part = item % args_.parts;
-    const int64_t head = item / args_.parts % groups * args_.head_group;
-    const int64_t sequence = item / args_.parts / groups * args_.sequence_group;
-    for (int64_t n = sequence; n < sequence + args_.sequence_group; ++n) {
-      for (int64_t h = head; h < head + args_.head_group; ++h) run_head(n, h, part);
-    }
+    each_head(args_, item, [&](int64_t n, int64_t kv_head, int64_t part) { run_head(n, kv_head, part); });
   }
 
  private:
@@ -192,19 +187,7 @@ class Gradients {
                     int64_t count, int64_t j, int64_t width) {
     constexpr int kLast = kTangent ? 1 : 0;  // what the gradients themselves, or their tangents, are made of
     const auto across = [&](const Matrix<const P>& weights, const Factor<P>& factor, const Matrix<C>& sums,
-                            int64_t columns) {
-      if (factor.panel.data == nullptr) return;
-      const int64_t step = seen.whole ? width : kPanelKeys;
-      for (int64_t p = 0; p < width; p += step) {
-        const int64_t first = seen.whole ? 0 : seen.first[p / kPanelKeys] / kDeep;  // in steps of kDeep rows
-        const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
-        if (first * kDeep >= last) continue;
-        multiply<Order::Across, P>({weights.row(first) + p * kDeep, weights.stride}, std::min(step, width - p),
-                                   round_up(last, kDeep) - first * kDeep,
-                                   {factor.panel.row(first), factor.panel.stride}, {sums.row(p), sums.stride}, columns,
-                                   true);
-      }
-    };
+                            int64_t columns) { add_across<P>(seen, count, weights, factor, width, sums, columns); };
     if (args_.grad_value != nullptr) {
       across(weights(kLast), grad_[0], value_sums_, value_columns_);
       if (kTangent) across(weights(0), grad_[1], value_sums_, value_columns_);

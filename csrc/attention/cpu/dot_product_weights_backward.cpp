@@ -1,6 +1,7 @@
 // The backward of dot-product attention's weights: 128 keys at a time meet all queries that see them, a tile after the
 // other, as in dot_product_gradients.h; what multiplies the weights is given here, not a product. Operands are of the
 // type of the sums whatever the storage.
+#include "attention/cpu/dot_product_factor.h"
 #include "attention/cpu/dot_product_row_scores.h"
 #include "attention/cpu/dot_product_score.h"
 #include "attention/cpu/dot_product_weights.h"
@@ -30,12 +31,7 @@ class WeightsGradients {
   }
 
   void run(int64_t item) {
-    const int64_t groups = args_.kv_heads / args_.head_group, part = item % args_.parts;
-    const int64_t head = item / args_.parts % groups * args_.head_group;
-    const int64_t sequence = item / args_.parts / groups * args_.sequence_group;
-    for (int64_t n = sequence; n < sequence + args_.sequence_group; ++n) {
-      for (int64_t h = head; h < head + args_.head_group; ++h) run_head(n, h, part);
-    }
+    each_head(args_, item, [&](int64_t n, int64_t kv_head, int64_t part) { run_head(n, kv_head, part); });
   }
 
  private:
@@ -77,38 +73,19 @@ class WeightsGradients {
     if (args_.mask.type != MaskType::None && !seen.narrow(bias_, n)) return;
     const int64_t at = lse_row(args_, s.batch, head, i), row = part * args_.batch * args_.heads * args_.queries + at;
     const C* lse = static_cast<const C*>(args_.lse) + at;
-    const auto query = operand_rows<S, C>(args_.query, args_.head_dim, s.batch, head, i, count, query_buffer_);
+    const auto query =
+        load_factor<S, C>(args_.query, args_.head_dim, s, head, i, count, lse, query_buffer_, query_panel_);
     if (scores_by_rows(args_)) score_by_rows<S>(args_, s.batch, head, i, count, j, n, scores_);
-    else multiply_panels<C>(seen, query, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
+    else multiply_panels<C>(seen, query.rows, args_.packed_key, first_panel_, j, width, scores_, /*add=*/false);
     C* lse_sums = static_cast<C*>(args_.lse_sums) + row;
     for (int64_t r = 0; r < count; ++r) lse_sums[r] -= weigh(s, band, head, i + r, r, j, width, lse[r]);
     if (args_.grad_key != nullptr) {
-      const auto panel = without_unseen(query, count, lse);
-      const int64_t step = seen.whole ? width : kPanelKeys;
-      for (int64_t p = 0; p < width; p += step) {
-        const int64_t first = seen.whole ? 0 : seen.first[p / kPanelKeys];
-        const int64_t last = seen.whole ? count : seen.last[p / kPanelKeys];
-        if (first >= last) continue;
-        multiply<Order::Across, C>({scores_.row(first) + p, kKeys}, std::min(step, width - p), last - first,
-                                   {panel.row(first), panel.stride}, {key_sums_.row(p), columns_}, columns_, true);
-      }
+      add_across<C>(seen, count, {scores_.data, kKeys}, query, width, key_sums_, columns_);
     }
     if (args_.grad_query != nullptr) {
       const Matrix<C> sums{static_cast<C*>(args_.query_sums) + row * columns_, columns_};
       add_panels<C>(seen, count, scores_, keys_, j, width, sums, copy_);
     }
-  }
-
-  // The tile's queries in whole steps of columns. Those that see nothing are zero, be they NaN.
-  Matrix<const C> without_unseen(const Matrix<const C>& query, int64_t count, const C* lse) const {
-    const bool all_see = std::none_of(lse, lse + count, [](C value) { return value == kMinusInfinity<C>; });
-    if (args_.head_dim == columns_ && all_see) return query;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t columns = lse[r] == kMinusInfinity<C> ? 0 : args_.head_dim;
-      std::copy_n(query.row(r), columns, query_panel_ + r * columns_);
-      std::fill_n(query_panel_ + r * columns_ + columns, columns_ - columns, C(0));
-    }
-    return {query_panel_, columns_};
   }
 
   // Of query i, row r: scores become their gradients. Returns the sum of the gradients of t.
