@@ -254,7 +254,7 @@ Outputs kernel_forward(const Inputs& in, bool save_weights) {
   args.output = output.mutable_data_ptr();
   if (!cuda) launch_cpu(args);
 #ifdef LECT11EXT_WITH_CUDA
-  else cuda::additive_forward(args, c10::cuda::getCurrentCUDAStream().stream());
+  else cuda::additive_forward(args, current_stream());
 #endif
   return {output, save_weights ? OptionalTensor(weights) : std::nullopt};
 }
@@ -315,7 +315,7 @@ Gradients kernel_backward(const Tensor& grad_output, const Inputs& in, const Ten
   }
   if (!cuda) launch_cpu(args);
 #ifdef LECT11EXT_WITH_CUDA
-  else cuda::additive_backward(args, c10::cuda::getCurrentCUDAStream().stream());
+  else cuda::additive_backward(args, current_stream());
 #endif
   const auto finish = [&](const Tensor& grad, bool asked, const Tensor& like) {
     if (!asked) return Tensor();

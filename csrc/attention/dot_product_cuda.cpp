@@ -8,6 +8,7 @@
 
 #include "attention/dot_product_describe.h"
 #include "attention/dot_product_devices.h"
+#include "common/dispatch.h"
 
 namespace lect11ext::attention_op {
 namespace {
@@ -16,7 +17,7 @@ namespace {
 template <class Args>
 void run(void (*kernel)(const Args&, void*, void*), const Args& args, const at::TensorOptions& options) {
   const Tensor scratch = at::empty({cuda::attention_scratch(args)}, options.dtype(at::kByte));
-  kernel(args, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  kernel(args, scratch.mutable_data_ptr(), current_stream());
 }
 
 // What the kernels' tiles have room for; wider ones go through ATen.
@@ -91,7 +92,7 @@ Tensor dropout_mask_cuda(const Tensor& key, c10::SymIntArrayRef size, double p) 
   const Tensor mask = at::empty_symint(size, key.options().dtype(at::kBool)), dense = key.contiguous();
   const int64_t columns = mask.size(-1), rows = columns == 0 ? 0 : mask.numel() / columns;
   const DropoutMask args{mask.mutable_data_ptr<bool>(), dense.const_data_ptr<int64_t>(), rows, columns, p};
-  cuda::attention_dropout_mask(args, c10::cuda::getCurrentCUDAStream().stream());
+  cuda::attention_dropout_mask(args, current_stream());
   return mask;
 }
 

@@ -174,7 +174,7 @@ void prepare(const Tensor& query, const Tensor& codes, HammingCudaSearch& args) 
 
 Pair cuda_topk(const Tensor& query, const Tensor& codes, int64_t k) {
   const c10::cuda::CUDAGuard guard(query.device());
-  void* stream = c10::cuda::getCurrentCUDAStream().stream();
+  void* stream = current_stream();
   HammingHistogram histogram{};
   prepare(query, codes, histogram);
   const int64_t n = histogram.query.count, segments = histogram.segments;
@@ -215,7 +215,7 @@ Pair cuda_topk(const Tensor& query, const Tensor& codes, int64_t k) {
 
 Ranges cuda_radius(const Tensor& query, const Tensor& codes, int64_t radius) {
   const c10::cuda::CUDAGuard guard(query.device());
-  void* stream = c10::cuda::getCurrentCUDAStream().stream();
+  void* stream = current_stream();
   HammingCount count{};
   prepare(query, codes, count);
   const int64_t n = count.query.count, places = n * count.segments;

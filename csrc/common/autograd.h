@@ -69,6 +69,12 @@ inline std::optional<at::Tensor> optional_of(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
 }
 
+// What f makes of a tensor that is there.
+template <class F>
+std::optional<at::Tensor> mapped(const std::optional<at::Tensor>& t, F f) {
+  return defined(t) ? std::optional<at::Tensor>(f(*t)) : std::nullopt;
+}
+
 template <class... Tensors>
 bool has_tangent(const Tensors&... tensors) {
   return (torch::autograd::isFwGradDefined(tensors) || ...);

@@ -33,6 +33,11 @@ void run_parallel(void (*kernel)(const Args&, int64_t, int64_t), const Args& arg
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+#ifdef LECT11EXT_WITH_CUDA
+// Of the current device, as the kernels take it.
+inline void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+#endif
+
 // Runs the kernel that the device has: items and cost are those of run_parallel. Without items none runs.
 template <auto kCpu, auto kCuda, class Args>
 void launch(const Args& args, int64_t items, int64_t cost, c10::Device device) {
@@ -40,7 +45,7 @@ void launch(const Args& args, int64_t items, int64_t cost, c10::Device device) {
   if (device.is_cpu()) return run_parallel(kCpu, args, items, cost);
 #ifdef LECT11EXT_WITH_CUDA
   const c10::cuda::CUDAGuard guard(device);
-  kCuda(args, c10::cuda::getCurrentCUDAStream().stream());
+  kCuda(args, current_stream());
 #endif
 }
 

@@ -94,7 +94,7 @@ at::Tensor philox_key_cuda(const at::Tensor& like, c10::SymInt numel, const std:
     reservation.offset = state.offset_.val;
   }
   reservation.key = key.mutable_data_ptr<int64_t>();
-  cuda::philox_key(reservation, c10::cuda::getCurrentCUDAStream().stream());
+  cuda::philox_key(reservation, current_stream());
   return key;
 }
 
@@ -104,7 +104,7 @@ at::Tensor philox_normal_cuda(const at::Tensor& key, c10::SymIntArrayRef size, a
   at::Tensor out = at::empty_symint(size, key.options().dtype(dtype));
   const at::Tensor dense = key.contiguous();
   const PhiloxNormal args = describe(dense, out);
-  if (args.numel > 0) cuda::philox_normal(args, c10::cuda::getCurrentCUDAStream().stream());
+  if (args.numel > 0) cuda::philox_normal(args, current_stream());
   return out;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 
@@ -35,6 +36,25 @@ void check_rows_of(const char* name, const at::Tensor& tensor, const CellInputs&
 void check_packed(const at::Tensor& input, const at::Tensor& h, const at::Tensor& packed_ih,
                   const at::Tensor& packed_hh, const std::optional<at::Tensor>& bias_ih,
                   const std::optional<at::Tensor>& bias_hh, int64_t gates);
+
+// What is asked for; undefined else.
+template <class Make>
+at::Tensor when(bool wanted, Make make) {
+  return wanted ? make() : at::Tensor();
+}
+
+// A gradient's shape and type, for what has neither yet.
+inline at::Tensor empty_gradient(bool wanted, const std::optional<at::Tensor>& of) {
+  return when(wanted && of.has_value() && of->defined(),
+              [&] { return at::empty_symint(of->sym_sizes(), of->options()); });
+}
+
+// Weights as the CPU kernels take them: rows at their stride, or packed blocks.
+struct Weights {
+  const void *ih, *hh;
+  int64_t ih_stride, hh_stride;
+  bool packed;
+};
 
 // A matrix as the CPU kernels take it: pointer and row stride, rows dense.
 struct Rows {

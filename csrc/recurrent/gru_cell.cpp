@@ -39,23 +39,15 @@ Outputs meta_forward(const Inputs& in, bool save_gates) {
 
 Gradients meta_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, const Mask& mask) {
   in.check_backward(grad_h, gates);
-  const auto like = [&](bool wanted, const OptionalTensor& t) {
-    return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
-  };
-  return {like(mask[0], in.input),     like(mask[1], in.h),       like(mask[2], in.weight_ih),
-          like(mask[3], in.weight_hh), like(mask[4], in.bias_ih), like(mask[5], in.bias_hh)};
+  using recurrent::empty_gradient;
+  return {empty_gradient(mask[0], in.input),     empty_gradient(mask[1], in.h),
+          empty_gradient(mask[2], in.weight_ih), empty_gradient(mask[3], in.weight_hh),
+          empty_gradient(mask[4], in.bias_ih),   empty_gradient(mask[5], in.bias_hh)};
 }
 
 // --- CPU ----------------------------------------------------------------------------------------------------------
 
-// Rows at their stride, or packed blocks.
-struct Weights {
-  const void *ih, *hh;
-  int64_t ih_stride, hh_stride;
-  bool packed;
-};
-
-Outputs run_cpu(const Tensor& input, const Tensor& h, const Weights& weights, const OptionalTensor& bias_ih,
+Outputs run_cpu(const Tensor& input, const Tensor& h, const recurrent::Weights& weights, const OptionalTensor& bias_ih,
                 const OptionalTensor& bias_hh, bool reset_after, bool save_gates) {
   const int64_t batch = input.size(0), hidden = h.size(1);
   const auto options = input.options();
@@ -155,7 +147,7 @@ Gradients backward(const Tensor& grad_h, const Inputs& in, const Tensor& gates, 
     launch(args);
   }
 
-  const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  using recurrent::when;
   recurrent::Products products;
   const auto state_gradient = [&] {
     const Tensor direct = grad_h_in.to(storage);
@@ -190,8 +182,6 @@ Gradients cpu_backward(const Tensor& grad_h, const Inputs& in, const Tensor& gat
 // --- CUDA ---------------------------------------------------------------------------------------------------------
 
 #ifdef LECT11EXT_WITH_CUDA
-void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
 Outputs cuda_forward(const Inputs& in, bool save_gates) {
   in.check();
   const c10::cuda::CUDAGuard guard(in.input.device());

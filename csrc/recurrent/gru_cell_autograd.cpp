@@ -48,7 +48,7 @@ Gradients composite_backward(const Tensor& grad_h, const Inputs& in, const Mask&
   const Tensor dr = (in.reset_after ? dn * hidden_n : d_state * in.h) * r * (1 - r);
   const Tensor dn_hidden = in.reset_after ? dn * r : dn;
   const Tensor pre = at::cat({dr, dz, dn}, 1), gates = at::cat({dr, dz}, 1);
-  const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  using recurrent::when;
   return {when(mask[0], [&] { return pre.mm(in.weight_ih); }),
           when(mask[1],
                [&] { return dh * z + gates.mm(w_gates) + (in.reset_after ? dn_hidden.mm(w_n) : d_state * r); }),
@@ -137,11 +137,8 @@ Outputs autocast_forward(GRU_CELL_PARAMETERS, bool save_gates) {
   const c10::impl::ExcludeDispatchKeyGuard without(key);
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  const auto cast_optional = [&](const OptionalTensor& t) {
-    return autograd::defined(t) ? OptionalTensor(cast(*t)) : std::nullopt;
-  };
-  return gru_cell(cast(input), cast(h), cast(weight_ih), cast(weight_hh), cast_optional(bias_ih),
-                  cast_optional(bias_hh), reset_after, grad_clip, save_gates);
+  return gru_cell(cast(input), cast(h), cast(weight_ih), cast(weight_hh), autograd::mapped(bias_ih, cast),
+                  autograd::mapped(bias_hh, cast), reset_after, grad_clip, save_gates);
 }
 
 }  // namespace

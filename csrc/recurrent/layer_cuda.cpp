@@ -10,12 +10,11 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "common/dispatch.h"
 #include "recurrent/layer_tensors.h"
 
 namespace lect11ext::layer_op {
 namespace {
-
-void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // Whether float may be multiplied as TF32: what torch.backends.cudnn says of recurrent layers.
 bool allows_tf32() {

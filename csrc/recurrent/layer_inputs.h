@@ -84,7 +84,7 @@ struct Inputs {
     for (Tensor* t : {&in.input, &in.h, &in.weight_hh}) *t = f(*t);
     for (OptionalTensor* t : {&in.c, &in.weight_ih, &in.bias_ih, &in.bias_hh, &in.weight_hr, &in.weight_peephole,
                               &in.layer_norm, &in.hidden_mask}) {
-      if (autograd::defined(*t)) *t = f(**t);
+      *t = autograd::mapped(*t, f);
     }
     return in;
   }

@@ -41,23 +41,16 @@ Outputs meta_forward(const Inputs& in, bool save_gates) {
 Gradients meta_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Inputs& in,
                         const Tensor& gates, const Tensor& c_out, const Mask& mask) {
   in.check_backward(grad_h, grad_c, gates, c_out);
-  const auto like = [&](bool wanted, const OptionalTensor& t) {
-    return wanted && autograd::defined(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
-  };
-  return {like(mask[0], in.input),     like(mask[1], in.h),       like(mask[2], in.c),      like(mask[3], in.weight_ih),
-          like(mask[4], in.weight_hh), like(mask[5], in.bias_ih), like(mask[6], in.bias_hh)};
+  using recurrent::empty_gradient;
+  return {empty_gradient(mask[0], in.input),     empty_gradient(mask[1], in.h),
+          empty_gradient(mask[2], in.c),         empty_gradient(mask[3], in.weight_ih),
+          empty_gradient(mask[4], in.weight_hh), empty_gradient(mask[5], in.bias_ih),
+          empty_gradient(mask[6], in.bias_hh)};
 }
 
 // --- CPU ----------------------------------------------------------------------------------------------------------
 
-// Rows at their stride, or packed blocks.
-struct Weights {
-  const void *ih, *hh;
-  int64_t ih_stride, hh_stride;
-  bool packed;
-};
-
-Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const Weights& weights,
+Outputs run_cpu(const Tensor& input, const Tensor& h, const Tensor& c, const recurrent::Weights& weights,
                 const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool sigmoid_candidate, bool save_gates) {
   const int64_t batch = input.size(0), hidden = c.size(1);
   const auto options = input.options();
@@ -169,7 +162,7 @@ Pointwise gates_backward(const OptionalTensor& grad_h, const OptionalTensor& gra
 Gradients multiply(const Pointwise& pointwise, const Inputs& in, const Mask& mask) {
   const auto& pre = pointwise.grad_pre;
   const auto type = in.input.scalar_type();
-  const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  using recurrent::when;
   recurrent::Products products;
   Gradients gradients{when(mask[0], [&] { return products.input_gradient(pre, in.weight_ih); }),
                       when(mask[1], [&] { return products.input_gradient(pre, in.weight_hh); }),
@@ -194,8 +187,6 @@ Gradients cpu_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
 // --- CUDA ---------------------------------------------------------------------------------------------------------
 
 #ifdef LECT11EXT_WITH_CUDA
-void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
 Outputs cuda_forward(const Inputs& in, bool save_gates) {
   in.check();
   const c10::cuda::CUDAGuard guard(in.input.device());

@@ -46,7 +46,7 @@ Gradients composite_backward(const OptionalTensor& grad_h, const OptionalTensor&
   const Tensor dc = incoming(grad_c) + dh * o * (1 - t * t);
   const Tensor slope = in.sigmoid_candidate ? g * (1 - g) : 1 - g * g;
   const Tensor pre = at::cat({dc * g * i * (1 - i), dc * in.c * f * (1 - f), dc * i * slope, dh * t * o * (1 - o)}, 1);
-  const auto when = [](bool wanted, auto make) { return wanted ? make() : Tensor(); };
+  using recurrent::when;
   const auto bias = [&] { return pre.sum(0); };
   return {when(mask[0], [&] { return pre.mm(in.weight_ih); }),
           when(mask[1], [&] { return pre.mm(in.weight_hh); }),
@@ -143,11 +143,8 @@ Outputs autocast_forward(LSTM_CELL_PARAMETERS, bool save_gates) {
   const c10::impl::ExcludeDispatchKeyGuard without(key);
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  const auto cast_optional = [&](const OptionalTensor& t) {
-    return autograd::defined(t) ? OptionalTensor(cast(*t)) : std::nullopt;
-  };
-  return lstm_cell(cast(input), cast(h), cast(c), cast(weight_ih), cast(weight_hh), cast_optional(bias_ih),
-                   cast_optional(bias_hh), candidate, grad_clip, save_gates);
+  return lstm_cell(cast(input), cast(h), cast(c), cast(weight_ih), cast(weight_hh), autograd::mapped(bias_ih, cast),
+                   autograd::mapped(bias_hh, cast), candidate, grad_clip, save_gates);
 }
 
 }  // namespace

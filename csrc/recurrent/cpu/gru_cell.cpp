@@ -1,7 +1,7 @@
 #include "recurrent/gru_cell.h"
 
-#include "common/cpu/dot.h"
 #include "common/cpu/math.h"
+#include "recurrent/cpu/cell_rows.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
@@ -41,21 +41,14 @@ class Block {
     if (bias != nullptr) convert(static_cast<const S*>(bias) + gate * args_.hidden + first_, to, units_);
   }
 
-  // The block's rows of one gate, times x.
-  RowProduct<S> rows(int gate, const void* weight, int64_t weight_stride, const void* x, int64_t x_stride,
-                     int64_t size) const {
-    const S* w = static_cast<const S*>(weight);
-    if (args_.packed) w += (first_ / kUnits * 3 + gate) * size * kUnits;
-    else w += (gate * args_.hidden + first_) * weight_stride;
-    return {w, args_.packed ? kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args_.packed};
-  }
-
   RowProduct<S> input_product(int gate) const {
-    return rows(gate, args_.weight_ih, args_.weight_ih_stride, args_.input, args_.input_stride, args_.input_size);
+    return gate_rows<S, 3>(args_, args_.weight_ih, args_.weight_ih_stride, args_.input, args_.input_stride,
+                           args_.input_size, first_ / kUnits, gate);
   }
 
   RowProduct<S> hidden_product(int gate, const void* x, int64_t x_stride) const {
-    return rows(gate, args_.weight_hh, args_.weight_hh_stride, x, x_stride, args_.hidden);
+    return gate_rows<S, 3>(args_, args_.weight_hh, args_.weight_hh_stride, x, x_stride, args_.hidden, first_ / kUnits,
+                           gate);
   }
 
   void multiply(int64_t row, int64_t rows) {

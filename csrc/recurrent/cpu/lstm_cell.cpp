@@ -1,7 +1,7 @@
 #include "recurrent/lstm_cell.h"
 
-#include "common/cpu/dot.h"
 #include "common/cpu/math.h"
+#include "recurrent/cpu/cell_rows.h"
 
 namespace lect11ext::CPU_CAPABILITY {
 namespace {
@@ -42,16 +42,6 @@ void finish_row(const LstmCell& args, int64_t row, int64_t first, int64_t units,
   for (int g = 0; g < kGates; ++g) convert(pre + g * kUnits, gates + g * args.hidden, units);
 }
 
-// A block's rows of one gate, times x.
-template <class S>
-RowProduct<S> gate_rows(const LstmCell& args, const void* weight, int64_t weight_stride, const void* x,
-                        int64_t x_stride, int64_t size, int64_t block, int gate) {
-  const S* w = static_cast<const S*>(weight);
-  if (args.packed) w += (block * kGates + gate) * size * kUnits;
-  else w += (gate * args.hidden + block * kUnits) * weight_stride;
-  return {w, args.packed ? kUnits : weight_stride, static_cast<const S*>(x), x_stride, size, args.packed};
-}
-
 template <class S>
 void step(const LstmCell& args, int64_t begin, int64_t end) {
   using C = Compute<S>;
@@ -68,10 +58,10 @@ void step(const LstmCell& args, int64_t begin, int64_t end) {
     for (int64_t row = 0, rows; row < args.batch; row += rows) {
       rows = next_rows_of_x(args.batch - row);
       for (int g = 0; g < kGates; ++g) {
-        const RowProduct<S> products[2] = {gate_rows<S>(args, args.weight_ih, args.weight_ih_stride, args.input,
-                                                        args.input_stride, args.input_size, block, g),
-                                           gate_rows<S>(args, args.weight_hh, args.weight_hh_stride, args.h,
-                                                        args.h_stride, args.state_size, block, g)};
+        const RowProduct<S> products[2] = {gate_rows<S, kGates>(args, args.weight_ih, args.weight_ih_stride, args.input,
+                                                                args.input_stride, args.input_size, block, g),
+                                           gate_rows<S, kGates>(args, args.weight_hh, args.weight_hh_stride, args.h,
+                                                                args.h_stride, args.state_size, block, g)};
         dot_block<kUnits>(products, 2, units, row, rows, pre + g * kUnits, kGates * kUnits);
       }
       for (int64_t r = 0; r < rows; ++r) finish_row<S>(args, row + r, first, units, pre + r * kGates * kUnits, bias);
