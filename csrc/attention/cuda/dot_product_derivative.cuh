@@ -23,7 +23,7 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
   __device__ void run() const {
     const int64_t count = plan_.tiles.count();
     const int unit = static_cast<int>(divide(blockIdx.x, count));
-    const RowTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
+    const SequenceTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
     const Sequence sequence(args_, tile.sequence);
     const int rows = kKeysAreRows ? sequence.keys : sequence.queries, size = static_cast<int>(plan_.tiles.size);
     const int tiles = static_cast<int>(divide_up(rows, size));

@@ -92,8 +92,8 @@ struct DerivativeTiles {
                 row_of<S>(operand, sequence.batch, head, first), operand.strides.position, end);
     }
     if constexpr (kKeysAreRows) {
-      const void* const all[kKinds] = {args_.lse, plan_.correction, P::kTangents ? args_.lse_t : nullptr,
-                                       P::kTangents ? plan_.correction_t : nullptr};
+      const void* const all[kKinds] = {args_.lse, plan_.delta, P::kTangents ? args_.lse_t : nullptr,
+                                       P::kTangents ? plan_.delta_t : nullptr};
       const int64_t number = (sequence.batch * args_.heads + head) * args_.queries + first;
 #pragma unroll
       for (int kind = 0; kind < kKinds; ++kind) {
@@ -124,7 +124,7 @@ struct DerivativeTiles {
   __device__ Known known_of_column(int column, int stage) const {
     const C* const from = numbers_ + stage * kKinds * kCols + column;
     Known known{P::usable(from[0]), from[kCols], 0, 0};
-    if constexpr (P::kTangents) known.lse_t = from[2 * kCols], known.correction_t = from[3 * kCols];
+    if constexpr (P::kTangents) known.lse_t = from[2 * kCols], known.delta_t = from[3 * kCols];
     return known;
   }
 

@@ -11,7 +11,7 @@
 namespace lect11ext::cuda {
 
 struct ForwardSettings {
-  RowTiles tiles;
+  SequenceTiles tiles;
   int packed;              // heads in a tile; a row is a query position and a head of these
   int64_t splits, chunks;  // of the keys; of the value's columns
   int warps;
@@ -72,7 +72,7 @@ class Forward {
   __device__ void run() const {
     const int64_t count = plan_.tiles.count();
     const int64_t unit = divide(blockIdx.x, count);
-    const RowTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
+    const SequenceTiles::Tile tile = plan_.tiles.find(blockIdx.x - unit * count);
     const Sequence sequence(args_, tile.sequence);
     const int packed = plan_.packed, size = static_cast<int>(plan_.tiles.size), rows = sequence.queries * packed;
     const int tiles = static_cast<int>(divide_up(rows, size));

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kSideThreads)
     const int64_t unit = divide(tile, scratch.tiles), batch = divide(unit, args.heads);
     const int64_t head = unit - batch * args.heads;
     const HopperBackwardScratch::Queries queries = scratch.queries_of(args, tile - unit * scratch.tiles);
-    float lses[kQueries / kRows], corrections[kQueries / kRows];
+    float lses[kQueries / kRows], deltas[kQueries / kRows];
     bool large = kKind == HopperKind::Scored;
 #pragma unroll
     for (int n = 0; n < kQueries / kRows; ++n) {
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kSideThreads)
       const float lse = there ? static_cast<const float*>(args.lse)[number] : -INFINITY;
       if (there && args.grad_lse != nullptr) sum -= static_cast<const float*>(args.grad_lse)[number];
       lses[n] = lse == -INFINITY ? INFINITY : lse;
-      corrections[n] = sum * static_cast<float>(args.scale);
+      deltas[n] = sum * static_cast<float>(args.scale);
       large |= lse != -INFINITY && !(std::abs(lse) <= kLargeExponent);
     }
     const bool exact = __syncthreads_count(large) > 0;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kSideThreads)
       for (int n = 0; n < kQueries / kRows; ++n) {
         const int place = HopperBackwardScratch::place_of(n * kRows + static_cast<int>(threadIdx.x) / kLanes);
         scratch.lses[tile * kLses + place] = exact ? lses[n] : lses[n] * static_cast<float>(kLog2E);
-        scratch.corrections[tile * kQueries + place] = corrections[n];
+        scratch.deltas[tile * kQueries + place] = deltas[n];
       }
     }
     if (threadIdx.x == 0) {

@@ -43,7 +43,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
   using HalfTile = SlabTile<kHalf, kColumns>;
   using GradTile = SlabTile<kKeys, kHalf>;  // derivatives of scores
   static_assert(kHalves == 1 || QueryTile::kSlabs == 1);
-  // What is known of queries: lses, with a word behind them, and corrections.
+  // What is known of queries: lses, with a word behind them, and deltas.
   static constexpr int kLsesBytes = 4 * HopperBackwardScratch::lses_of_tile(kColumns);
   static constexpr int kNumbersBytes = kLsesBytes + 4 * kQueries;
   static constexpr int kStageBytes = 2 * QueryTile::kBytes + kNumbersBytes;
@@ -77,7 +77,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
     return queries_at(n, which) + half * kHalf * QueryTile::kRowBytes;
   }
   __device__ int lses_at(int n) const { return kNumbersAt + ring.stage(n) * kNumbersBytes; }
-  __device__ int corrections_at(int n) const { return lses_at(n) + kLsesBytes; }
+  __device__ int deltas_at(int n) const { return lses_at(n) + kLsesBytes; }
   // Those of them that a lane has: of queries 8t + 2q and the next in elements 2t and 2t + 1.
   __device__ const float* numbers(int at, int half, const GroupLane& lane) const {
     return reinterpret_cast<const float*>(shared.data + at) + half * kHalf + 2 * kTiles * lane.q;
@@ -113,7 +113,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
       QueryTile::load(queries_at(n, 0), plan.query, full, position, step.head, batch);
       load_bytes(shared.address + lses_at(n), plan.scratch.lses + tile * (kLsesBytes / 4), full, kLsesBytes);
       QueryTile::load(queries_at(n, 1), plan.grad_out, full, position, step.head, batch);
-      load_bytes(shared.address + corrections_at(n), plan.scratch.corrections + tile * kQueries, full, 4 * kQueries);
+      load_bytes(shared.address + deltas_at(n), plan.scratch.deltas + tile * kQueries, full, 4 * kQueries);
     }
   }
 
@@ -162,12 +162,11 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
   }
 
   // The weights' derivatives become the scores', of weights in `scores`.
-  __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4],
-                         const Numbers& corrections) const {
+  __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], const Numbers& deltas) const {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& grad = grads[i / 4][i % 4];
-      grad = scores[i / 4][i % 4] * std::fma(grad, scale(), -corrections[i / 4 * 2 + i % 2]);
+      grad = scores[i / 4][i % 4] * std::fma(grad, scale(), -deltas[i / 4 * 2 + i % 2]);
     }
   }
 
@@ -270,7 +269,7 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
         const int query = query_of(step, half);
         bool whole = kPlain && unknown(all_see(sequence, query, kHalf, first_key + own_row, kGroupRows)) != 0;
         float grads[kTiles][4];
-        Numbers corrections;
+        Numbers deltas;
         auto& scores = all[half];
         uint32_t weights[kTiles / 2][4], derivatives[kTiles / 2][4];
         wgmma_fence();
@@ -290,17 +289,17 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
         else to_weights<S>(weights, scores, [&](int i) { return marks.keeps(i); });
         pin(weights);
         pin(value_sums);
-        if (kProducts) read(corrections, numbers(corrections_at(n), half, lane));
+        if (kProducts) read(deltas, numbers(deltas_at(n), half, lane));
         wgmma_fence();
         start_columns<S, HalfTile>(value_sums, weights, half_at(n, 1, half));
         wgmma_commit();
         wgmma_wait<1>();
         pin(grads);
         if constexpr (kProducts) {
-          derive(grads, scores, corrections);
+          derive(grads, scores, deltas);
           if (!whole) bar(grads, marks, query, own_row, lane);
         } else {
-          options.derive(grads, scores, marks, numbers(corrections_at(n), half, lane));
+          options.derive(grads, scores, marks, numbers(deltas_at(n), half, lane));
         }
         to_weights<S>(derivatives, grads);
         if (half == 0) barrier_wait(grads_read, (n & 1) ^ 1);  // those of the step before, by both warpgroups

@@ -91,12 +91,12 @@ struct HopperBackwardOptions {
 
   // The weights' derivatives become the scores', of weights in `scores`; of what does not count, nothing stays.
   __device__ void derive(float (&grads)[kTiles][4], const float (&scores)[kTiles][4], const Marks& marks,
-                         const float* corrections) const {
+                         const float* deltas) const {
     const float factor = scale() * static_cast<float>(dropout_factor(args.dropout_p));
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       float& grad = grads[i / 4][i % 4];
-      const float inner = std::fma(marks.keeps(i) ? grad : 0.0f, factor, -corrections[i / 4 * 2 + i % 2]);
+      const float inner = std::fma(marks.keeps(i) ? grad : 0.0f, factor, -deltas[i / 4 * 2 + i % 2]);
       grad = marks.counts(i) ? scores[i / 4][i % 4] * inner : 0.0f;
     }
   }

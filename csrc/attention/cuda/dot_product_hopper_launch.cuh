@@ -67,7 +67,7 @@ HopperRun with_hopper_kernel(const Attention& args, F f) {
 }
 
 // Tiles of the rows of a head: of one sequence, whose batch is found otherwise, or of those one behind the other.
-inline RowTiles tiles_of_head(const Attention& args, const int64_t* starts, int64_t rows, int64_t size) {
+inline SequenceTiles tiles_of_head(const Attention& args, const int64_t* starts, int64_t rows, int64_t size) {
   return {starts, starts == nullptr ? 1 : args.sequences, rows, size, 1};
 }
 

@@ -7,16 +7,16 @@
 namespace lect11ext::cuda {
 
 // What kernels share in memory, beyond the tensors. Of queries by tiles of kQueries, so many of every head; of
-// sequences one behind the other the tiles are numbered as RowTiles does.
+// sequences one behind the other the tiles are numbered as SequenceTiles does.
 struct HopperBackwardScratch {
   float* sums;  // of queries' gradients: a tile as put() below lays it
   // Of each query, in the order of place_of: its lse, +∞ for one that sees nothing, which makes its weights zero; and
   // D · scale. Of a tile of the plain kernel in which all lses are small, these are binary logarithms. Behind every
   // tile of them there is a word that says so, 0, or not.
-  float *lses, *corrections;
+  float *lses, *deltas;
   int *counts, *taken;   // of each tile, the tiles of keys that have been added; numbers that blocks have taken
   int64_t tiles, units;  // of a head; heads of all batches
-  RowTiles order;        // of the tiles of a head
+  SequenceTiles order;   // of the tiles of a head
 
   static HopperBackwardScratch of(const AttentionBackward& args, void* data) {
     const int64_t columns = hopper_columns(args);
@@ -25,8 +25,8 @@ struct HopperBackwardScratch {
     s.tiles = s.order.count(), s.units = args.batch * args.heads;
     s.sums = static_cast<float*>(data);
     s.lses = s.sums + s.rows(columns) * columns;
-    s.corrections = s.lses + s.units * s.tiles * lses_of_tile(columns);
-    s.counts = reinterpret_cast<int*>(s.corrections + s.rows(columns));
+    s.deltas = s.lses + s.units * s.tiles * lses_of_tile(columns);
+    s.counts = reinterpret_cast<int*>(s.deltas + s.rows(columns));
     s.taken = s.counts + s.units * s.tiles;
     return s;
   }
@@ -37,7 +37,7 @@ struct HopperBackwardScratch {
     int count;
   };
   __device__ Queries queries_of(const AttentionBackward& args, int64_t tile) const {
-    const RowTiles::Tile found = order.find(tile);
+    const SequenceTiles::Tile found = order.find(tile);
     const Sequence sequence(args, found.sequence);
     const int size = static_cast<int>(order.size), first = found.number * size;
     return {sequence.first_query + first, std::max(0, std::min(size, sequence.queries - first))};

@@ -9,7 +9,7 @@ namespace lect11ext::cuda {
 struct HopperBackwardPlan {
   CUtensorMap key, value, query, grad_out;
   BlockOrder order;
-  RowTiles tiles;              // of keys, where sequences lie one behind the other
+  SequenceTiles tiles;         // of keys, where sequences lie one behind the other
   int first_query, first_key;  // of those that are mapped
   bool mask_pairs;             // along the queries
   MaskTiles mask_tiles;
@@ -38,7 +38,7 @@ struct HopperBackwardSteps {
   __device__ static Own find(const AttentionBackward& args, const HopperBackwardPlan& plan, int number) {
     const BlockOrder::Block block = plan.order.find(number);
     if (!kPlain && args.query_starts != nullptr) {
-      const RowTiles::Tile tile = plan.tiles.find(block.tile);
+      const SequenceTiles::Tile tile = plan.tiles.find(block.tile);
       return {block.unit, tile.number, tile.sequence};
     }
     const int heads = static_cast<int>(args.kv_heads), batch = block.unit / heads;

@@ -8,7 +8,7 @@ namespace lect11ext::cuda {
 
 struct HopperForwardPlan {
   CUtensorMap query, key, value;
-  RowTiles tiles;  // of queries
+  SequenceTiles tiles;  // of queries
   BlockOrder order;
   int first_key;  // of those that are mapped
   bool mask_pairs;
@@ -51,7 +51,7 @@ struct HopperForwardWork {
     if (!plan.order.in_round(round, block, over)) return false;
     int tiles = plan.order.tiles, tile = block.tile;
     if (!kPlain && args.query_starts != nullptr) {
-      const RowTiles::Tile found = plan.tiles.find(block.tile);
+      const SequenceTiles::Tile found = plan.tiles.find(block.tile);
       work.number = static_cast<int>(found.sequence);
       work.head = block.unit;
       tile = found.number;

@@ -13,8 +13,8 @@ namespace {
 
 // D = Σ grad_out · out − grad_lse of every query, and its tangent: a warp a query.
 template <class S, bool kTangent>
-__global__ void __launch_bounds__(kMostThreads, 1) correction_kernel(
-    const __grid_constant__ DerivativeArgs args, Compute<S>* correction, Compute<S>* correction_t, const int* only_if) {
+__global__ void __launch_bounds__(kMostThreads, 1) delta_kernel(
+    const __grid_constant__ DerivativeArgs args, Compute<S>* delta, Compute<S>* delta_t, const int* only_if) {
   if (only_if != nullptr && *only_if == 0) return;
   using C = Compute<S>;
   const Lane lane;
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) correction_kernel(
     C sum_t = 0;
     if constexpr (kTangent) sum_t = dot(args.grad_out_t, args.out) + dot(args.grad_out, args.out_t);
     if (lane.lane != 0) continue;
-    correction[row] = sum - number(args.grad_lse);
-    if constexpr (kTangent) correction_t[row] = sum_t - number(args.grad_lse_t);
+    delta[row] = sum - number(args.grad_lse);
+    if constexpr (kTangent) delta_t[row] = sum_t - number(args.grad_lse_t);
   }
 }
 
@@ -219,16 +219,16 @@ struct BackwardRun {
         only_if = hopper.flag;
         scratch = static_cast<char*>(scratch) + kFlagBytes;
       }
-      C* const correction = static_cast<C*>(scratch);
-      C* const correction_t = kTangent ? correction + rows(args) : nullptr;
-      C* const parts = correction + rows(args) * (kTangent ? 2 : 1);
+      C* const delta = static_cast<C*>(scratch);
+      C* const delta_t = kTangent ? delta + rows(args) : nullptr;
+      C* const parts = delta + rows(args) * (kTangent ? 2 : 1);
       if (rows(args) > 0) {
-        launch(correction_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0,
-               stream, args, correction, correction_t, only_if);
+        launch(delta_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0, stream,
+               args, delta, delta_t, only_if);
       }
       const auto fill = [&](DerivativeSettings& plan) {
-        plan.correction = correction;
-        plan.correction_t = correction_t;
+        plan.delta = delta;
+        plan.delta_t = delta_t;
         plan.mask_parts = parts;
         plan.only_if = only_if;
       };

@@ -21,7 +21,7 @@ struct KindOffsets {
 };
 
 struct DerivativeSettings {
-  RowTiles tiles;
+  SequenceTiles tiles;
   int64_t chunks;  // of the columns that are summed
   int warps, stages;
   bool rows_shared;
@@ -32,8 +32,8 @@ struct DerivativeSettings {
   bool query_side_aligned[kKinds], key_side_aligned[kKinds];
   bool pairs_aligned[2];  // of the outputs
   size_t shared_bytes;
-  const void *correction, *correction_t;  // C [batch, heads, queries]: D and its tangent
-  void *out_t, *lse_t;                    // of Part::Tangent
+  const void *delta, *delta_t;  // C [batch, heads, queries]: D and its tangent
+  void *out_t, *lse_t;          // of Part::Tangent
   AttentionStrides out_t_strides;
   // Of the mask's gradients.
   int64_t mask_sizes[4], splits;
@@ -76,14 +76,14 @@ struct Pairs {
 
   // What is known of a query.
   struct Known {
-    C lse, correction, lse_t, correction_t;
+    C lse, delta, lse_t, delta_t;
   };
 
   static __device__ Known known(const DerivativeArgs& args, const DerivativeSettings& plan, int64_t number) {
     const auto at = [&](const void* data) { return data == nullptr ? C(0) : static_cast<const C*>(data)[number]; };
     Known known{usable(at(args.lse)), 0, 0, 0};
-    if constexpr (kGradients) known.correction = at(plan.correction);
-    if constexpr (kGradients && kTangents) known.lse_t = at(args.lse_t), known.correction_t = at(plan.correction_t);
+    if constexpr (kGradients) known.delta = at(plan.delta);
+    if constexpr (kGradients && kTangents) known.lse_t = at(args.lse_t), known.delta_t = at(plan.delta_t);
     return known;
   }
 
@@ -97,7 +97,7 @@ struct Pairs {
     const C scale = C(args.scale);
     const C p = weight_of(first - known.lse);
     const C slope = C(1) - capped * capped;  // of u over s
-    const C inner = kept * second - known.correction, grad = p * inner;
+    const C inner = kept * second - known.delta, grad = p * inner;
     C u_t = 0, t_t = 0;
     if constexpr (kTangents) {
       u_t = first_t * scale * slope;
@@ -109,7 +109,7 @@ struct Pairs {
       second_t = kept * p;
     } else if constexpr (kTangents) {
       const C p_t = p * (t_t - known.lse_t);
-      const C grad_t = p_t * inner + p * (kept * second_t - known.correction_t);
+      const C grad_t = p_t * inner + p * (kept * second_t - known.delta_t);
       if constexpr (kOfMask) {
         first = grad_t;
       } else {

@@ -84,7 +84,7 @@ inline void check_positions(const Attention& args) {
 // Tiles of `size` rows of all sequences, numbered one behind the other. With starts the lengths are on the device
 // alone, and there are a few numbers too many: sequence n has those from starts[n] / size + n on, never fewer than it
 // needs.
-struct RowTiles {
+struct SequenceTiles {
   const int64_t* starts;  // null: `rows` rows in each sequence
   int64_t sequences;
   int64_t rows;  // with starts those of all sequences together
