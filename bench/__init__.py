@@ -12,3 +12,8 @@ PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else No
 def is_chosen(name: str, only: str) -> bool:
     """Whether a workload's name contains the text of ``--only``, or one of its texts between commas."""
     return any(text in name for text in only.split(","))
+
+
+def name_of(dtype: object) -> str:
+    """A torch.dtype's, as workloads are named."""
+    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lect11ext.functional import additive_attention
 
-from .common import Call, Workload, parametrize, run_turn
+from . import name_of
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 # (batch, queries, keys, hidden units, columns of the values)
 SIZES = [(1, 512, 512, 256, 256), (32, 1, 128, 256, 256), (16, 32, 32, 128, 128)]
@@ -32,15 +33,9 @@ def _operands(batch: int, L: int, S: int, H: int, D: int, dtype: torch.dtype, tr
 
 
 def _call(function: Any, args: list[Tensor], train: bool) -> Call:
-    def inference() -> list[Tensor]:
-        with torch.no_grad():
-            return [function(*args)]
-
-    def training() -> Any:
-        out = function(*args)
-        return torch.autograd.grad(out, args, torch.ones_like(out))
-
-    return training if train else inference
+    query, _, value, _ = args
+    shape = (*query.shape[:-1], value.size(-1))
+    return call_of(function, args, args, torch.ones(shape, dtype=query.dtype) if train else None)
 
 
 def _attention(sizes: tuple[int, int, int, int, int], dtype: torch.dtype, train: bool) -> Workload:
@@ -50,7 +45,7 @@ def _attention(sizes: tuple[int, int, int, int, int], dtype: torch.dtype, train:
         return {name: _call(function, args, train) for name, function in functions.items()}
 
     batch, L, S, H, D = sizes
-    kind = str(dtype)[6:]
+    kind = name_of(dtype)
     # What bounds it is tanh, which has no ceiling here; the products by values stand beside those of the machine.
     return Workload(
         f"additive_attention/{'train' if train else 'forward'}/{kind}/B{batch}/L{L}/S{S}/H{H}",

@@ -4,6 +4,7 @@ torch.nn's; what is skipped against our own dense time."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from lect11ext import nn
 from lect11ext.functional import scaled_dot_product_attention
 
-from .common import Call, Workload, parametrize, run_turn
+from . import name_of
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 torch_attention = torch.nn.functional.scaled_dot_product_attention
 BOTH = [torch.float32, torch.bfloat16]
 HEADS = {128: (2, 8), 512: (2, 8), 1024: (1, 8), 2048: (1, 8), 8192: (1, 2)}  # batch and heads, by length
 BACKWARD = 3.5  # times the forward's two products, with them: five more
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype)[6:]
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -33,19 +31,15 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _product(dtype: torch.dtype, batch: int, heads: int, pairs: float, columns: int, passes: float) -> dict[str, float]:
     """``pairs`` of queries and keys, ``columns`` of keys and values together."""
-    return {f"product/{_name(dtype)}": 2.0 * batch * heads * pairs * columns * passes}
+    return {f"product/{name_of(dtype)}": 2.0 * batch * heads * pairs * columns * passes}
 
 
 def _inference(function: Callable[..., Any], *args: Any, **options: Any) -> Call:
-    def call() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (function(*args, **options),)
-
-    return call
+    return call_of(partial(function, **options), args)
 
 
 def _training(function: Callable[..., Any], wanted: list[Tensor], grad: Tensor, *args: Any, **options: Any) -> Call:
-    return lambda: torch.autograd.grad(function(*args, **options), wanted, grad)
+    return call_of(partial(function, **options), args, wanted, grad)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Call:
@@ -71,7 +65,7 @@ def _forward(dtype: torch.dtype, columns: int, length: int, causal: bool) -> Wor
 
     pairs = length * (length + 1) / 2 if causal else length**2
     return Workload(
-        f"attention/forward/{_name(dtype)}/d{columns}/L{length}{'/causal' if causal else ''}",
+        f"attention/forward/{name_of(dtype)}/d{columns}/L{length}{'/causal' if causal else ''}",
         make,
         ("lect11ext", "eager", "compile", "flex"),
         work=_product(dtype, batch, heads, pairs, 2 * columns, 1),
@@ -101,7 +95,7 @@ def _train(dtype: torch.dtype, columns: int, length: int, causal: bool) -> Workl
 
     pairs = length * (length + 1) / 2 if causal else length**2
     return Workload(
-        f"attention/train/{_name(dtype)}/d{columns}/L{length}{'/causal' if causal else ''}",
+        f"attention/train/{name_of(dtype)}/d{columns}/L{length}{'/causal' if causal else ''}",
         make,
         ("lect11ext", "eager", "compile"),
         work=_product(dtype, batch, heads, pairs, 2 * columns, BACKWARD),
@@ -144,7 +138,7 @@ def _decode(dtype: torch.dtype, keys: int) -> Workload:
         }
 
     return Workload(
-        f"attention/decode/{_name(dtype)}/keys{keys}",
+        f"attention/decode/{name_of(dtype)}/keys{keys}",
         make,
         ("lect11ext", "eager", "compile", "flex"),
         work={"copy": 2.0 * batch * heads * keys * columns * dtype.itemsize},
@@ -162,7 +156,7 @@ def _few_queries(dtype: torch.dtype, queries: int, keys: int) -> Workload:
         return _against_torch(lambda function: _training(function, args, grad, *args))
 
     return Workload(
-        f"attention/few_queries/{_name(dtype)}/L{queries}/keys{keys}",
+        f"attention/few_queries/{name_of(dtype)}/L{queries}/keys{keys}",
         make,
         ("lect11ext", "eager", "compile"),
         # Read twice, and written once: a copy counts each way.
@@ -188,7 +182,7 @@ def _skipping(kind: str, dtype: torch.dtype) -> Workload:
 
     pairs = length * 513.0 if kind == "window256" else length**2 / 2
     return Workload(
-        f"attention/{kind}/{_name(dtype)}/L{length}",
+        f"attention/{kind}/{name_of(dtype)}/L{length}",
         make,
         ("lect11ext", "dense"),
         work=_product(dtype, batch, heads, pairs, 2 * columns, 1),
@@ -260,16 +254,11 @@ def _module(length: int, train: bool, need_weights: bool) -> Workload:
         grad = torch.randn_like(x)
 
         def call(run: Callable[..., Any], module: torch.nn.Module) -> Call:
-            wanted = [x, *module.parameters()]
-
             def forward() -> tuple[Tensor, ...]:
-                return tuple(t for t in run(x, x, x, need_weights=need_weights) if t is not None)
+                out = tuple(t for t in run(x, x, x, need_weights=need_weights) if t is not None)
+                return out[:1] if train else out
 
-            def inference() -> tuple[Tensor, ...]:
-                with torch.no_grad():
-                    return forward()
-
-            return (lambda: torch.autograd.grad(forward()[0], wanted, grad)) if train else inference
+            return call_of(forward, [], [x, *module.parameters()], [grad] if train else None)
 
         return {
             "lect11ext": call(ours, ours),

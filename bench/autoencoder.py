@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from lect11ext.functional import gaussian_rsample_kl
 
-from .common import Call, Workload, parametrize, run_turn
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 LATENT = 64
 ELEMENTS = [2**14, 2**16, 2**18, 2**20, 2**22]
@@ -32,17 +32,10 @@ def _sampling(elements: int, train: bool) -> Workload:
     def make() -> dict[str, Call]:
         mean = torch.randn(elements // LATENT, LATENT, requires_grad=train)
         logvar = torch.randn(elements // LATENT, LATENT, requires_grad=train)
-        grads = [torch.randn_like(mean), torch.randn(elements // LATENT)]
+        args, grads = [mean, logvar], [torch.randn_like(mean), torch.randn(elements // LATENT)]
 
         def call(function: Any) -> Call:
-            def inference() -> Any:
-                with torch.no_grad():
-                    return function(mean, logvar)
-
-            def training() -> Any:
-                return torch.autograd.grad(function(mean, logvar), [mean, logvar], grads)
-
-            return training if train else inference
+            return call_of(function, args, args, grads if train else None)
 
         # The implementations draw different noise, so what is compared is what they agree on: the KL.
         _, ours = gaussian_rsample_kl(mean.detach(), logvar.detach())

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from . import is_chosen
 from .ceilings import CEILINGS
@@ -41,6 +42,22 @@ class Workload:
     work: dict[str, float] = field(compare=False)  # per call, in the unit of each ceiling that may bound it
     check: bool = True  # whether the implementations' results are comparable number by number
     tolerance: float = 1e-3
+
+
+def call_of(
+    function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[Tensor] = (), grads: Any = None
+) -> Call:
+    """Inference; or training, where gradients of the outputs are given: what ``wanted`` gets of them."""
+
+    def inference() -> list[Tensor]:
+        with torch.no_grad():
+            out = function(*args)
+        return list(out) if isinstance(out, (tuple, list)) else [out]
+
+    def training() -> Any:
+        return torch.autograd.grad(function(*args), wanted, grads)
+
+    return inference if grads is None else training
 
 
 def parametrize(workloads: list[Workload]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lect11ext.functional import corrupt
 
-from .common import Call, Workload, parametrize, run_turn
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 SIZES = [(1024, 784), (2048, 2048)]
 DEVIATION, PROBABILITY = 0.5, 0.25
@@ -36,18 +36,11 @@ IDIOMS = {"gaussian": _gaussian, "masking": _masking, "salt_and_pepper": _salt_a
 def _corruption(kind: str, size: tuple[int, int], train: bool) -> Workload:
     def make() -> dict[str, Call]:
         x = torch.rand(*size, requires_grad=train)
-        grad = torch.randn(*size)
+        grad = torch.randn(*size) if train else None
         idiom = IDIOMS[kind]
 
         def call(function: Any) -> Call:
-            def inference() -> Any:
-                with torch.no_grad():
-                    return function(x)
-
-            def training() -> Any:
-                return torch.autograd.grad(function(x), x, grad)
-
-            return training if train else inference
+            return call_of(function, [x], [x], grad)
 
         # The implementations draw different noise, so what is compared is how much of it there is.
         spread = [

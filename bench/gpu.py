@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import lect11ext
 from lect11ext import functional
 
-from . import is_chosen
+from . import is_chosen, name_of
 from .gpu_autoencoder import autoencoders
 from .gpu_common import Call, Machine, Workload, ceilings, environment, within
 from .gpu_layers import layers
@@ -70,8 +70,8 @@ def attention(m: Machine, dtype: torch.dtype, columns: int, length: int, causal:
 
     pairs = length * (length + 1) / 2 if causal else float(length**2)
     flops = 4.0 * batch * heads * pairs * columns * (3.5 if train else 1)  # five products of the backward
-    name = f"attention/{'train' if train else 'forward'}/{str(dtype)[6:]}/d{columns}/L{length}"
-    return Workload(name + ("/causal" if causal else ""), make, {f"product/{str(dtype)[6:]}": flops})
+    name = f"attention/{'train' if train else 'forward'}/{name_of(dtype)}/d{columns}/L{length}"
+    return Workload(name + ("/causal" if causal else ""), make, {f"product/{name_of(dtype)}": flops})
 
 
 def with_option(m: Machine, option: str, train: bool) -> Workload:

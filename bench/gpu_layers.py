@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lect11ext import nn
 
+from . import name_of
 from .gpu_common import Call, Machine, Workload, environment, within
 
 # Beside the path that the library chooses.
@@ -121,8 +122,8 @@ def layer(
     inputs = hidden + (layers - 1) * hidden * directions
     products = 2.0 * gates * hidden * (inputs + layers * hidden) * directions * steps * batch * (3 if train else 1)
     extent = "".join((f"/layers{layers}" if layers > 1 else "", "/bidirectional" if both else ""))
-    name = f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/T{steps}/B{batch}/H{hidden}{extent}"
-    return Workload(name, make, {f"product/{str(dtype)[6:]}": products})
+    name = f"{kind}/{'train' if train else 'forward'}/{name_of(dtype)}/T{steps}/B{batch}/H{hidden}{extent}"
+    return Workload(name, make, {f"product/{name_of(dtype)}": products})
 
 
 def layers(m: Machine) -> list[Workload]:

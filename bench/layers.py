@@ -11,6 +11,7 @@ from torch.func import grad, jvp
 
 from lect11ext import functional, nn, reference
 
+from . import name_of
 from .common import Call, Workload, parametrize, run_turn
 
 GATES = {"LSTM": 4, "GRU": 3}
@@ -22,7 +23,7 @@ def _work(gates: int, steps: int, batch: int, hidden: int, dtype: torch.dtype, p
     """``passes``: how often each weight is multiplied; a backward does so twice as often as what it goes back over."""
     weights = 2.0 * gates * hidden * hidden
     return {
-        f"product/{str(dtype)[6:]}": 2 * weights * steps * batch * passes,
+        f"product/{name_of(dtype)}": 2 * weights * steps * batch * passes,
         "copy": weights * dtype.itemsize * passes,
     }
 
@@ -56,7 +57,7 @@ def _layer(kind: str, batch: int, hidden: int, dtype: torch.dtype, train: bool) 
         }
 
     return Workload(
-        f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/T{STEPS}/B{batch}/H{hidden}",
+        f"{kind}/{'train' if train else 'forward'}/{name_of(dtype)}/T{STEPS}/B{batch}/H{hidden}",
         make,
         ("lect11ext", "eager", "compile"),
         work=_work(GATES[kind], STEPS, batch, hidden, dtype, 3 if train else 1),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lect11ext import functional
 
-from .common import Call, Workload, parametrize, run_turn
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 # A batch of an autoencoder of images, and of a sparse autoencoder of a language model's activations.
 SIZES = [(128, 256), (1024, 784), (1024, 16384)]
@@ -32,17 +32,6 @@ KINDS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _train_or_not(function: Any, leaves: list[Tensor], grads: list[Tensor], train: bool) -> Call:
-    def inference() -> Any:
-        with torch.no_grad():
-            return function(*leaves)
-
-    def training() -> Any:
-        return torch.autograd.grad(function(*leaves), leaves, grads)
-
-    return training if train else inference
-
-
 def _sparse(kind: str, size: tuple[int, int], train: bool) -> Workload:
     def make() -> dict[str, Call]:
         a = torch.randn(*size, requires_grad=train)
@@ -50,7 +39,7 @@ def _sparse(kind: str, size: tuple[int, int], train: bool) -> Workload:
         with torch.no_grad():
             grads = [torch.randn_like(o) for o in plain(a)]
         implementations = {"lect11ext": ours, "eager": plain, "compile": torch.compile(plain)}
-        return {name: _train_or_not(f, [a], grads, train) for name, f in implementations.items()}
+        return {name: call_of(f, [a], [a], grads if train else None) for name, f in implementations.items()}
 
     # Reads a and writes h; then reads a and the gradient of h, and writes that of a.
     bytes_moved = 4.0 * (2 + (3 if train else 0)) * size[0] * size[1]
@@ -73,7 +62,7 @@ def _layer(rows: int, inputs: int, units: int, train: bool) -> Workload:
             "eager": _contractive,
             "compile": torch.compile(_contractive),
         }
-        return {name: _train_or_not(f, leaves, grads, train) for name, f in implementations.items()}
+        return {name: call_of(f, leaves, leaves, grads if train else None) for name, f in implementations.items()}
 
     flops = 2.0 * rows * inputs * units * (3 if train else 1)
     name = f"contractive_linear/{'train' if train else 'forward'}/float32/{rows}x{inputs}x{units}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lect11ext.functional import reconstruction_loss
 
-from .common import Call, Workload, parametrize, run_turn
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 SIZES = [(128, 784), (1024, 784), (2048, 4096)]
 
@@ -49,21 +49,14 @@ def _loss(likelihood: str, size: tuple[int, int], train: bool) -> Workload:
     def make() -> dict[str, Call]:
         x, t = torch.randn(*size, requires_grad=train), torch.rand(*size)
         args = [x, t] + ([torch.randn(*size, requires_grad=train)] if likelihood == "gaussian" else [])
-        leaves, grad = [a for a in args if a.requires_grad], torch.randn(size[0])
+        leaves, grad = [a for a in args if a.requires_grad], torch.randn(size[0]) if train else None
 
         def ours(*args: Tensor) -> Tensor:
             logvar = args[2] if len(args) > 2 else None
             return reconstruction_loss(args[0], args[1], likelihood, logvar=logvar)
 
         def call(function: Any) -> Call:
-            def inference() -> Any:
-                with torch.no_grad():
-                    return [function(*args)]
-
-            def training() -> Any:
-                return torch.autograd.grad(function(*args), leaves, grad)
-
-            return training if train else inference
+            return call_of(function, args, leaves, grad)
 
         plain = IDIOMS[likelihood]
         return {"lect11ext": call(ours), "eager": call(plain), "compile": call(torch.compile(plain))}

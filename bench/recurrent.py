@@ -8,7 +8,8 @@ import torch
 
 from lect11ext import nn
 
-from .common import Call, Workload, parametrize, run_turn
+from . import name_of
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 GATES = {"LSTMCell": 4, "GRUCell": 3}
 SMALL = [(1, 64), (1, 256), (8, 64), (8, 256)]
@@ -26,17 +27,7 @@ def _step(kind: str, batch: int, hidden: int, dtype: torch.dtype, train: bool) -
         grads = [torch.randn(batch, hidden, dtype=dtype) for _ in inputs[1:]]
 
         def call(step: Any, module: torch.nn.Module) -> Call:
-            wanted = inputs + list(module.parameters())
-
-            def forward() -> Any:
-                out = step(x, state)
-                return out if isinstance(out, tuple) else (out,)
-
-            def inference() -> Any:
-                with torch.no_grad():
-                    return forward()
-
-            return (lambda: torch.autograd.grad(forward(), wanted, grads)) if train else inference
+            return call_of(step, [x, state], inputs + list(module.parameters()), grads if train else None)
 
         return {
             "lect11ext": call(ours, ours),
@@ -46,11 +37,11 @@ def _step(kind: str, batch: int, hidden: int, dtype: torch.dtype, train: bool) -
 
     weights = 2.0 * GATES[kind] * hidden * hidden
     return Workload(
-        f"{kind}/{'train' if train else 'forward'}/{str(dtype)[6:]}/B{batch}/H{hidden}",
+        f"{kind}/{'train' if train else 'forward'}/{name_of(dtype)}/B{batch}/H{hidden}",
         make,
         ("lect11ext", "eager", "compile"),
         work={
-            f"product/{str(dtype)[6:]}": 2 * weights * batch * (3 if train else 1),
+            f"product/{name_of(dtype)}": 2 * weights * batch * (3 if train else 1),
             "copy": weights * dtype.itemsize * (3 if train else 1),  # forward: read once; backward: read, written
         },
         tolerance=1e-3 if dtype == torch.float32 else 0.1,

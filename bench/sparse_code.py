@@ -10,17 +10,10 @@ from torch import Tensor
 
 from lect11ext import functional, nn
 
-from .common import Call, Workload, parametrize, run_turn
+from . import name_of
+from .common import Call, Workload, call_of, parametrize, run_turn
 
 ROWS, ATOMS, COLUMNS, K = 1024, 16384, 512, 32
-
-
-def _inference(function: Any, *args: Any) -> Call:
-    def run() -> Any:
-        with torch.no_grad():
-            return function(*args)
-
-    return run
 
 
 def _topk(dtype: torch.dtype) -> Workload:
@@ -31,13 +24,13 @@ def _topk(dtype: torch.dtype) -> Workload:
             return [torch.relu(torch.topk(x, K).values)]
 
         return {
-            "lect11ext": _inference(lambda x: functional.topk_code(x, K)[:1], x),
-            "eager": _inference(plain, x),
-            "compile": _inference(torch.compile(plain), x),
+            "lect11ext": call_of(lambda x: functional.topk_code(x, K)[:1], [x]),
+            "eager": call_of(plain, [x]),
+            "compile": call_of(torch.compile(plain), [x]),
         }
 
     return Workload(
-        f"topk_code/forward/{str(dtype)[6:]}/{ROWS}x{ATOMS}/K{K}",
+        f"topk_code/forward/{name_of(dtype)}/{ROWS}x{ATOMS}/K{K}",
         make,
         ("lect11ext", "eager", "compile"),
         work={"copy": float(ROWS * ATOMS * dtype.itemsize)},
@@ -57,13 +50,10 @@ def _decode(train: bool) -> Workload:
         values = torch.randn(ROWS, K, requires_grad=train)
         indices = torch.rand(ROWS, ATOMS).topk(K).indices
         weight = torch.randn(ATOMS, COLUMNS, requires_grad=train)
-        grad = torch.randn(ROWS, COLUMNS)
+        grad = torch.randn(ROWS, COLUMNS) if train else None
 
         def call(function: Any) -> Call:
-            def training() -> Any:
-                return torch.autograd.grad(function(values, indices, weight), (values, weight), grad)
-
-            return training if train else _inference(lambda *args: [function(*args)], values, indices, weight)
+            return call_of(function, [values, indices, weight], [values, weight], grad)
 
         return {"lect11ext": call(functional.sparse_decode), "eager": call(_bag), "dense": call(_dense)}
 
