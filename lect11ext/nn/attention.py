@@ -11,7 +11,7 @@ from torch.nn.functional import linear, pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
-from .._errors import NUMBER, OPTIONAL_INT, TENSOR, check_sizes, check_type
+from .._errors import NUMBER, OPTIONAL_INT, TENSOR, check_range, check_sizes, check_type
 from ..functional import attention_weights, scaled_dot_product_attention, varlen_attention
 from ..functional._attention import Window, check_window, dropout_key_for
 from ..functional._attention_weights import attention_with_weights
@@ -111,6 +111,10 @@ class MultiheadAttention(nn.Module):
     ) -> None:
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             check_type(name, size, (int,))
+            check_range(name, size)
+        flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "batch_first": batch_first}
+        for name, flag in flags.items():
+            check_type(name, flag, (bool,))
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
                 f"embed_dim and num_heads must be greater than 0, got embed_dim={embed_dim} and num_heads={num_heads} "

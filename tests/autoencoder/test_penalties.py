@@ -230,6 +230,7 @@ M, V = torch.zeros(3, 4), torch.ones(4)
         (functional.contractive_linear, (M, M, 1.0), TypeError, "bias must be a Tensor or None, but got float"),
         (functional.contractive_linear, (M, M, V), ValueError, r"bias must have shape \[3\] .* but got \[4\]"),
         (functional.contractive_linear, (M, M, V[0]), ValueError, r"bias must have shape \[3\] .* but got \[\]"),
+        (functional.contractive_linear, (M, M.int()), TypeError, "weight must be float32, .* but got torch.int32"),
         (functional.contractive_linear, (M, M.to("meta")), RuntimeError, "but weight is on meta and input on"),
         (functional.contractive_linear, (M, M, V[:3].to("meta")), RuntimeError, "but bias is on meta"),
         (functional.contractive_linear, (M, M, M[:, :3]), ValueError, r"bias must have shape \[3\]"),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lect11ext import functional, nn
 from tests.helpers import flat
@@ -119,7 +120,7 @@ def test_packed_ops_for_every_batch(batch: int, capability: str) -> None:
         last = "tanh" if isinstance(cell, nn.LSTMCell) else True
         with torch.no_grad():
             expected = flat(cell(x, states if len(states) == 2 else state))
-            packed = cell.prepack()._packed
+            packed = cell.prepack()._packed.weights
             got = flat(getattr(torch.ops.lect11ext, op)(x, *states, *packed, cell.bias_ih, cell.bias_hh, last))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -194,6 +195,39 @@ def test_prepacked_copy_is_of_this_memory_and_no_later_one(kind: str) -> None:
         hx = (state, state) if kind == "LSTMCell" else state
         with torch.no_grad():
             assert torch.equal(flat(cell(x, hx))[0], flat(fresh(x, hx))[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_prepacked_copy_is_of_these_strides(kind: str) -> None:
+    cell, gates = getattr(nn, kind)(5, 4).eval(), 4 if kind == "LSTMCell" else 3
+    table = torch.randn(8 * gates, 4)
+    cell.weight_hh = torch.nn.Parameter(table[::2])
+    cell.prepack()
+    cell.weight_hh = torch.nn.Parameter(table[: 4 * gates])
+    with torch.no_grad():
+        assert torch.equal(flat(cell(torch.ones(1, 5)))[0], flat(copy.deepcopy(cell)(torch.ones(1, 5)))[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_prepacked_copy_does_not_outlive_fused_optimizers(kind: str, optimizer: Any) -> None:
+    """Whose writes raise no version."""
+    cell, x = getattr(nn, kind)(5, 4).eval().prepack(), torch.randn(1, 5)
+    flat(cell(x))[0].sum().backward()
+    optimizer(cell.parameters(), lr=1.0, fused=True).step()
+    with torch.no_grad():
+        assert torch.equal(flat(cell(x))[0], flat(copy.deepcopy(cell)(x))[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_a_trace_of_a_prepacked_cell_has_its_weights_as_inputs(kind: str) -> None:
+    cell, x = getattr(nn, kind)(5, 4).eval().prepack(), torch.randn(1, 5)
+    first = lambda p, x: flat(torch.func.functional_call(cell, p, (x,)))[0]  # noqa: E731
+    parameters = {name: p.detach() for name, p in cell.named_parameters()}
+    with torch.no_grad():
+        traced = make_fx(first)(parameters, x)
+        doubled = {name: 2 * p for name, p in parameters.items()}
+        torch.testing.assert_close(traced(doubled, x), first(doubled, x))
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])

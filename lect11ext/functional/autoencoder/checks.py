@@ -12,6 +12,9 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, rows: str, 
     for name, tensor in (("input", input), ("weight", weight)):
         check_type(name, tensor, TENSOR)
     check_type("bias", bias, OPTIONAL_TENSOR)
+    for name, operand in (("input", input), ("weight", weight), ("bias", bias)):
+        if operand is not None and not operand.is_floating_point():
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but got {operand.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [{rows}, {columns}], but got {list(weight.shape)}")
     if input.dim() == 0 or input.size(-1) != weight.size(1):

@@ -101,9 +101,6 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     operands = [input, weight] if bias is None else [input, weight, bias]
-    for name, operand in zip(("input", "weight", "bias"), operands, strict=False):  # bias may be None
-        if not operand.is_floating_point():
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but got {operand.dtype}")
     dtype = functools.reduce(torch.promote_types, [operand.dtype for operand in operands])
     return F.linear(*(operand.to(dtype) for operand in operands))
 

@@ -88,7 +88,8 @@ def lstm(
         truncate: gradients of the states do not pass from steps k, 2k, … to those before them; 0: they pass.
         recompute: keeps c only every k steps, and no gates, and computes the rest again in the backward, k steps at a
             time: the same gradients, to rounding, in O(T / k + k) memory beyond the output's. 0: all is kept. Without
-            effect with projections.
+            effect with projections. Of second order ``grad_clip`` clamps what reaches a state by its output and by the
+            steps made again apart, and not their sum.
         return_cells: whether c is given at every step too, not only h: :math:`c_t = f_t c_{t-1} + i_t g_t`, after
             zoneout where there is any. The last layer keeps all for its backward then, whatever ``recompute`` says.
         generator: where all masks are drawn from, dropout's too (:func:`philox_key`); torch's default generator if

@@ -68,6 +68,7 @@ class TopKAutoencoder(nn.Module):
         self.activation = activation
         self.tied_init = tied_init
         check_type("bias", bias, (bool,))
+        check_type("tied_init", tied_init, (bool,))
         self.encoder = nn.Linear(in_features, hidden_features, bias, device, dtype)
         self.dictionary = nn.Parameter(torch.empty_like(self.encoder.weight))
         self.pre_bias = nn.Parameter(self.encoder.weight.new_empty(in_features))

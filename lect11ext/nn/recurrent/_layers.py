@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from numbers import Number
 from typing import Any
 
 import torch
@@ -39,7 +38,9 @@ class Layers(nn.RNNBase):
             check_type(name, size, (int,))
             check_range(name, size)
         check_type("bidirectional", bidirectional, (bool,))
-        if not isinstance(dropout, Number):  # torch names what is out of range, and a bool
+        for name, number in (("input_size", input_size), ("hidden_size", hidden_size), ("dropout", dropout)):
+            check_range(name, number)
+        if not isinstance(dropout, bool):  # which torch names, as it does what is no probability
             check_type("dropout", dropout, NUMBER)
         super().__init__(
             mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,

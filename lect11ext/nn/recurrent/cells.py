@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..._errors import check_sizes, check_type
 from ..._load import _C
 from ...functional import gru_cell, lstm_cell
+from ...functional._dispatch import is_overridden
 from ...functional.random import in_functorch
 from ...functional.recurrent.checks import check_clip
 
@@ -25,46 +27,48 @@ class _Cell(nn.RNNCellBase):
     """What the two cells share: the look-up of their weights, and prepacking."""
 
     _gates: int
-    _packed: tuple[Tensor, Tensor] | None = None
-    _packed_from: tuple[_Source, ...] = ()  # the weights, as they were
+    _packed: _Packed | None = None
 
     def prepack(self) -> Self:
         """Lays the weights out for inference on the CPU, and returns the module.
 
-        Steps taken while grad is off then read the packed copy, which for a batch of one is faster; while grad is on
-        it is ignored. ``train()``, ``load_state_dict()``, ``reset_parameters()``, ``.to()`` and the like, ``deepcopy``
-        and pickling drop it, and it is passed by under ``torch.compile``, autocast, ``torch.func`` and forward-mode AD,
-        and once a weight was changed or replaced. **Only writes through ``p.data`` go unnoticed**, and leave it stale:
-        they change neither a tensor's address nor its version. Call ``prepack()`` again after one.
+        Steps taken while grad is off then read the packed copy, which for a batch of one is faster. A step with grad on
+        that a weight is to have a gradient of drops it, and so do ``train()``, ``load_state_dict()``,
+        ``reset_parameters()``, ``.to()`` and the like, ``deepcopy`` and pickling; it is passed by under
+        ``torch.compile``, autocast, ``torch.func``, forward-mode AD, modes and subclasses, and once a weight was
+        changed or replaced. **Writes that PyTorch does not count go unnoticed**, and leave it stale: through ``p.data``
+        or a NumPy view, of another process, and of a fused optimizer whose gradients came by another module. Call
+        ``prepack()`` again after one.
 
         Only float32 and float64 weights on the CPU are packed. Rows of the 16-bit types are already in the order that
         their instructions want, and on CUDA the products are cuBLAS's; there it does nothing, nor for inference
         tensors, whose changes nothing counts.
         """
         ih, hh, *_ = _weights(self)
-        self._unpack()
         counted = not (ih.is_inference() or hh.is_inference())
-        if counted and ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64):
-            with torch.no_grad():
-                self._packed = (_pack(ih, self._gates), _pack(hh, self._gates))
-            self._packed_from = (_Source(ih), _Source(hh))
+        packs = counted and ih.device.type == "cpu" and ih.dtype in (torch.float32, torch.float64)
+        self._packed = _Packed(ih, hh, self._gates) if packs else None
         return self
 
     def _unpack(self) -> None:
-        self._packed, self._packed_from = None, ()
+        self._packed = None
 
     def _packed_for(self, input: Tensor, ih: Tensor, hh: Tensor) -> tuple[Tensor, Tensor] | None:
         """The packed weights, if this step may use them."""
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_functorch():
+        packed = self._packed  # another thread may drop it meanwhile
+        if packed is None or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled():
+            if ih.requires_grad or hh.requires_grad:
+                self._unpack()  # for an optimizer's step, which may be one that PyTorch does not count
+            return None
+        if forward_ad._current_level >= 0 or in_functorch() or is_in_torch_dispatch_mode():
             return None  # the packed copy has no derivatives and no batching rule, and tangents flow while grad is off
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if torch.is_autocast_enabled("cpu") or is_overridden(input, ih, hh) or not isinstance(input, Tensor):
             return None
-        if not isinstance(input, Tensor) or input.shape != (1, self.input_size) or input.dtype != ih.dtype:
+        if input.shape != (1, self.input_size) or input.dtype != ih.dtype or input.device != ih.device:
             return None
-        of_ih, of_hh = self._packed_from
-        if not (of_ih.is_still(ih) and of_hh.is_still(hh)):
-            return None  # torch.func.functional_call, an assignment, an optimizer's step
-        return self._packed
+        return packed.weights if packed.is_of(ih, hh) else None  # not: functional_call, an assignment, a step
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -84,7 +88,7 @@ class _Cell(nn.RNNCellBase):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_packed_from")}
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
 def _pack(weight: Tensor, gates: int) -> Tensor:
@@ -131,6 +135,7 @@ class LSTMCell(_Cell):
         grad_clip: float | None = None,
     ) -> None:
         check_sizes(input_size=input_size, hidden_size=hidden_size)
+        check_type("bias", bias, (bool,))
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         if candidate not in ("tanh", "sigmoid"):
             raise ValueError(f"candidate must be 'tanh' or 'sigmoid', but got {candidate!r}")
@@ -186,6 +191,7 @@ class GRUCell(_Cell):
         grad_clip: float | None = None,
     ) -> None:
         check_sizes(input_size=input_size, hidden_size=hidden_size)
+        check_type("bias", bias, (bool,))
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         check_type("reset_after", reset_after, (bool,))
         self.reset_after = reset_after
@@ -215,17 +221,23 @@ def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tenso
         return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
-class _Source:
-    """A weight as it was: its memory, kept, so that no other gets its address, and how often it had been written."""
+class _Packed:
+    """Weights, packed, and what they were packed from: their memory, kept, so that no other weight gets its address,
+    and how often it had been written."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.memory = weight.detach()
-        self.version = weight._version
+    def __init__(self, ih: Tensor, hh: Tensor, gates: int) -> None:
+        self.sources = [(weight.detach(), weight._version) for weight in (ih, hh)]
+        with torch.no_grad():
+            self.weights = (_pack(ih, gates), _pack(hh, gates))
 
-    def is_still(self, weight: Tensor) -> bool:
-        if weight.data_ptr() != self.memory.data_ptr() or weight.is_inference():
-            return False
-        return weight._version == self.version
+    def is_of(self, *weights: Tensor) -> bool:
+        return all(
+            weight.data_ptr() == memory.data_ptr()
+            and weight.stride() == memory.stride()
+            and not weight.is_inference()
+            and weight._version == version
+            for weight, (memory, version) in zip(weights, self.sources, strict=True)
+        )
 
 
 def _are_rows(*states: Tensor) -> bool:
