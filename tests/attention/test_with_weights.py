@@ -74,9 +74,10 @@ def with_gradients(
 @pytest.mark.parametrize("value_dim", [0, 16])
 @pytest.mark.parametrize("keys", [50, 1100])
 @pytest.mark.parametrize("queries", [1, 3, 16, 40])
-def test_weights_of_large_scores_sum_to_one(queries: int, keys: int, value_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [64, 33])  # a scale that is exact, and one that is not
+def test_weights_of_large_scores_sum_to_one(head_dim: int, queries: int, keys: int, value_dim: int) -> None:
     """Scores of 1e6 are rounded to sixteenths: where the LSE is of others than the weights are, sums show it."""
-    query, key = torch.randn(1, 1, queries, 64) * 1e6, torch.randn(1, 1, keys, 64)
+    query, key = torch.randn(1, 1, queries, head_dim) * 1e6, torch.randn(1, 1, keys, head_dim)
     value = torch.randn(1, 1, keys, value_dim)
     _, _, weights = ours(query, key, value, average_heads=False)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, queries), rtol=0, atol=1e-4)

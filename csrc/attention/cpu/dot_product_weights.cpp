@@ -91,16 +91,21 @@ class Weights {
       return;
     }
     const int64_t from = begin / kKeyStep<P> * kKeyStep<P>, to = round_up(end, kKeyStep<P>);
-    if (biased_) ScoreTransform<C>(args_).apply(scores, bias, from, to);
+    // A large LSE is one of scores that were rounded, and so must these be.
+    const ScoreTransform<C> transform(args_);
+    const bool large = !(std::abs(lse) < kLargeExponent<C> * C(0.75));  // an lse is ln 2 of an exponent
+    if (biased_) transform.apply(scores, bias, from, to);
+    else if (large) transform.apply_scale(scores, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);
     std::fill(scores + end, scores + to, kMinusInfinity<C>);
-    const Vec<C> factor(factor_);
+    const Vec<C> factor(factor_), base(kLogBase<C>), from_lse(lse);
     const Shift<C> shift(lse, biased_ ? kLogBase<C> : exponent_of_score(factor_, args_.scale));
     C z[kBlockKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, i, j + from, to - from, z);
 #pragma GCC unroll 4
     for (int64_t e = from; e < to; e += kWidth) {
-      Vec<C> weight = shift.weight(Vec<C>::loadu(scores + e), factor);
+      const Vec<C> t = Vec<C>::loadu(scores + e);
+      Vec<C> weight = large ? power((t - from_lse) * base) : shift.weight(t, factor);
       if (dropout_.acts()) weight = weight * Vec<C>::loadu(z + e - from);
       (Vec<C>::loadu(sums + e) + weight).store(sums + e);
     }
