@@ -68,7 +68,9 @@ class _Cell(nn.RNNCellBase):
             return None
         if input.shape != (1, self.input_size) or input.dtype != ih.dtype or input.device != ih.device:
             return None
-        return packed.weights if packed.is_of(ih, hh) else None  # not: functional_call, an assignment, a step
+        if not (packed.ih.is_still(ih) and packed.hh.is_still(hh)):
+            return None  # torch.func.functional_call, an assignment, an optimizer's step
+        return packed.weights
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -221,23 +223,26 @@ def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tenso
         return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
+class _Source:
+    """A weight as it was: its memory, kept, so that no other gets its address, and how often it had been written."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.memory = weight.detach()
+        self.address, self.stride, self.version = weight.data_ptr(), weight.stride(), weight._version
+
+    def is_still(self, weight: Tensor) -> bool:
+        if weight.data_ptr() != self.address or weight.is_inference():
+            return False
+        return weight._version == self.version and weight.stride() == self.stride
+
+
 class _Packed:
-    """Weights, packed, and what they were packed from: their memory, kept, so that no other weight gets its address,
-    and how often it had been written."""
+    """Weights, packed, and what they were packed from."""
 
     def __init__(self, ih: Tensor, hh: Tensor, gates: int) -> None:
-        self.sources = [(weight.detach(), weight._version) for weight in (ih, hh)]
+        self.ih, self.hh = _Source(ih), _Source(hh)
         with torch.no_grad():
             self.weights = (_pack(ih, gates), _pack(hh, gates))
-
-    def is_of(self, *weights: Tensor) -> bool:
-        return all(
-            weight.data_ptr() == memory.data_ptr()
-            and weight.stride() == memory.stride()
-            and not weight.is_inference()
-            and weight._version == version
-            for weight, (memory, version) in zip(weights, self.sources, strict=True)
-        )
 
 
 def _are_rows(*states: Tensor) -> bool:
