@@ -60,7 +60,7 @@ at::ScalarType arithmetic_of(at::ScalarType result) { return result == at::kDoub
 // In a cache's reach an element takes about a quarter of a nanosecond.
 int64_t row_cost(int64_t terms, int64_t rows, int64_t width) { return (terms / rows + 1) * width / 4 + 1; }
 
-void sum_rows(const WeightedRows& args, int64_t terms, c10::Device device) {
+void run_weighted_rows(const WeightedRows& args, int64_t terms, c10::Device device) {
   launch<weighted_rows_kernel, LECT11EXT_CUDA_KERNEL(weighted_rows)>(args, args.rows,
                                                                      row_cost(terms, args.rows, args.width), device);
 }
@@ -87,7 +87,7 @@ Tensor kernel_decode(const Tensor& values, const Tensor& indices, const Tensor& 
   args.bias = added.defined() ? added.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
-  sum_rows(args, terms.numel(), out.device());
+  run_weighted_rows(args, terms.numel(), out.device());
   return out;
 }
 
@@ -171,7 +171,7 @@ Tensor kernel_outer(const Tensor& values, const Tensor& indices, const Tensor& d
   args.stride = table.stride(0);
   args.out = out.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
-  sum_rows(args, terms.numel(), out.device());
+  run_weighted_rows(args, terms.numel(), out.device());
   return out;
 }
 

@@ -18,14 +18,8 @@ from ctypes import (
 from pathlib import Path
 from typing import Any
 
+import attention_structs
 import torch
-from attention_structs import (
-    AttentionBackward,
-    AttentionBackwardTangent,
-    AttentionForward,
-    AttentionTangent,
-    DropoutMask,
-)
 from corruption_structs import CorruptionDrift, CorruptionReplace
 from hashing_structs import (
     Binarize,
@@ -290,11 +284,11 @@ ENTRIES = {
     "gru_gates_backward": GruGatesBackward,
     "layer_forward": LayerCuda,
     "layer_backward": LayerCudaBackward,
-    "attention_forward": AttentionForward,
-    "attention_backward": AttentionBackward,
-    "attention_tangent": AttentionTangent,
-    "attention_backward_tangent": AttentionBackwardTangent,
-    "attention_dropout_mask": DropoutMask,
+    "attention_forward": attention_structs.AttentionForward,
+    "attention_backward": attention_structs.AttentionBackward,
+    "attention_tangent": attention_structs.AttentionTangent,
+    "attention_backward_tangent": attention_structs.AttentionBackwardTangent,
+    "attention_dropout_mask": attention_structs.DropoutMask,
 }
 
 
@@ -332,7 +326,7 @@ class Kernels:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Output, Integers)):
+    if isinstance(value, Output):
         return value.tensor.data_ptr()
     if isinstance(value, Tensor):
         return value.data_ptr()
@@ -385,20 +379,13 @@ class Output:
         return self.tensor
 
 
-class Integers:
-    """Memory for a kernel to write: 77 between two bands that must stay as they are."""
+class Integers(Output):
+    """The same for types that have no NaN: 77 everywhere at first."""
 
-    BAND, FRESH = 64, 77
+    SENTINEL = 77
 
     def __init__(self, *size: int, dtype: torch.dtype) -> None:
-        numel = torch.Size(size).numel()
-        self.memory = torch.full((numel + 2 * self.BAND,), self.FRESH, dtype=dtype)
-        self.tensor = self.memory[self.BAND : self.BAND + numel].view(size)
-
-    def checked(self) -> Tensor:
-        assert (self.memory[: self.BAND] == self.FRESH).all(), "written before the output's begin"
-        assert (self.memory[-self.BAND :] == self.FRESH).all(), "written beyond the output's end"
-        return self.tensor
+        super().__init__(*size, dtype=dtype, like=torch.tensor(self.SENTINEL))
 
 
 def assert_near(actual: Tensor, expected: Tensor, *, units: float, atol: float = 0.0) -> None:

@@ -186,15 +186,13 @@ class Gradients {
   void add_products(const AttentionSequence& s, const PanelRows& seen, int64_t head, int64_t part, int64_t i,
                     int64_t count, int64_t j, int64_t width) {
     constexpr int kLast = kTangent ? 1 : 0;  // what the gradients themselves, or their tangents, are made of
-    const auto across = [&](const Matrix<const P>& weights, const Factor<P>& factor, const Matrix<C>& sums,
-                            int64_t columns) { add_across<P>(seen, count, weights, factor, width, sums, columns); };
     if (args_.grad_value != nullptr) {
-      across(weights(kLast), grad_[0], value_sums_, value_columns_);
-      if (kTangent) across(weights(0), grad_[1], value_sums_, value_columns_);
+      add_across<P>(seen, count, weights(kLast), grad_[0], width, value_sums_, value_columns_);
+      if (kTangent) add_across<P>(seen, count, weights(0), grad_[1], width, value_sums_, value_columns_);
     }
     if (args_.grad_key != nullptr) {
-      across(score_grads(kLast), query_[0], key_sums_, columns_);
-      if (kTangent) across(score_grads(0), query_[1], key_sums_, columns_);
+      add_across<P>(seen, count, score_grads(kLast), query_[0], width, key_sums_, columns_);
+      if (kTangent) add_across<P>(seen, count, score_grads(0), query_[1], width, key_sums_, columns_);
     }
     if (args_.grad_query == nullptr) return;
     const int64_t row =
@@ -281,7 +279,7 @@ class Gradients {
     const Vec<C> delta_t(kTangent ? delta_t_[g * args_.queries + i + r] : C(0));
     const Vec<C> lse_t(kTangent ? static_cast<const C*>(args_.lse_t)[at] : C(0));
     const bool keeps_bias = args_.grad_mask != nullptr;
-    const bool fast = !has_bias_ && std::abs(lse) < kLargeExponent<C> * C(0.75);  // an lse is ln 2 of an exponent
+    const bool fast = !has_bias_ && !is_large(lse);
     C z[kKeys + kPanelKeys];
     if (dropout_.acts()) dropout_.factors(s.batch, head, s.query_start + i + r, j + from, to - from, z);
     const auto kept_at = [&](int64_t e) { return dropout_.acts() ? Vec<C>::loadu(z + e - from) : Vec<C>(C(1)); };

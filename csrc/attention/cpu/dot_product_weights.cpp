@@ -91,9 +91,8 @@ class Weights {
       return;
     }
     const int64_t from = begin / kKeyStep<P> * kKeyStep<P>, to = round_up(end, kKeyStep<P>);
-    // A large LSE is one of scores that were rounded, and so must these be.
     const ScoreTransform<C> transform(args_);
-    const bool large = !(std::abs(lse) < kLargeExponent<C> * C(0.75));  // an lse is ln 2 of an exponent
+    const bool large = is_large(lse);
     if (biased_) transform.apply(scores, bias, from, to);
     else if (large) transform.apply_scale(scores, from, to);
     std::fill(scores + from, scores + begin, kMinusInfinity<C>);

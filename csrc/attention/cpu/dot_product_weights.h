@@ -13,6 +13,12 @@ inline double exponent_of_score(C factor, double scale) {
   return has_factor ? factor / scale : kLogBase<C>;
 }
 
+// Whether the LSE is of scores that were rounded, so that weights must be of these too; an lse is ln 2 of an exponent.
+template <class C>
+inline bool is_large(C lse) {
+  return !(std::abs(lse) < kLargeExponent<C> * C(0.75));
+}
+
 // −lse as an exponent of the base, in two parts: the greatest weights have the least exponents, and what the product's
 // rounding leaves would be most of their error.
 template <class C>

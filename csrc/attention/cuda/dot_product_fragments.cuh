@@ -12,9 +12,6 @@ namespace lect11ext::cuda {
 
 template <class S>
 inline constexpr bool kIsHalf = sizeof(S) == 2;
-// Whether the compiler is to know where rows lie in shared memory: doubles' products take longer than finding that out.
-template <class S>
-inline constexpr bool kIsFast = sizeof(S) < 8;
 template <class S>
 inline constexpr int kDepth = kIsHalf<S> ? 16 : 8;
 // Tiles of eight columns whose right operands are loaded together.

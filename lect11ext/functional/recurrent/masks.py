@@ -41,9 +41,8 @@ def normed_sums(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The input's part of the sums of all steps, normalised over all gates' units, without its bias."""
     sums = linear(input, weight)
     if forward_ad._current_level < 0:
-        if (
-            sums.dtype == torch.float16
-        ):  # which has not the cube of 1/√ε, in its second derivatives: of padding's zeros, say
+        # float16 has not the cube of 1/√ε, in the second derivatives: of padding's zeros, say.
+        if sums.dtype == torch.float16:
             return layer_norm(sums.float(), scale.shape, scale.float()).half()
         return layer_norm(sums, scale.shape, scale)
     # Under forward-mode AD, torch.func.jvp's too, step by step: gradients of layer_norm's own tangents, as in
