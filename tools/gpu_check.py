@@ -156,6 +156,7 @@ def tests(run: Run, name: str = "tests", pattern: str = "**/test_*.py", **enviro
         return
     shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 2) - 2))
     arguments = ["-q", "-m", "not slow and not cpu", "-p", "no:cacheprovider", "-p", "tests.shards", "--no-header"]
+    arguments += ["--continue-on-collection-errors"]  # one file's is not to cost all others their minutes
     arguments += ["--tb=short", "--device", "cuda", "--shards", str(shards)]
     if importlib.util.find_spec("xdist"):
         arguments += ["-p", "no:xdist"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -182,6 +183,23 @@ def test_a_mask_of_the_least_number_is_no_bar(kernels: Kernels, keys: int, dtype
     assert lse[:, :, 3].isfinite().all()
     case.tensors["mask"][:, :, 3] = 0
     check_forward(kernels, case)
+
+
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan, 0.9999 * torch.finfo(F32).max])
+@pytest.mark.parametrize("options", [{}, {"window": CAUSAL}, {"mask": "bool"}, {"dropout": 0.2}], ids=str)
+def test_floats_known_to_be_finite_have_the_same_bits(
+    kernels: Kernels, options: dict[str, Any], bad: float | None
+) -> None:
+    """Rows that lie askew are not asked whether they are finite (FloatScan in dot_product_finite.cuh)."""
+    results = []
+    for aligned in (True, False):
+        case = Attention(queries=40, keys=70, dim=24, value_dim=20, aligned=aligned, **options)
+        if bad is not None:
+            case.tensors["key"][0, 0, 11, 3] = case.tensors["value"][0, 1, 5, 7] = bad
+        saved = case.forward(kernels)
+        results.append([*saved, *case.backward(kernels, saved=saved).values()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25)) and (bad is not None or one.isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])

@@ -6,10 +6,10 @@
 
 namespace lect11ext::cuda {
 
-template <class S, Part kPart, int kBound>
-class Derivative : public DerivativeTiles<S, kPart, kBound> {
+template <class S, Part kPart, int kBound, bool kFinite = false>
+class Derivative : public DerivativeTiles<S, kPart, kBound, kFinite> {
  protected:
-  using Base = DerivativeTiles<S, kPart, kBound>;
+  using Base = DerivativeTiles<S, kPart, kBound, kFinite>;
   using Base::add_product;
   using Base::args_, Base::plan_, Base::group_, Base::kKeysAreRows, Base::kRowTiles, Base::kTiles;
   using Base::stage_at, Base::load_rows_of, Base::load_columns, Base::know_rows, Base::known_of_column;
@@ -194,8 +194,8 @@ class Derivative : public DerivativeTiles<S, kPart, kBound> {
     const int first_column = static_cast<int>(blockIdx.y) * kWidth;
     const auto add = [&](auto& out, int kind) {
       if (plan_.columns.of[kind] < 0) return;
-      multiply_columns<S>(out, sums.of[kind], stage_at(stage) + plan_.columns.of[kind], plan_.shape[kind % 2],
-                          first_column, seen, lane);
+      multiply_columns<kFinite, S>(out, sums.of[kind], stage_at(stage) + plan_.columns.of[kind], plan_.shape[kind % 2],
+                                   first_column, seen, lane);
     };
     if constexpr (P::kFirst) {
       add(state.first, 0);

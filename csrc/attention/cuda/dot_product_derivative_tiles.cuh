@@ -6,8 +6,9 @@
 
 namespace lect11ext::cuda {
 
-// kBound: of 16-bit types one of head_dim and value_dim, else of the columns of each sum that a block owns.
-template <class S, Part kPart, int kBound>
+// kBound: of 16-bit types one of head_dim and value_dim, else of the columns of each sum that a block owns. kFinite: as
+// in Fragment<float>::set.
+template <class S, Part kPart, int kBound, bool kFinite>
 struct DerivativeTiles {
   using P = Pairs<S, kPart>;
   using C = Compute<S>;
@@ -130,13 +131,13 @@ struct DerivativeTiles {
 
   // --- pairs
 
-  __device__ SharedRows<S> shared_rows(int kind, int m, const Lane& lane) const {
+  __device__ SharedRows<S, kFinite> shared_rows(int kind, int m, const Lane& lane) const {
     const TileShape<kDim>& shape = plan_.shape[kind % 2];
     return {rows_ + plan_.rows.of[kind] + (kRows * lane.warp + 16 * m) * shape.stride(), shape.stride()};
   }
 
-  __device__ GlobalRows<S> global_rows(const Sequence& sequence, int kind, int m, const Spot& spot,
-                                       const Lane& lane) const {
+  __device__ GlobalRows<S, kFinite> global_rows(const Sequence& sequence, int kind, int m, const Spot& spot,
+                                                const Lane& lane) const {
     const int64_t first = kKeysAreRows ? sequence.first_key : sequence.first_query;
     const int end = kKeysAreRows ? sequence.keys : sequence.queries;
     const auto row = [&](int i) -> const S* {
@@ -154,8 +155,8 @@ struct DerivativeTiles {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) sources[m] = source(m);
       // Scores are to have the bits that they had in the forward, whose rows are queries.
-      multiply_rows<kKeysAreRows>(sums, sources, stage_at(stage) + plan_.columns.of[column_kind],
-                                  plan_.shape[column_kind % 2], lane);
+      multiply_rows<kKeysAreRows, kFinite>(sums, sources, stage_at(stage) + plan_.columns.of[column_kind],
+                                           plan_.shape[column_kind % 2], lane);
     };
     // Of 16-bit types all rows have room in shared memory; wider ones may have to be read from global memory each time.
     if constexpr (!kIsHalf<S>) {

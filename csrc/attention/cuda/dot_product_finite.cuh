@@ -4,6 +4,7 @@
 // devices compute it once more: the host need not know. Finding out costs one read of the operands.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "attention/cuda/dot_product_score.cuh"
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kScanThreads) non_finite_kernel(const __grid_c
     const S* const from = row_of<S>(rows.operand, batch, unit - batch * rows.heads, row - unit * rows.positions);
     const Pack<S, kVector<S>> piece = Pack<S, kVector<S>>::load(from + (i - row * rows.pieces) * kVector<S>);
 #pragma unroll
-    for (int e = 0; e < kVector<S>; ++e) found = found || !(std::abs(piece[e]) < infinity<float>());
+    for (int e = 0; e < kVector<S>; ++e) found = found || !(std::abs(piece[e]) <= kMostSplit);
   }
   if (found) *flag = 1;  // all who write write the same
 }
@@ -52,6 +53,46 @@ const int* find_non_finite(std::initializer_list<ScannedRows> all, void* scratch
   }
   return flag;
 }
+
+// Floats are split for tensor cores by three instructions instead of five where all are at most kMostSplit. Whether
+// they are costs some launches and a read of the operands, which pays where there is much to do.
+class FloatScan {
+ public:
+  explicit FloatScan(const Attention& args, const AttentionOperand& grad_out = {}) : args_(args), grad_out_(grad_out) {}
+
+  bool pays() const {
+    const bool whole = args_.head_dim % kVector<float> == 0 && args_.value_dim % kVector<float> == 0;
+    if (args_.dtype != DType::Float || !whole) return false;
+    for (const AttentionOperand* operand : {&args_.query, &args_.key, &args_.value, &grad_out_}) {
+      if (!is_aligned<float>(*operand)) return false;
+    }
+    const auto sequences =
+        static_cast<double>(args_.query_starts == nullptr ? 1 : std::max<int64_t>(args_.sequences, 1));
+    const double pairs = static_cast<double>(args_.batch * args_.heads) * static_cast<double>(args_.queries) *
+                         static_cast<double>(args_.keys) / sequences;
+    return pairs * static_cast<double>(args_.head_dim + args_.value_dim) >= kScanPays;
+  }
+
+  int64_t scratch() const { return pays() ? kFlagBytes : 0; }
+
+  // Null where it does not pay.
+  const int* find(void* scratch, void* stream) const {
+    if (!pays()) return nullptr;
+    const auto rows = [&](const AttentionOperand& operand, int64_t heads, int64_t positions, int64_t columns) {
+      return ScannedRows{operand, args_.batch, heads, operand.data == nullptr ? 0 : positions,
+                         columns / kVector<float>};
+    };
+    return find_non_finite<float>({rows(args_.query, args_.heads, args_.queries, args_.head_dim),
+                                   rows(args_.key, args_.kv_heads, args_.keys, args_.head_dim),
+                                   rows(args_.value, args_.kv_heads, args_.keys, args_.value_dim),
+                                   rows(grad_out_, args_.heads, args_.queries, args_.value_dim)},
+                                  scratch, stream);
+  }
+
+ private:
+  const Attention& args_;
+  const AttentionOperand grad_out_;
+};
 
 }  // namespace
 }  // namespace lect11ext::cuda

@@ -9,12 +9,12 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-template <class S, int kWidth, bool kPlain>
+template <class S, int kWidth, bool kPlain, bool kFinite>
 __global__ void __launch_bounds__(kMostThreads, 1)
     forward_kernel(const __grid_constant__ AttentionForward args,
                    const __grid_constant__ typename ForwardShape<S, kWidth, kPlain>::Plan plan) {
-  if (plan.only_if != nullptr && *plan.only_if == 0) return;
-  Forward<S, kWidth, kPlain>(args, plan, dynamic_shared).run();
+  if (plan.only_if != nullptr && (*plan.only_if == 0) != kFinite) return;
+  Forward<S, kWidth, kPlain, kFinite>(args, plan, dynamic_shared).run();
 }
 
 // A warp a row: out = Σ e^(m_s − m) · out_s / Σ e^(m_s − m) · l_s over the splits, in their order.
@@ -102,13 +102,14 @@ typename ForwardShape<S, kWidth, kPlain>::Plan make_plan(const AttentionForward&
   return plan;
 }
 
-template <class S, int kWidth, bool kPlain>
+template <class S, int kWidth, bool kPlain, bool kFinite>
 void run(const AttentionForward& args, const typename ForwardShape<S, kWidth, kPlain>::Plan& plan, void* stream) {
   const int64_t blocks = plan.tiles.count() * (args.heads / plan.packed);
   if (blocks == 0) return;
   const dim3 grid(grid_size(blocks), static_cast<unsigned>(plan.chunks), static_cast<unsigned>(plan.splits));
-  reserve_shared(forward_kernel<S, kWidth, kPlain>);
-  launch(forward_kernel<S, kWidth, kPlain>, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+  reserve_shared(forward_kernel<S, kWidth, kPlain, kFinite>);
+  launch(forward_kernel<S, kWidth, kPlain, kFinite>, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args,
+         plan);
 }
 
 // Calls f with the storage type, the width of the value's columns that a block sums, and whether the kernel is plain.
@@ -144,7 +145,7 @@ int64_t attention_scratch(const AttentionForward& args) {
     bytes = splits * args.batch * args.heads * args.queries * (args.value_dim + 2) *
             static_cast<int64_t>(sizeof(Compute<S>));
   });
-  return bytes + hopper_scratch(args);
+  return bytes + hopper_scratch(args) + FloatScan(args).scratch();
 }
 
 void attention_forward(const AttentionForward& args, void* scratch, void* stream) {
@@ -152,18 +153,23 @@ void attention_forward(const AttentionForward& args, void* scratch, void* stream
   if (args.batch == 0 || args.heads == 0 || args.queries == 0) return;
   const HopperRun hopper = hopper_forward(args, scratch, stream);
   if (hopper.started && hopper.flag == nullptr) return;
-  if (hopper.started) scratch = static_cast<char*>(scratch) + kFlagBytes;
+  const int* const non_finite = FloatScan(args).find(scratch, stream);
+  if (hopper.started || non_finite != nullptr) scratch = static_cast<char*>(scratch) + kFlagBytes;
   with_kernel(args, [&](auto* type, auto width, auto plain) {
     using S = std::remove_pointer_t<decltype(type)>;
     using C = Compute<S>;
     auto plan = make_plan<S, width, plain>(args);
-    plan.only_if = hopper.flag;
     const int64_t rows = args.batch * args.heads * args.queries;
     plan.partial_largest = scratch;
     plan.partial_sum = static_cast<C*>(scratch) + plan.splits * rows;
     plan.partial_out = static_cast<C*>(scratch) + 2 * plan.splits * rows;
-    run<S, width, plain>(args, plan, stream);
+    plan.only_if = hopper.started ? hopper.flag : non_finite;
+    if constexpr (std::is_same_v<S, float>) {
+      if (non_finite != nullptr) run<S, width, plain, true>(args, plan, stream);
+    }
+    run<S, width, plain, false>(args, plan, stream);
     if (plan.splits > 1) {
+      plan.only_if = hopper.flag;
       launch(merge_kernel<S>, grid_stride_blocks(32 * rows, kMostThreads), kMostThreads, 0, stream, args, plan);
     }
   });

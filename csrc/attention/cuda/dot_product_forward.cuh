@@ -17,7 +17,7 @@ struct ForwardSettings {
   int warps;
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
   bool mask_pairs;
-  const int* only_if;  // null, or it says whether there is anything to do
+  const int* only_if;  // null, or whether there is anything to do: nothing at 0, or of a kernel for finite numbers else
   size_t shared_bytes;
   double unit;  // of what rows compare: the scale where these are products, else 1
   // Of splits, where there are several; C [splits, batch, heads, queries], and of sums of values [value_dim] more.
@@ -44,7 +44,7 @@ struct ForwardShape {
   using Plan = ForwardPlan<kDim>;
 };
 
-template <class S, int kWidth, bool kPlain>
+template <class S, int kWidth, bool kPlain, bool kFinite>
 class Forward {
   using C = Compute<S>;
   using Shape = ForwardShape<S, kWidth, kPlain>;
@@ -129,7 +129,7 @@ class Forward {
       return row_of<S>(args_.query, sequence.batch, row.head, sequence.first_query + row.query);
     });
     const int own_row = first_row + lane.warp * Shape::kRows;
-    SharedRows<S> sources[kRowTiles];
+    SharedRows<S, kFinite> sources[kRowTiles];
     Row own[kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -163,7 +163,7 @@ class Forward {
       if (tile.any) {
 #pragma unroll
         for (int i = 0; i < 4 * kRowTiles * kTiles; ++i) tile.sums[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = 0;
-        multiply_rows<false>(tile.sums, sources, keys, plan_.row, lane);
+        multiply_rows<false, kFinite>(tile.sums, sources, keys, plan_.row, lane);
       }
       copy_wait<0>();
       __syncthreads();  // the values are there, and nobody reads the keys
@@ -226,7 +226,8 @@ class Forward {
         }
       }
     }
-    multiply_columns<S>(state.out, tile.sums, values, plan_.value, static_cast<int>(blockIdx.y) * kWidth, seen, lane);
+    multiply_columns<kFinite, S>(state.out, tile.sums, values, plan_.value, static_cast<int>(blockIdx.y) * kWidth, seen,
+                                 lane);
   }
 
   // Binary logarithms in what scores are counted in: products before they are scaled, or scores.

@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) delta_kernel(
 template <class S, Part kPart, int kBound>
 using PlanOf = typename Derivative<S, kPart, kBound>::Plan;
 
-template <class S, Part kPart, int kBound>
+template <class S, Part kPart, int kBound, bool kFinite>
 __global__ void __launch_bounds__(kMostThreads, 1) derivative_kernel(
     const __grid_constant__ DerivativeArgs args, const __grid_constant__ PlanOf<S, kPart, kBound> plan) {
-  if (plan.only_if != nullptr && *plan.only_if == 0) return;
-  Derivative<S, kPart, kBound>(args, plan, dynamic_shared).run();
+  if (plan.only_if != nullptr && (*plan.only_if == 0) != kFinite) return;
+  Derivative<S, kPart, kBound, kFinite>(args, plan, dynamic_shared).run();
 }
 
 template <class S, Part kPart, int kBound>
@@ -161,9 +161,15 @@ void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, F
     const int64_t units = Pairs<S, kPart>::kKeysAreRows ? args.kv_heads : args.heads;
     const int64_t blocks = plan.tiles.count() * units;
     if (blocks == 0) return;
-    reserve_shared(derivative_kernel<S, kPart, kBound>);
-    launch(derivative_kernel<S, kPart, kBound>, dim3(grid_size(blocks), static_cast<unsigned>(plan.chunks)),
-           dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+    const dim3 grid(grid_size(blocks), static_cast<unsigned>(plan.chunks));
+    const auto start = [&](auto* kernel) {
+      reserve_shared(kernel);
+      launch(kernel, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
+    };
+    if constexpr (std::is_same_v<S, float> && (kPart == Part::Query || kPart == Part::Key)) {
+      if (plan.only_if != nullptr) start(derivative_kernel<S, kPart, kBound, true>);
+    }
+    start(derivative_kernel<S, kPart, kBound, false>);
   });
 }
 
@@ -203,6 +209,7 @@ struct BackwardRun {
       }
       bytes = numbers * static_cast<int64_t>(sizeof(Compute<S>));
       if constexpr (!kTangent && kIsHalf<S>) bytes = std::max(bytes + kFlagBytes, hopper_scratch(args));
+      if constexpr (!kTangent && std::is_same_v<S, float>) bytes += FloatScan(args, args.grad_out).scratch();
     });
     return bytes;
   }
@@ -219,6 +226,11 @@ struct BackwardRun {
         only_if = hopper.flag;
         scratch = static_cast<char*>(scratch) + kFlagBytes;
       }
+      const int* non_finite = nullptr;
+      if constexpr (!kTangent && std::is_same_v<S, float>) {
+        non_finite = FloatScan(args, args.grad_out).find(scratch, stream);
+        if (non_finite != nullptr) scratch = static_cast<char*>(scratch) + kFlagBytes;
+      }
       C* const delta = static_cast<C*>(scratch);
       C* const delta_t = kTangent ? delta + rows(args) : nullptr;
       C* const parts = delta + rows(args) * (kTangent ? 2 : 1);
@@ -230,7 +242,7 @@ struct BackwardRun {
         plan.delta = delta;
         plan.delta_t = delta_t;
         plan.mask_parts = parts;
-        plan.only_if = only_if;
+        plan.only_if = std::is_same_v<S, float> ? non_finite : only_if;
       };
       if (args.grad_query != nullptr) {
         run_derivative<S, kQuery>(args, args.head_dim, stream, [&](DerivativeSettings& plan) {

@@ -38,7 +38,7 @@ struct DerivativeSettings {
   // Of the mask's gradients.
   int64_t mask_sizes[4], splits;
   void* mask_parts;    // C [splits, the mask's elements]
-  const int* only_if;  // null, or it says whether there is anything to do
+  const int* only_if;  // null, or whether there is anything to do: nothing at 0, or of a kernel for finite numbers else
 };
 
 template <int kDim>

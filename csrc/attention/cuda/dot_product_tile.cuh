@@ -240,22 +240,24 @@ template <int kTiles>
 inline constexpr uint32_t kAllRows = static_cast<uint32_t>((uint64_t{1} << (2 * kTiles)) - 1);
 
 // Sixteen rows of a left operand, in shared memory.
-template <class S>
+template <class S, bool kFinite>
 struct SharedRows {
   const S* rows;
   int stride;
 
-  __device__ Left<S> load(int column, const Lane& lane) const { return left_of_shared(rows, stride, column, lane); }
+  __device__ Left<S> load(int column, const Lane& lane) const {
+    return left_of_shared<kFinite>(rows, stride, column, lane);
+  }
 };
 
 // Of a lane, in global memory: null where there are none.
-template <class S>
+template <class S, bool kFinite>
 struct GlobalRows {
   const S *low, *high;
   int columns;
 
   __device__ Left<S> load(int column, const Lane& lane) const {
-    return left_of_global(low, high, column, columns, lane);
+    return left_of_global<kFinite>(low, high, column, columns, lane);
   }
 };
 
@@ -263,59 +265,73 @@ struct GlobalRows {
 //
 // A row that fills its room is one straight line of code, in which what is multiplied next is loaded ahead; else loads
 // do not pass a branch, which comes after two steps.
-template <bool kMirrored, int kDim, class S, class Rows, int kRowTiles, int kTiles>
+template <bool kMirrored, bool kFinite, int kDim, class S, class Rows, int kRowTiles, int kTiles>
 __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], const Rows (&rows)[kRowTiles],
                                      const S* tile, const TileShape<kDim>& shape, const Lane& lane) {
+  constexpr int kTogether = std::min(tiles_together<S>(kRowTiles), kTiles), kStep = kPieces<S> * kDepth<S>;
   const auto step = [&](int column) {
-    Left<S> left[kRowTiles];
+    Left<S> left[kPieces<S>][kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) left[m] = rows[m].load(column, lane);
+    for (int i = 0; i < kPieces<S> * kRowTiles; ++i) {
+      const int piece = i / kRowTiles, m = i % kRowTiles;
+      left[piece][m] = rows[m].load(column + piece * kDepth<S>, lane);
+    }
 #pragma unroll
-    for (int n = 0; n < kTiles; n += kTogether<S>) {
-      Right<S> right[kTogether<S>];
-      right_of_rows(right, tile + 8 * n * shape.stride(), shape.stride(), column, lane);
+    for (int n = 0; n < kTiles; n += kTogether) {
+      Right<S> right[kPieces<S>][kTogether];
+#pragma unroll
+      for (int piece = 0; piece < kPieces<S>; ++piece) {
+        const S* const from = tile + 8 * n * shape.stride();
+        right_of_rows<kFinite>(right[piece], from, shape.stride(), column + piece * kDepth<S>, lane);
+      }
       multiply<S, kMirrored>(left, right, [&](int m, int t) -> auto& { return sums[m][n + t]; });
     }
   };
   if constexpr (kDim > 0) {
     if (shape.full()) {
 #pragma unroll
-      for (int column = 0; column < kDim; column += kDepth<S>) step(column);
+      for (int column = 0; column < kDim; column += kStep) step(column);
       return;
     }
   }
-#pragma unroll 2
-  for (int column = 0; column < shape.padded(); column += kDepth<S>) step(column);
+  [[maybe_unused]] constexpr int kStepsAtOnce = 2 / kPieces<S>;  // unknown to compilers of the host
+#pragma unroll kStepsAtOnce
+  for (int column = 0; column < shape.padded(); column += kStep) step(column);
 }
 
 // out += weights · tile, for the tile's columns first_column … first_column + columns − 1. Of its rows those count that
 // `rows_seen` names, the same in all lanes with one q.
-template <class S, int kDim, int kRowTiles, int kTiles, int kColumns>
+template <bool kFinite, class S, int kDim, int kRowTiles, int kTiles, int kColumns>
 __device__ inline void multiply_columns(
     Compute<S> (&out)[kRowTiles][kColumns][4], const Compute<S> (&weights)[kRowTiles][kTiles][4], const S* tile,
     const TileShape<kDim>& shape, int first_column, uint32_t rows_seen, const Lane& lane) {
-  constexpr int kTilesOfDepth = kDepth<S> / 8;
+  constexpr int kTilesOfDepth = kDepth<S> / 8, kTogether = tiles_together<S>(kRowTiles);
   // Loads pass products only between branches. What lies beyond the last column is summed to what nobody writes.
-  constexpr int kColumnsAtOnce = kDim > 0 ? 4 : kTogether<S>;
+  constexpr int kColumnsAtOnce = kDim > 0 ? 4 : kTogether;
   const int columns = shape.columns - first_column;
   const auto sum = [&](auto plain) {
 #pragma unroll
-    for (int part = 0; part < kTiles / kTilesOfDepth; ++part) {
-      Left<S> left[kRowTiles];
+    for (int part = 0; part < kTiles / kTilesOfDepth; part += kPieces<S>) {
+      Left<S> left[kPieces<S>][kRowTiles];
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) left[m] = left_of_sums<S>(weights[m], part);
-      const S* const from = tile + part * kDepth<S> * shape.stride();
-      const uint32_t seen = plain ? ~0u : rows_seen >> (2 * kTilesOfDepth * part);
+      for (int i = 0; i < kPieces<S> * kRowTiles; ++i) {
+        left[i / kRowTiles][i % kRowTiles] = left_of_sums<S>(weights[i % kRowTiles], part + i / kRowTiles);
+      }
 #pragma unroll
-      for (int n = 0; n < kColumns; n += kTogether<S>) {
+      for (int n = 0; n < kColumns; n += kTogether) {
         if (!plain && n % kColumnsAtOnce == 0 && 8 * n >= columns) break;
-        Right<S> right[kTogether<S>];
-        right_of_columns(right, from, shape.stride(), first_column + 8 * n, seen, lane);
+        Right<S> right[kPieces<S>][kTogether];
+#pragma unroll
+        for (int piece = 0; piece < kPieces<S>; ++piece) {
+          const S* const from = tile + (part + piece) * kDepth<S> * shape.stride();
+          const uint32_t seen = plain ? ~0u : rows_seen >> (2 * kTilesOfDepth * (part + piece));
+          right_of_columns<kFinite>(right[piece], from, shape.stride(), first_column + 8 * n, seen, lane);
+        }
         multiply<S>(left, right, [&](int m, int t) -> auto& { return out[m][n + t]; });
       }
     }
   };
-  if constexpr (kDim > 0) {
+  if constexpr (kDim > 0 || std::is_same_v<S, float>) {
     if (columns >= 8 * kColumns && __all_sync(~0u, (rows_seen & kAllRows<kTiles>) == kAllRows<kTiles>)) {
       return sum(std::true_type{});
     }
