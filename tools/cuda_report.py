@@ -1,4 +1,5 @@
-"""Compiles every CUDA kernel with nvcc alone and prints its registers, spilled bytes and shared memory.
+"""Compiles every CUDA kernel and the programs of tools/ with nvcc alone, and prints each kernel's registers, spilled
+bytes and shared memory.
 
     python3 tools/cuda_report.py [-j N] [--arch 80 90a 100] [--only TEXT]
 
@@ -21,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["80", "90a", "100"]  # those of cmake/cuda.cmake
-OPTIONS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-I", str(ROOT / "csrc"), "-c"]
+OPTIONS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+OPTIONS += ["-I", str(ROOT / "tools"), "-c"]
 
 
 @dataclass
@@ -101,7 +103,8 @@ def main() -> int:
     if nvcc is None:
         print("nvcc was not found: put it on PATH, or set CUDA_HOME.", file=sys.stderr)
         return 1
-    sources = [path for path in sorted(ROOT.glob("csrc/**/cuda/*.cu")) if options.only in str(path.relative_to(ROOT))]
+    everything = [*sorted(ROOT.glob("csrc/**/cuda/*.cu")), *sorted(ROOT.glob("tools/*.cu"))]
+    sources = [path for path in everything if options.only in str(path.relative_to(ROOT))]
     jobs = [(nvcc, source, architecture) for source in sources for architecture in options.arch]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda job: compile_one(*job), jobs))

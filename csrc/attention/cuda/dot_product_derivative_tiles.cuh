@@ -6,14 +6,20 @@
 
 namespace lect11ext::cuda {
 
-// kBound: of 16-bit types one of head_dim and value_dim, else of the columns of each sum that a block owns. kFinite: as
-// in Fragment<float>::set.
+// The backward's of floats, without tangents, which has kernels for more cases than others.
+template <class S, Part kPart>
+inline constexpr bool kFloatBackward = std::is_same_v<S, float> && (kPart == Part::Query || kPart == Part::Key);
+// Whether kBound is one of head_dim and value_dim; else it is one of the columns of each sum that a block owns.
+template <class S, Part kPart>
+inline constexpr bool kBoundsRows = kIsHalf<S> || kFloatBackward<S, kPart>;
+
+// kFinite: as in Fragment<float>::set.
 template <class S, Part kPart, int kBound, bool kFinite>
 struct DerivativeTiles {
   using P = Pairs<S, kPart>;
   using C = Compute<S>;
   using Known = typename P::Known;
-  static constexpr int kDim = kIsHalf<S> ? kBound : 0;
+  static constexpr int kDim = kIsHalf<S> || (kFloatBackward<S, kPart> && kBound <= 128) ? kBound : 0;
   // Columns of each sum that a block owns.
   static constexpr int kWidth = std::min(kBound, sizeof(S) < 8 && kPart != Part::KeyTangent ? 128 : 64);
   using Plan = DerivativePlan<kDim>;

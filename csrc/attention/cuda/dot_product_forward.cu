@@ -123,8 +123,8 @@ void with_kernel(const AttentionForward& args, F f) {
       }
       f(type, width, std::false_type{});
     };
-    // Of 16-bit types it is a bound of head_dim too.
-    const int64_t columns = sizeof(*type) == 2 ? std::max(args.head_dim, args.value_dim) : args.value_dim;
+    // But for doubles it is a bound of head_dim too.
+    const int64_t columns = sizeof(*type) < 8 ? std::max(args.head_dim, args.value_dim) : args.value_dim;
     if (columns <= 64) return with_plain(std::integral_constant<int, 64>{});
     if constexpr (sizeof(*type) < 8) {
       if (columns > 128) return with_plain(std::integral_constant<int, 256>{});

@@ -34,7 +34,7 @@ struct ForwardPlan : ForwardSettings {
 // kPlain: without mask, ALiBi, softcap and dropout, and with a positive scale.
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
-  static constexpr int kDim = kIsHalf<S> ? kWidth : 0;
+  static constexpr int kDim = kIsHalf<S> || (std::is_same_v<S, float> && kWidth <= 128) ? kWidth : 0;
   static constexpr int kRowTiles = sizeof(S) < 8 && kWidth <= 128 ? 2 : 1;
   static constexpr int kKeys = sizeof(S) == 8             ? (kWidth == 64 ? 16 : 8)
                                : !kIsHalf<S>              ? 32

@@ -140,8 +140,8 @@ inline int64_t mask_numel(const DerivativeSettings& plan) {
 template <class S, Part kPart, class F>
 void with_bound(const DerivativeArgs& args, int64_t columns, F f) {
   constexpr bool kWide = kIsHalf<S> || (sizeof(S) == 4 && kPart != Part::KeyTangent && !Pairs<S, kPart>::kOfMask);
-  if constexpr (kIsHalf<S>) columns = std::max(args.head_dim, args.value_dim);
-  if constexpr (kIsHalf<S>) {
+  if constexpr (kBoundsRows<S, kPart>) {
+    columns = std::max(args.head_dim, args.value_dim);
     if (columns > 128) return f(std::integral_constant<int, 256>{});
   }
   if constexpr (kWide) {
@@ -166,7 +166,7 @@ void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, F
       reserve_shared(kernel);
       launch(kernel, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
     };
-    if constexpr (std::is_same_v<S, float> && (kPart == Part::Query || kPart == Part::Key)) {
+    if constexpr (kFloatBackward<S, kPart>) {
       if (plan.only_if != nullptr) start(derivative_kernel<S, kPart, kBound, true>);
     }
     start(derivative_kernel<S, kPart, kBound, false>);

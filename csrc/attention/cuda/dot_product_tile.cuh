@@ -263,8 +263,8 @@ struct GlobalRows {
 
 // sums += rows · tileᵀ for 8 · kTiles rows of a tile. kMirrored: as in multiply.
 //
-// A row that fills its room is one straight line of code, in which what is multiplied next is loaded ahead; else loads
-// do not pass a branch, which comes after two steps.
+// Of 16-bit types a row that fills its room is one straight line of code, in which what is multiplied next is loaded
+// ahead; else loads do not pass a branch, which comes after two steps.
 template <bool kMirrored, bool kFinite, int kDim, class S, class Rows, int kRowTiles, int kTiles>
 __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], const Rows (&rows)[kRowTiles],
                                      const S* tile, const TileShape<kDim>& shape, const Lane& lane) {
@@ -287,7 +287,7 @@ __device__ inline void multiply_rows(Compute<S> (&sums)[kRowTiles][kTiles][4], c
       multiply<S, kMirrored>(left, right, [&](int m, int t) -> auto& { return sums[m][n + t]; });
     }
   };
-  if constexpr (kDim > 0) {
+  if constexpr (kDim > 0 && kIsHalf<S>) {
     if (shape.full()) {
 #pragma unroll
       for (int column = 0; column < kDim; column += kStep) step(column);
