@@ -143,14 +143,14 @@ void gates() {
   LstmGates lstm{kRows,     kCols,      DType::Float, false,  pre.data,   bias.data,
                  bias.data, state.data, kCols,        h.data, c_out.data, kept.data};
   report("LSTM gates forward", 11 * of_state, [&] { cuda::lstm_gates_forward(lstm, nullptr); });
-  LstmGatesBackward lstm_backward{kRows,     kCols,      DType::Float, false,      h.data,   c.data,       INFINITY,
+  LstmGatesBackward lstm_backward{kRows,     kCols,      DType::Float, false,      h.data,   c.data, INFINITY,
                                   kept.data, state.data, kCols,        c_out.data, pre.data, h.data};
   report("LSTM gates backward", 13 * of_state, [&] { cuda::lstm_gates_backward(lstm_backward, nullptr); });
   GruGates gru{kRows,     kCols,      DType::Float, GruStage::After, pre.data, hidden.data, bias.data,
                bias.data, state.data, kCols,        nullptr,         h.data,   kept.data};
   report("GRU gates forward", 12 * of_state, [&] { cuda::gru_gates_forward(gru, nullptr); });
-  GruGatesBackward gru_backward{kRows,      kCols, DType::Float, GruStage::After, h.data,      INFINITY,     kept.data,
-                                state.data, kCols, nullptr,      pre.data, hidden.data, c.data};
+  GruGatesBackward gru_backward{kRows,      kCols, DType::Float, GruStage::After, h.data,      INFINITY, kept.data,
+                                state.data, kCols, nullptr,      pre.data,        hidden.data, c.data};
   report("GRU gates backward", 13 * of_state, [&] { cuda::gru_gates_backward(gru_backward, nullptr); });
 }
 

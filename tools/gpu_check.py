@@ -45,14 +45,13 @@ SANITIZER_SHARES = 3  # processes of a sanitizer, each with a share of the cases
 MOST_RESTARTS = 8  # of one of them, behind a test that took its process along
 GENERAL = {"LECT11EXT_ATTENTION_HOPPER": "0"}  # without attention's kernels of sm_90a
 # Programs that need no torch, each with the kernels that it tries.
+ATTENTION = [
+    *(f"attention/cuda/dot_product_{name}.cu" for name in ("forward", "backward", "hopper_forward", "hopper_backward")),
+    "common/cuda/tensor_map.cu",
+]
 PROGRAMS = {
-    "attention_on_gpu": [
-        *(
-            f"attention/cuda/dot_product_{name}.cu"
-            for name in ("forward", "backward", "hopper_forward", "hopper_backward")
-        ),
-        "common/cuda/tensor_map.cu",
-    ],
+    "attention_on_gpu": ATTENTION,
+    "float_attention_on_gpu": ATTENTION,
     "layer_on_gpu": [f"recurrent/cuda/layer{name}.cu" for name in ("", "_backward", "_dataflow", "_dataflow_backward")],
     "elementwise_on_gpu": [
         *(f"autoencoder/cuda/{name}.cu" for name in ("variational", "corruption", "penalties", "reconstruction")),

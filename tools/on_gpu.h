@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -43,7 +44,10 @@ struct Device {
     constexpr size_t kDrawn = 1000003;  // repeated, since drawing takes longer than all the rest
     std::normal_distribution<float> normal(0, spread);
     std::vector<T> host(std::min(count, kDrawn));
-    for (T& x : host) x = T(__float2bfloat16(normal(random)));
+    for (T& x : host) {
+      if constexpr (std::is_same_v<T, S>) x = __float2bfloat16(normal(random));
+      else x = T(normal(random));  // with all bits, since some kernels split them
+    }
     cuda::check(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
     for (size_t done = host.size(); done < count; done *= 2) {
       const size_t more = std::min(done, count - done);
