@@ -143,6 +143,7 @@ def test_no_rows() -> None:
 
 
 X = torch.zeros(2, 9, dtype=torch.float64)
+NESTED = torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,8 @@ X = torch.zeros(2, 9, dtype=torch.float64)
         (functional.jacobian_penalty, (encoder(), X), {"num_probes": 0}, ValueError, "num_probes must be at least 1"),
         (functional.jacobian_penalty, (encoder(), X), {"num_probes": 1.5}, TypeError, "num_probes must be an int or"),
         (functional.jacobian_penalty, (encoder(), X), {"num_probes": True}, TypeError, "num_probes must be an int or"),
+        (functional.jacobian_penalty, (encoder(), X), {"key": KEY, "generator": 7}, TypeError, "generator must be a"),
+        (functional.jacobian_penalty, (encoder(), NESTED), {}, TypeError, "input must have rows of one size, but got"),
         (functional.jacobian_penalty, (encoder(), X[0, 0]), {}, ValueError, "input must have a batch dimension"),
         (functional.jacobian_penalty, (lambda v: v.sum(), X), {}, ValueError, r"encoder must return one code a row"),
         (functional.jacobian_penalty, (lambda v: v.sum(0), X), {}, ValueError, r"one code a row, \[2, \*\], but got"),

@@ -79,6 +79,10 @@ def test_wrong_types_of_options_are_named() -> None:
         functional.lstm_cell(X, (H, H), W, U, candidate=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="grad_clip must be a float or an int or None, but got str"):
         functional.lstm_cell(X, (H, H), W, U, grad_clip="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="grad_clip must be a float or an int or None, but got bool"):
+        functional.lstm_cell(X, (H, H), W, U, grad_clip=True)
+    with pytest.raises(TypeError, match="grad_clip must be a float or an int or None, but got bool"):
+        functional.gru_cell(X, H, W[:21], U[:21], grad_clip=False)
     with pytest.raises(TypeError, match="reset_after must be a bool, but got str"):
         functional.gru_cell(X, H, W[:21], U[:21], reset_after="no")  # type: ignore[arg-type]
 

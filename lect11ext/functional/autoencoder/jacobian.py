@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, jacrev, vjp, vmap
 
-from ..._errors import OPTIONAL_INT, TENSOR, check_range, check_type
+from ..._errors import OPTIONAL_GENERATOR, OPTIONAL_INT, TENSOR, check_range, check_type
 from ..random import philox_key, philox_normal, words_of_normals
 
 Encoder = Callable[[Tensor], Tensor]
@@ -59,6 +59,7 @@ def jacobian_penalty(
         (torch.Size([8, 3]), torch.Size([8]))
     """
     _check(encoder, input)
+    check_type("generator", generator, OPTIONAL_GENERATOR)
     check_type("num_probes", num_probes, OPTIONAL_INT)
     check_range("num_probes", num_probes)
     if num_probes is not None and num_probes < 1:
@@ -90,6 +91,8 @@ def _check(encoder: Encoder, input: Tensor) -> None:
     if not callable(encoder):
         raise TypeError(f"encoder must be callable, but got {type(encoder).__name__}")
     check_type("input", input, TENSOR)
+    if input.is_nested:
+        raise TypeError("input must have rows of one size, but got a nested tensor")
     if not input.is_floating_point():
         raise TypeError(f"input must have a floating-point type, but got {input.dtype}")
     if input.dim() == 0:

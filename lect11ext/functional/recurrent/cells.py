@@ -8,6 +8,7 @@ from torch import Tensor
 from ..._errors import OPTIONAL_NUMBER, OPTIONAL_TENSOR, TENSOR, check_type, wrong_type
 from ..._load import _C
 from .._dispatch import is_overridden
+from .checks import check_clip
 
 
 def _check_input(function: str, input: Tensor) -> None:
@@ -94,6 +95,8 @@ def lstm_cell(
         return torch.ops.lect11ext.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)[
             :2
         ]
+    if grad_clip is not None:
+        check_clip(grad_clip)
     try:
         return _C.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, candidate, grad_clip)
     except TypeError as error:
@@ -160,6 +163,8 @@ def gru_cell(
         ).squeeze(0)  # fmt: skip
     if torch.compiler.is_compiling() or is_overridden(input, h, weight_ih, weight_hh):
         return torch.ops.lect11ext.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)[0]
+    if grad_clip is not None:
+        check_clip(grad_clip)
     try:
         return _C.gru_cell(input, h, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, grad_clip)
     except TypeError as error:

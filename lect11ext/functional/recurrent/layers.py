@@ -294,7 +294,7 @@ def _normed(
             first = item < (2 if bidirectional else 1)
             seen = x if lengths is None or not first else without_padding(x, lengths, batch_first)
             return layer(normed_sums(seen, weight, scale_ih), None, scale_hh, states, item, reverse)
-        except (TypeError, ValueError, RuntimeError, IndexError):
+        except (TypeError, ValueError, RuntimeError, IndexError, OverflowError):
             layer(x, weight, None, states, item, reverse)  # names what does not fit: all of it is given here
             raise
 
