@@ -1,8 +1,8 @@
 // Dot-product attention on a GPU without torch: the kernels of sm_90a against those for all devices, results and time.
 //
-//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DLECT11EXT_SM90A -I csrc -I
-//   tools
-//     -o attention_on_gpu tools/attention_on_gpu.cu csrc/attention/cuda/dot_product_{forward,backward}.cu
+//   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode=arch=compute_90a,code=sm_90a -DLECT11EXT_SM90A
+//     -I csrc -I tools -o attention_on_gpu tools/attention_on_gpu.cu
+//     csrc/attention/cuda/dot_product_{forward,backward}.cu
 //     csrc/attention/cuda/dot_product_hopper_{forward,backward}.cu csrc/common/cuda/tensor_map.cu
 //
 // Links CUDA's runtime statically: what is built where there is no GPU runs where there is one. A line for each shape:

@@ -60,6 +60,7 @@ PROGRAMS = {
     ],
 }
 NVCC = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
+NVCC += ["-DLECT11EXT_SM90A", "-I", "csrc", "-I", "tools"]
 
 
 @dataclass
@@ -131,17 +132,26 @@ def build(run: Run) -> None:
 
 
 def kernels(run: Run) -> None:
-    """Attention's two families of kernels, and a layer's paths, against one another, and the times of what the memory
-    binds, without torch."""
-    for name, kernels in PROGRAMS.items():
-        families = sorted({kernel.split("/")[0] for kernel in kernels})
-        if run.only not in " ".join([name, *families]):
-            continue
-        program, sources = PROGRAMS_BUILT / name, [f"csrc/{kernel}" for kernel in kernels]
-        options = ["-DLECT11EXT_SM90A", "-I", "csrc", "-I", "tools", "--threads", "8", "-o", str(program)]
-        program.parent.mkdir(parents=True, exist_ok=True)
-        if not program.exists():  # else it came along
-            run.command(f"kernels: compile {name}", [*NVCC, *options, *sources, f"tools/{name}.cu"], share=0.4)
+    """Attention's two families of kernels, its kernels of floats, and a layer's paths, against one another, and the
+    times of what the memory binds, without torch."""
+    PROGRAMS_BUILT.mkdir(parents=True, exist_ok=True)
+
+    def wanted(name: str) -> bool:
+        return run.only in " ".join([name, *(kernel.split("/")[0] for kernel in PROGRAMS[name])])
+
+    def compile_kernel(kernel: str) -> None:
+        run.command(f"kernels: {kernel}", [*NVCC, "-c", f"csrc/{kernel}", "-o", str(objects[kernel])], share=0.4)
+
+    names = [name for name in PROGRAMS if wanted(name)]
+    missing = [name for name in names if not (PROGRAMS_BUILT / name).exists()]  # others came along
+    objects = {kernel: PROGRAMS_BUILT / f"{Path(kernel).stem}.o" for name in missing for kernel in PROGRAMS[name]}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_kernel, objects))
+    for name in names:
+        program = PROGRAMS_BUILT / name
+        if name in missing:
+            needed = [str(objects[kernel]) for kernel in PROGRAMS[name]]
+            run.command(f"kernels: {name}", [*NVCC, f"tools/{name}.cu", *needed, "-o", str(program)], share=0.4)
         if program.exists():
             run.command(f"kernels: run {name}", [str(program)], share=0.4)
 

@@ -36,10 +36,13 @@ def plain(args: list[Tensor], is_causal: bool) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out, leaves, args[3])]
 
 
+LENGTH = 1600  # so many products that all operands are asked
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("columns", [64, 96, 128])
 def test_by_the_rule(columns: int, is_causal: bool, device: str) -> None:
-    args = operands(columns, 1100, device)
+    args = operands(columns, LENGTH, device)
     exact = plain([a.double() for a in args], is_causal)
     for ours, rival, wide in zip(run(args, is_causal=is_causal), plain(args, is_causal), exact, strict=True):
         assert_within_rule(ours, rival, wide)
@@ -48,7 +51,7 @@ def test_by_the_rule(columns: int, is_causal: bool, device: str) -> None:
 @pytest.mark.parametrize("bad", [None, math.inf, math.nan, 0.9999 * torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("columns", [64, 128])
 def test_the_same_bits_as_any_floats(columns: int, bad: float | None, device: str) -> None:
-    args = operands(columns, 1100, device)
+    args = operands(columns, LENGTH, device)
     if bad is not None:
         args[1][0, 3, 11, 5] = args[2][0, 4, 17, 6] = bad
     results = [run(args), run([askew(a) for a in args])]

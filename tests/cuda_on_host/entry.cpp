@@ -39,12 +39,15 @@ const char* call(void (*kernel)(const Args&, void*), const Args* args) {
   }
 }
 
+std::size_t scratch_asked_for;
+
 // With scratch of the size that the call asks for: NaN at first, and before a band that must stay as it is.
 template <class Args, auto kKernel>
 void with_scratch(const Args& args, void* stream) {
   constexpr double kSentinel = 1234;
   constexpr std::size_t kBand = 32;
   const auto bytes = static_cast<std::size_t>(lect11ext::cuda::attention_scratch(args));
+  scratch_asked_for = bytes;
   std::vector<double> scratch((bytes + sizeof(double) - 1) / sizeof(double), std::nan(""));
   scratch.insert(scratch.end(), kBand, kSentinel);
   kKernel(args, scratch.data(), stream);
@@ -110,6 +113,7 @@ extern "C" void set_device(int multiprocessors, int most_shared, int compute_maj
 
 // Of the latest launch.
 extern "C" std::size_t shared_bytes() { return cuda_on_host::shared_bytes; }
+extern "C" std::size_t scratch_bytes() { return scratch_asked_for; }  // of attention
 extern "C" std::size_t blocks_together() { return cuda_on_host::blocks_together; }
 
 extern "C" int64_t additive_weight_rows(const lect11ext::AdditiveBackward* args) {

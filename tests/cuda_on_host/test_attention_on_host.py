@@ -185,21 +185,43 @@ def test_a_mask_of_the_least_number_is_no_bar(kernels: Kernels, keys: int, dtype
     check_forward(kernels, case)
 
 
-@pytest.mark.parametrize("bad", [None, math.inf, math.nan, 0.9999 * torch.finfo(F32).max])
+MOST_SPLIT = float.fromhex("0x1.ffcp127")  # kMostSplit, beyond which a float is not taken for finite
+FLAG_BYTES = 256
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan, MOST_SPLIT, math.nextafter(MOST_SPLIT, math.inf), -0.0, 1e-42])
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad_out"])
 @pytest.mark.parametrize("options", [{}, {"window": CAUSAL}, {"mask": "bool"}, {"dropout": 0.2}], ids=str)
 def test_floats_known_to_be_finite_have_the_same_bits(
-    kernels: Kernels, options: dict[str, Any], bad: float | None
+    kernels: Kernels, options: dict[str, Any], where: str, bad: float | None
 ) -> None:
     """Rows that lie askew are not asked whether they are finite (FloatScan in dot_product_finite.cuh)."""
-    results = []
+    results, scratch = [], []
     for aligned in (True, False):
         case = Attention(queries=40, keys=70, dim=24, value_dim=20, aligned=aligned, **options)
         if bad is not None:
-            case.tensors["key"][0, 0, 11, 3] = case.tensors["value"][0, 1, 5, 7] = bad
+            case.tensors[where][0, 1, 11, 3] = torch.tensor(bad, dtype=torch.float64).to(F32)
         saved = case.forward(kernels)
+        scratch.append([kernels.library.scratch_bytes()])
         results.append([*saved, *case.backward(kernels, saved=saved).values()])
+        scratch[-1].append(kernels.library.scratch_bytes())
+    assert [a - b for a, b in zip(*scratch, strict=True)] == [FLAG_BYTES, FLAG_BYTES], "nobody asks"
     for one, other in zip(*results, strict=True):
-        assert torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25)) and (bad is not None or one.isfinite().all())
+        assert torch.equal(one.nan_to_num(7.25), other.nan_to_num(7.25))
+        assert bad not in (None, -0.0, 1e-42) or one.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"queries": 1}, {"dim": 23}, {"dim": 136}, {"window": (3, 0)}, {"dtype": F64}, {"lengths": [(1, 2)] * 20}],
+    ids=str,
+)
+def test_where_it_does_not_pay_nobody_asks(kernels: Kernels, fields: dict[str, Any]) -> None:
+    case = Attention(**{"queries": 40, "keys": 70, "dim": 24, "value_dim": 20, **fields})
+    case.forward(kernels)
+    assert kernels.library.scratch_bytes() == 0
+    check_forward(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])

@@ -13,8 +13,10 @@ from host_kernels import Kernels
 from test_attention_derivatives_on_host import check
 from test_attention_on_host import CAUSAL, check_forward, near
 
-# Columns of 16-bit types have room for 64, 128 or 256, and fill it or not; what is left is cut in steps of 32.
-DIMS = [(64, 64), (128, 128), (256, 256), (40, 40), (72, 104), (96, 96), (160, 160), (192, 128), (64, 128), (8, 256)]
+# Columns of 16-bit types have room for 64, 128 or 256, floats' for 64 or 128, and fill it or not; what is left is cut in
+# steps of 32, or 16.
+DIMS = [(64, 64), (128, 128), (256, 256), (40, 40), (72, 104), (96, 96), (160, 160), (192, 128), (64, 128), (8, 256),
+        (144, 144), (144, 80)]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"window": CAUSAL, "bottom_right": True},
     "bool": {"mask": "bool"},
@@ -32,24 +34,26 @@ def check_gradients(kernels: Kernels, case: Attention) -> None:
     check(case, case.backward(kernels), expected)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_columns(kernels: Kernels, dims: tuple[int, int], options: str) -> None:
-    case = make(dims, queries=70, keys=140, **OPTIONS[options])
+def test_columns(kernels: Kernels, dims: tuple[int, int], options: str, dtype: torch.dtype) -> None:
+    case = make(dims, dtype=dtype, queries=70, keys=140, **OPTIONS[options])
     check_forward(kernels, case)
     check_gradients(kernels, case)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_tangents(kernels: Kernels, dims: tuple[int, int]) -> None:
-    case = make(dims, queries=40, keys=50, mask="storage")
+def test_tangents(kernels: Kernels, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    case = make(dims, dtype=dtype, queries=40, keys=50, mask="storage")
     wide = case.wide()
     _, (out_t, lse_t) = torch.func.jvp(
         case.oracle, tuple(wide[n] for n in case.inputs()), tuple(wide[f"{n}_t"] for n in case.inputs())
     )
     found, found_lse = case.tangent(kernels)
-    near(found, out_t, BF16, 4)
-    near(found_lse, lse_t, BF16, 4)
+    near(found, out_t, dtype, 4)
+    near(found_lse, lse_t, dtype, 4)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

@@ -19,7 +19,7 @@ struct DerivativeTiles {
   using P = Pairs<S, kPart>;
   using C = Compute<S>;
   using Known = typename P::Known;
-  static constexpr int kDim = kIsHalf<S> || (kFloatBackward<S, kPart> && kBound <= 128) ? kBound : 0;
+  static constexpr int kDim = kBoundsRows<S, kPart> ? known_columns<S>(kBound) : 0;
   // Columns of each sum that a block owns.
   static constexpr int kWidth = std::min(kBound, sizeof(S) < 8 && kPart != Part::KeyTangent ? 128 : 64);
   using Plan = DerivativePlan<kDim>;

@@ -1,12 +1,19 @@
-// Whether there is infinity or NaN in what a mask may bar. A key that no query sees, or a query that sees nothing, is
-// never used, whatever is in it; but tiles of wgmma come from shared memory as they are, and zero times NaN is NaN. So
-// the kernels of sm_90a compute masked attention as if all were finite, and where it is not, the kernels for all
-// devices compute it once more: the host need not know. Finding out costs one read of the operands.
+// Whether some operand is infinite or NaN, or so near the largest float that a part of it would be (kMostSplit): "not
+// finite", here. The host need not know: kernels read a flag. Finding out costs one read of the operands. Two ask.
+//
+// Of 16-bit types, what a mask may bar: a key that no query sees, or a query that sees nothing, is never used, whatever
+// is in it; but tiles of wgmma come from shared memory as they are, and zero times NaN is NaN. So the kernels of sm_90a
+// compute masked attention as if all were finite, and where it is not, the kernels for all devices compute it once
+// more.
+//
+// Of floats, all operands, where it pays (FloatScan): there are kernels that take them for finite, and split them by
+// three instructions for tensor cores instead of five.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
 
+#include "attention/cuda/dot_product_scan_worth.h"
 #include "attention/cuda/dot_product_score.cuh"
 
 namespace lect11ext::cuda {
@@ -54,23 +61,26 @@ const int* find_non_finite(std::initializer_list<ScannedRows> all, void* scratch
   return flag;
 }
 
-// Floats are split for tensor cores by three instructions instead of five where all are at most kMostSplit. Whether
-// they are costs some launches and a read of the operands, which pays where there is much to do.
 class FloatScan {
  public:
   explicit FloatScan(const Attention& args, const AttentionOperand& grad_out = {}) : args_(args), grad_out_(grad_out) {}
 
   bool pays() const {
     const bool whole = args_.head_dim % kVector<float> == 0 && args_.value_dim % kVector<float> == 0;
-    if (args_.dtype != DType::Float || !whole) return false;
+    const bool narrow = std::max(args_.head_dim, args_.value_dim) <= 128;  // others have one kernel for all
+    if (args_.dtype != DType::Float || !whole || !narrow) return false;
     for (const AttentionOperand* operand : {&args_.query, &args_.key, &args_.value, &grad_out_}) {
       if (!is_aligned<float>(*operand)) return false;
     }
-    const auto sequences =
-        static_cast<double>(args_.query_starts == nullptr ? 1 : std::max<int64_t>(args_.sequences, 1));
-    const double pairs = static_cast<double>(args_.batch * args_.heads) * static_cast<double>(args_.queries) *
-                         static_cast<double>(args_.keys) / sequences;
-    return pairs * static_cast<double>(args_.head_dim + args_.value_dim) >= kScanPays;
+    const int64_t sequences = args_.query_starts == nullptr ? 1 : std::max<int64_t>(args_.sequences, 1);
+    const double window = static_cast<double>(args_.window_left) + static_cast<double>(args_.window_right) + 1;
+    const double keys = std::clamp(window, 0.0, static_cast<double>(args_.keys / sequences));
+    const int64_t columns = args_.head_dim + args_.value_dim;
+    const auto queries = static_cast<double>(args_.batch * args_.heads) * static_cast<double>(args_.queries);
+    const double multiply_adds = queries * keys * static_cast<double>(columns);
+    const double read = queries * static_cast<double>(grad_out_.data == nullptr ? args_.head_dim : columns) +
+                        static_cast<double>(args_.batch * args_.kv_heads) * static_cast<double>(args_.keys * columns);
+    return multiply_adds >= std::max(kScanMultiplyAdds, kScanReuse * read);
   }
 
   int64_t scratch() const { return pays() ? kFlagBytes : 0; }

@@ -164,7 +164,7 @@ void attention_forward(const AttentionForward& args, void* scratch, void* stream
     plan.partial_sum = static_cast<C*>(scratch) + plan.splits * rows;
     plan.partial_out = static_cast<C*>(scratch) + 2 * plan.splits * rows;
     plan.only_if = hopper.started ? hopper.flag : non_finite;
-    if constexpr (std::is_same_v<S, float>) {
+    if constexpr (std::is_same_v<S, float> && width <= 128) {
       if (non_finite != nullptr) run<S, width, plain, true>(args, plan, stream);
     }
     run<S, width, plain, false>(args, plan, stream);

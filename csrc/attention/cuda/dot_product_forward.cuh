@@ -17,7 +17,7 @@ struct ForwardSettings {
   int warps;
   bool query_aligned, key_aligned, value_aligned, pairs_aligned;  // the last: of the output
   bool mask_pairs;
-  const int* only_if;  // null, or whether there is anything to do: nothing at 0, or of a kernel for finite numbers else
+  const int* only_if;  // null: run; else a flag: kernels for finite numbers run where it is 0, others where it is not
   size_t shared_bytes;
   double unit;  // of what rows compare: the scale where these are products, else 1
   // Of splits, where there are several; C [splits, batch, heads, queries], and of sums of values [value_dim] more.
@@ -34,7 +34,7 @@ struct ForwardPlan : ForwardSettings {
 // kPlain: without mask, ALiBi, softcap and dropout, and with a positive scale.
 template <class S, int kWidth, bool kPlain>
 struct ForwardShape {
-  static constexpr int kDim = kIsHalf<S> || (std::is_same_v<S, float> && kWidth <= 128) ? kWidth : 0;
+  static constexpr int kDim = known_columns<S>(kWidth);
   static constexpr int kRowTiles = sizeof(S) < 8 && kWidth <= 128 ? 2 : 1;
   static constexpr int kKeys = sizeof(S) == 8             ? (kWidth == 64 ? 16 : 8)
                                : !kIsHalf<S>              ? 32

@@ -23,7 +23,7 @@ inline constexpr int kPieces = std::is_same_v<S, float> ? 2 : 1;
 // waits some twenty clocks for the product before it, and tensor cores take another every eight.
 template <class S>
 constexpr int tiles_together(int row_tiles) {
-  return kIsHalf<S> ? 2 : sizeof(S) == 8 ? 1 : std::max(1, 4 / row_tiles);
+  return kIsHalf<S> ? 2 : sizeof(S) == 8 ? 1 : 4 / row_tiles;
 }
 // The largest float that is split as it is: of TF32, so that nothing rounds to infinity.
 inline constexpr float kMostSplit = 0x1.ffcp127f;
@@ -92,16 +92,15 @@ __device__ inline void multiply(const Left<S> (&left)[kPieces<S>][M], const Righ
     float parts[M][N][4] = {};
 #pragma unroll
     for (int k = 0; k < kPieces<S>; ++k) {
-      each([&](int m, int n) {
-        const Left<S>& a = left[k][m];
-        const Right<S>& b = right[k][n];
-        mma<float>(parts[m][n], kMirrored ? a.words : a.rest, kMirrored ? b.rest : b.words);
-      });
-      each([&](int m, int n) {
-        const Left<S>& a = left[k][m];
-        const Right<S>& b = right[k][n];
-        mma<float>(parts[m][n], kMirrored ? a.rest : a.words, kMirrored ? b.words : b.rest);
-      });
+      const auto small = [&](bool rest_of_left) {
+        each([&](int m, int n) {
+          const Left<S>& a = left[k][m];
+          const Right<S>& b = right[k][n];
+          mma<float>(parts[m][n], rest_of_left ? a.rest : a.words, rest_of_left ? b.words : b.rest);
+        });
+      };
+      small(!kMirrored);
+      small(kMirrored);
     }
 #pragma unroll
     for (int k = 0; k < kPieces<S>; ++k) {
@@ -121,7 +120,7 @@ __device__ inline void multiply(const Left<S> (&left)[kPieces<S>][M], const Righ
 
 // --- left operands ------------------------------------------------------------------------------------------------
 //
-// kFinite, here and below: as in Fragment<float>::set, of what is read from memory.
+// kFinite, here and below: as in Fragment<float>::set, of what is read from memory. Sums are split as any floats.
 
 // Of sixteen rows in shared memory, from their column `column` on.
 template <bool kFinite, class S>

@@ -136,7 +136,7 @@ inline int64_t mask_numel(const DerivativeSettings& plan) {
   return plan.mask_sizes[0] * plan.mask_sizes[1] * plan.mask_sizes[2] * plan.mask_sizes[3];
 }
 
-// Calls f with the kBound for sums of `columns`; the mask's kernel has none.
+// Calls f with the kBound for sums of `columns`, or for head_dim and value_dim; the mask's kernel has no sums.
 template <class S, Part kPart, class F>
 void with_bound(const DerivativeArgs& args, int64_t columns, F f) {
   constexpr bool kWide = kIsHalf<S> || (sizeof(S) == 4 && kPart != Part::KeyTangent && !Pairs<S, kPart>::kOfMask);
@@ -166,7 +166,7 @@ void run_derivative(const DerivativeArgs& args, int64_t columns, void* stream, F
       reserve_shared(kernel);
       launch(kernel, grid, dim3(32 * plan.warps), plan.shared_bytes, stream, args, plan);
     };
-    if constexpr (kFloatBackward<S, kPart>) {
+    if constexpr (kFloatBackward<S, kPart> && kBound <= 128) {
       if (plan.only_if != nullptr) start(derivative_kernel<S, kPart, kBound, true>);
     }
     start(derivative_kernel<S, kPart, kBound, false>);
@@ -219,14 +219,13 @@ struct BackwardRun {
     with_type(args.dtype, [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       using C = Compute<S>;
-      const int* only_if = nullptr;
+      const int *hopper_flag = nullptr, *non_finite = nullptr;
       if constexpr (!kTangent && kIsHalf<S>) {
         const HopperRun hopper = hopper_backward(args, scratch, stream);
         if (hopper.started && hopper.flag == nullptr) return;
-        only_if = hopper.flag;
+        hopper_flag = hopper.flag;
         scratch = static_cast<char*>(scratch) + kFlagBytes;
       }
-      const int* non_finite = nullptr;
       if constexpr (!kTangent && std::is_same_v<S, float>) {
         non_finite = FloatScan(args, args.grad_out).find(scratch, stream);
         if (non_finite != nullptr) scratch = static_cast<char*>(scratch) + kFlagBytes;
@@ -236,13 +235,13 @@ struct BackwardRun {
       C* const parts = delta + rows(args) * (kTangent ? 2 : 1);
       if (rows(args) > 0) {
         launch(delta_kernel<S, kTangent>, grid_stride_blocks(32 * rows(args), kMostThreads), kMostThreads, 0, stream,
-               args, delta, delta_t, only_if);
+               args, delta, delta_t, hopper_flag);
       }
       const auto fill = [&](DerivativeSettings& plan) {
         plan.delta = delta;
         plan.delta_t = delta_t;
         plan.mask_parts = parts;
-        plan.only_if = std::is_same_v<S, float> ? non_finite : only_if;
+        plan.only_if = non_finite != nullptr ? non_finite : hopper_flag;
       };
       if (args.grad_query != nullptr) {
         run_derivative<S, kQuery>(args, args.head_dim, stream, [&](DerivativeSettings& plan) {

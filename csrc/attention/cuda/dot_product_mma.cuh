@@ -7,10 +7,6 @@
 
 namespace lect11ext::cuda {
 
-// Multiply-adds of floats from which on it pays to ask whether all operands are finite (dot_product_finite.cuh): some
-// 60 µs.
-inline constexpr double kScanPays = 1 << 30;
-
 // Reads kBytes of global memory into shared memory; both are aligned to kBytes. The thread finds them there after
 // copy_commit and copy_wait, others of the block after a barrier too.
 template <int kBytes>

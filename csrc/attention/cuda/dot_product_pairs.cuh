@@ -38,7 +38,7 @@ struct DerivativeSettings {
   // Of the mask's gradients.
   int64_t mask_sizes[4], splits;
   void* mask_parts;    // C [splits, the mask's elements]
-  const int* only_if;  // null, or whether there is anything to do: nothing at 0, or of a kernel for finite numbers else
+  const int* only_if;  // null: run; else a flag: kernels for finite numbers run where it is 0, others where it is not
 };
 
 template <int kDim>

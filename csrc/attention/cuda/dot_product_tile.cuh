@@ -118,6 +118,12 @@ struct SequenceTiles {
 
 // --- tiles in shared memory ---------------------------------------------------------------------------------------
 
+// What the compiler is told of rows' columns where `bound` is one: of floats beyond 128, and of doubles, nothing.
+template <class S>
+constexpr int known_columns(int bound) {
+  return kIsHalf<S> || (std::is_same_v<S, float> && bound <= 128) ? bound : 0;
+}
+
 // `columns` elements of a row, zero up to a multiple of sixteen. The elements between rows keep lanes that read one
 // column of several rows out of each other's memory banks. kDim: a bound of the columns, by which the compiler knows
 // where rows lie; 0 for none.
@@ -305,8 +311,10 @@ template <bool kFinite, class S, int kDim, int kRowTiles, int kTiles, int kColum
 __device__ inline void multiply_columns(
     Compute<S> (&out)[kRowTiles][kColumns][4], const Compute<S> (&weights)[kRowTiles][kTiles][4], const S* tile,
     const TileShape<kDim>& shape, int first_column, uint32_t rows_seen, const Lane& lane) {
-  constexpr int kTilesOfDepth = kDepth<S> / 8, kTogether = tiles_together<S>(kRowTiles);
-  // Loads pass products only between branches. What lies beyond the last column is summed to what nobody writes.
+  constexpr int kTilesOfDepth = kDepth<S> / 8;
+  // Loads pass products only between branches. What lies beyond the last column is summed to what nobody writes; where
+  // rows have no more room than columns, sixteen are read at once, of which a row has a multiple.
+  constexpr int kTogether = kDim > 0 ? tiles_together<S>(kRowTiles) : std::min(2, tiles_together<S>(kRowTiles));
   constexpr int kColumnsAtOnce = kDim > 0 ? 4 : kTogether;
   const int columns = shape.columns - first_column;
   const auto sum = [&](auto plain) {
@@ -331,7 +339,7 @@ __device__ inline void multiply_columns(
       }
     }
   };
-  if constexpr (kDim > 0 || std::is_same_v<S, float>) {
+  if constexpr (kDim > 0) {
     if (columns >= 8 * kColumns && __all_sync(~0u, (rows_seen & kAllRows<kTiles>) == kAllRows<kTiles>)) {
       return sum(std::true_type{});
     }

@@ -31,8 +31,6 @@ inline Copies& copies() {
 
 namespace lect11ext::cuda {
 
-inline constexpr double kScanPays = 1 << 14;  // so that some cases of the tests ask, and some do not
-
 template <int kBytes>
 inline void copy_async(void* shared, const void* global) {
   for (const auto address : {reinterpret_cast<uintptr_t>(shared), reinterpret_cast<uintptr_t>(global)}) {
