@@ -190,7 +190,9 @@ FLAG_BYTES = 256
 
 
 @pytest.mark.usefixtures("cut")
-@pytest.mark.parametrize("bad", [None, math.inf, math.nan, MOST_SPLIT, math.nextafter(MOST_SPLIT, math.inf), -0.0, 1e-42])
+@pytest.mark.parametrize(
+    "bad", [None, math.inf, math.nan, MOST_SPLIT, math.nextafter(MOST_SPLIT, math.inf), -0.0, 1e-42]
+)
 @pytest.mark.parametrize("where", ["query", "key", "value", "grad_out"])
 @pytest.mark.parametrize("options", [{}, {"window": CAUSAL}, {"mask": "bool"}, {"dropout": 0.2}], ids=str)
 def test_floats_known_to_be_finite_have_the_same_bits(

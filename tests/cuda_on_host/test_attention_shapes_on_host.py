@@ -13,7 +13,7 @@ from host_kernels import Kernels
 from test_attention_derivatives_on_host import check
 from test_attention_on_host import CAUSAL, check_forward, near
 
-# Columns of 16-bit types have room for 64, 128 or 256, floats' for 64 or 128, and fill it or not; what is left is cut in
+# Columns of 16-bit types have room for 64, 128 or 256, floats' for 64 or 128, and fill it or not; others are cut in
 # steps of 32, or 16.
 DIMS = [(64, 64), (128, 128), (256, 256), (40, 40), (72, 104), (96, 96), (160, 160), (192, 128), (64, 128), (8, 256),
         (144, 144), (144, 80)]  # fmt: skip
