@@ -6,13 +6,10 @@
 
 #include <cstdint>
 
+// LECT11EXT_CUDA_KERNEL: as launch() takes it.
 #ifdef LECT11EXT_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#endif
-
-// As launch() takes it.
-#ifdef LECT11EXT_WITH_CUDA
 #define LECT11EXT_CUDA_KERNEL(name) cuda::name
 #else
 #define LECT11EXT_CUDA_KERNEL(name) nullptr

@@ -20,7 +20,6 @@
 
 #ifdef LECT11EXT_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace lect11ext {
