@@ -354,6 +354,7 @@ def make_views(size: Sequence[int], *tensors: Tensor | None) -> tuple[Shape, lis
         view = View()
         if t is not None:
             view.data, view.dtype, view.dense = t.data_ptr(), DTYPE_CODES[t.dtype], t.is_contiguous()
+            view.tensor = t
             view.strides[: len(dims)] = [t.stride(d) for d in dims]
         views.append(view)
     return shape, views

@@ -12,6 +12,8 @@ class Shape(Structure):
 
 
 class View(Structure):
+    tensor: object = None  # whose memory it is: kept, since the view may be all that is left of it
+
     _fields_ = [("data", c_void_p), ("dtype", c_int8), ("dense", c_bool), ("strides", c_int64 * MAX_DIMS)]
 
 
