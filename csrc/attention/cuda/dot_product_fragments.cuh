@@ -6,8 +6,6 @@
 // 16-bit types are multiplied exactly, floats in two parts of TF32, doubles as they are.
 #pragma once
 
-#include <algorithm>
-
 #include "attention/cuda/dot_product_mma.cuh"
 
 namespace lect11ext::cuda {

@@ -1,5 +1,5 @@
-// From which on it pays to ask whether floats are finite (dot_product_finite.cuh). The tests' host build has a stand-in
-// for this header, with less of both.
+// From which on it pays to ask whether floats are finite (dot_product_finite.cuh), as estimated. The tests' host build
+// has a stand-in for this header, with less of both.
 #pragma once
 
 namespace lect11ext::cuda {
