@@ -70,14 +70,14 @@ SANITIZED := build/sanitize-$(SANITIZE)
 SANITIZER := -O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize=vptr -fno-sanitize-recover
 SANITIZER_RUNTIME = $$(g++ -print-file-name=lib$(if $(findstring address,$(SANITIZE)),asan,ubsan).so) $$(g++ -print-file-name=libstdc++.so)
 
-sanitize: $(BUILT)  ## the CPU's tests under AddressSanitizer, or what SANITIZE=undefined finds
+sanitize: $(BUILT)  ## the tests, of emulated CUDA too, under AddressSanitizer, or what SANITIZE=undefined finds
 	mkdir -p $(SANITIZED)
 	git ls-files -z | xargs -0 cp --parents --preserve=timestamps -t $(SANITIZED)
 	cmake -G Ninja -S $(SANITIZED) -B $(SANITIZED)/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -DLECT11EXT_OUTPUT=$(CURDIR)/$(SANITIZED)/lect11ext -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='$(SANITIZER)'
 	cmake --build $(SANITIZED)/build --parallel $${MAX_JOBS:-$$(nproc)}
-	cd $(SANITIZED) && PYTHONPATH=. LD_PRELOAD="$(SANITIZER_RUNTIME)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(PYTEST) $(TESTS) -m 'not slow' --ignore tests/cuda_on_host $(ARGS)
+	cd $(SANITIZED) && PYTHONPATH=. SANITIZE=$(SANITIZE) LD_PRELOAD="$(SANITIZER_RUNTIME)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(PYTEST) $(TESTS) -m 'not slow' $(ARGS)
 
 bench: $(BUILT)  ## all benchmarks and one table of ratios
 	$(BIN)/python -m bench $(ARGS)

@@ -1,4 +1,5 @@
 // The fibers behind include/cuda_runtime.h.
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -36,13 +37,15 @@ struct Fiber {
   bool started, finished;
 };
 
-// Behind what a launch asked for of dynamic shared memory lies what a kernel must not write.
-constexpr unsigned char kBeyond = 0xA5;
+// What a launch asked for of dynamic shared memory is all ones at first, which is NaN in every type: it holds nothing yet.
+// Behind it lies what a kernel must not write.
+constexpr unsigned char kUnwritten = 0xFF, kBeyond = 0xA5;
 constexpr std::size_t kBand = 256;
 std::atomic<bool> wrote_beyond = false;
 
 unsigned char* band() { return lect11ext::cuda::dynamic_shared + shared_bytes; }
-bool has_band() { return shared_bytes + kBand <= sizeof(lect11ext::cuda::dynamic_shared); }
+std::size_t beyond() { return sizeof(lect11ext::cuda::dynamic_shared) - shared_bytes; }
+bool has_band() { return beyond() >= kBand; }
 
 // A block in execution. One for each system thread, which keeps the stacks from block to block.
 class Block {
@@ -205,7 +208,9 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
   gridDim = grid;
   blockDim = size;
   prepare(std::size_t{size.x} * size.y * size.z, size);
+  std::fill_n(lect11ext::cuda::dynamic_shared, shared_bytes, kUnwritten);
   if (has_band()) std::fill_n(band(), kBand, kBeyond);
+  ASAN_POISON_MEMORY_REGION(band(), beyond());
   hopper_begins();
   // Every other block, and every other pass, runs its threads from the last to the first: a missing barrier that one
   // order hides, the other shows.
@@ -228,6 +233,7 @@ void Block::run(const std::function<void()>& thread, uint3 index, dim3 grid, dim
     if (!progress) fail("the threads of a block wait at different barriers, or for the grid in an ordinary launch");
   }
   hopper_ends();
+  ASAN_UNPOISON_MEMORY_REGION(band(), beyond());
   if (has_band() && std::count(band(), band() + kBand, kBeyond) != kBand) wrote_beyond = true;
 }
 

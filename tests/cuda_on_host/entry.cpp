@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <cuda_runtime.h>
+#include <sanitizer/asan_interface.h>
 
 #include "attention/additive.h"
 #include "attention/dot_product.h"
@@ -50,7 +51,10 @@ void with_scratch(const Args& args, void* stream) {
   scratch_asked_for = bytes;
   std::vector<double> scratch((bytes + sizeof(double) - 1) / sizeof(double), std::nan(""));
   scratch.insert(scratch.end(), kBand, kSentinel);
+  const double* const band = scratch.data() + scratch.size() - kBand;
+  ASAN_POISON_MEMORY_REGION(band, kBand * sizeof(double));
   kKernel(args, scratch.data(), stream);
+  ASAN_UNPOISON_MEMORY_REGION(band, kBand * sizeof(double));
   if (std::count(scratch.end() - kBand, scratch.end(), kSentinel) != kBand) {
     throw std::runtime_error("written beyond the scratch's end");
   }

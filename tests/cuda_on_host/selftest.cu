@@ -24,6 +24,14 @@ __global__ void reverse_and_sum(const int* in, int* reversed, int* sum) {
   if (t == 0) sum[blockIdx.x] = partial[0];
 }
 
+// Element `at` of `count`, of global memory or of its copy in dynamic shared memory.
+__global__ void read_global(const int* in, int* out, int, int at) { *out = in[at]; }
+__global__ void read_shared(const int* in, int* out, int count, int at) {
+  int* copy = reinterpret_cast<int*>(dynamic_shared);
+  for (int i = 0; i < count; ++i) copy[i] = in[i];
+  *out = copy[at];
+}
+
 // Each shuffle of a lane's number, one after another; the odd lanes alone vote.
 __global__ void shuffles(int* out) {
   const int lane = threadIdx.x;
@@ -56,6 +64,14 @@ using namespace lect11ext::cuda;
 
 extern "C" void selftest_reverse_and_sum(const int* in, int* reversed, int* sum, int blocks, int threads) {
   launch(reverse_and_sum, blocks, threads, threads * sizeof(int), nullptr, in, reversed, sum);
+}
+
+extern "C" void selftest_read_global(const int* in, int* out, int count, int at) {
+  launch(read_global, 1, 1, 0, nullptr, in, out, count, at);
+}
+
+extern "C" void selftest_read_shared(const int* in, int* out, int count, int at) {
+  launch(read_shared, 1, 1, count * sizeof(int), nullptr, in, out, count, at);
 }
 
 extern "C" void selftest_shuffles(int* out) { launch(shuffles, 1, 32, 0, nullptr, out); }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from ctypes import c_char_p, c_void_p
 
 import pytest
 import torch
 from host_kernels import Kernels
+
+sanitized = os.environ.get("SANITIZE") == "address"
 
 
 def pointer(tensor: torch.Tensor) -> c_void_p:
@@ -48,6 +53,7 @@ def test_failed_launch_says_why(kernels: Kernels) -> None:
     assert message.startswith("CUDA could not launch a kernel: invalid configuration argument")
 
 
+@pytest.mark.skipif(sanitized, reason="AddressSanitizer ends the process: the next test")
 def test_a_write_beyond_the_dynamic_shared_memory_is_found(kernels: Kernels) -> None:
     kernels.library.selftest_too_little_shared.restype = c_char_p
     tensors = [torch.ones(64, dtype=torch.int32) for _ in range(3)]
@@ -55,3 +61,21 @@ def test_a_write_beyond_the_dynamic_shared_memory_is_found(kernels: Kernels) -> 
     assert kernels.library.selftest_too_little_shared(*pointers, 64, 0) == b""
     message = kernels.library.selftest_too_little_shared(*pointers, 64, 1).decode()
     assert "written beyond the dynamic shared memory" in message
+
+
+READ = """
+import ctypes, sys
+library, memory, at = ctypes.CDLL(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+values, out = (ctypes.c_int * 1024)(), ctypes.c_int()  # too large for Python's own allocator
+getattr(library, "selftest_read_" + memory)(values, ctypes.byref(out), 1024, at)
+"""
+
+
+@pytest.mark.skipif(not sanitized, reason="AddressSanitizer sees it: make sanitize")
+@pytest.mark.parametrize("memory", ["shared", "global"])
+def test_a_read_beyond_memory_is_found(kernels: Kernels, memory: str) -> None:
+    for at, found in ((1023, False), (1024, True)):
+        command = [sys.executable, "-c", READ, kernels.library._name, memory, str(at)]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (child.returncode != 0) == found, child.stderr
+        assert ("AddressSanitizer" in child.stderr and "READ of size 4" in child.stderr) == found
