@@ -107,7 +107,7 @@ def _layer(op: Callable[..., Any], arguments: Sequence[Any], backward: bool) -> 
     }
     over_time |= {"cells", "normed", "rstd"}
     states = {"h", "c", "hidden_mask", "lengths", "grad_h", "grad_c"}
-    weights = [i for i, name in enumerate(names) if name.startswith(("weight", "bias"))]
+    weights = [i for i, name in enumerate(names) if name.startswith(("weight", "bias", "layer_norm"))]
     # Outputs in order: whether each is over time. A backward's are the gradients of the input, of the states, of the
     # weights, and at last of the hidden mask.
     forward_outputs = (True, False, False, *[True] * 4) if "c" in names else (True, False, *[True] * 3)

@@ -195,6 +195,7 @@ def cases() -> dict[str, Case]:
         name = f"attention bf16 {columns}"
         out[f"{name} mask"] = attention(bf16, columns, 70, 150, mask=True)
         out[f"{name} padding"] = attention(bf16, columns, 70, 300, attn_mask=torch.arange(300) % 200 < 70)
+        out[f"{name} slopes"] = attention(bf16, columns, 70, 150, alibi_slopes=torch.rand(4))
         out[f"{name} softcap, slopes"] = attention(bf16, columns, 70, 150, softcap=2.0, alibi_slopes=torch.rand(4))
         out[f"{name} dropout"] = attention(bf16, columns, 200, 200, dropout_p=0.3, dropout_key=KEY, window=(101, 0))
     out["attention decoding"] = attention(bf16, 128, 1, 700)

@@ -54,9 +54,27 @@ struct Terms {
   Tensor loss, d_input, d_target, d_logvar;
 };
 
-Terms terms_of(const Inputs& in) {
-  const auto type = in.compute_dtype();
-  const Tensor x = in.input.to(type), t = in.target.to(type);
+// The operands as they are computed with.
+struct Operands {
+  Tensor x, t, v;  // input, target, and the logvar if there is one
+
+  explicit Operands(const Inputs& in)
+      : x(in.input.to(in.compute_dtype())),
+        t(in.target.to(in.compute_dtype())),
+        v(in.has_logvar() ? in.logvar->to(in.compute_dtype()) : Tensor()) {}
+
+  template <class F>
+  Operands map(F f) const {
+    Operands result = *this;
+    for (Tensor* tensor : {&result.x, &result.t, &result.v}) {
+      if (tensor->defined()) *tensor = f(*tensor);
+    }
+    return result;
+  }
+};
+
+Terms terms_of(const Operands& of, const Inputs& in) {
+  const auto& [x, t, v] = of;
   switch (in.likelihood) {
     case Likelihood::Bernoulli: {
       // From the side on which the exponential is small, so that a confident logit's digits stay in every derivative.
@@ -66,14 +84,14 @@ Terms terms_of(const Inputs& in) {
     }
     case Likelihood::ContinuousBernoulli: {
       const LogSinhc f = log_sinhc(x * 0.5);
-      const Tensor limit = at::where(f.is_small, at::full_like(x, 0.5), (x > 0).to(type)) - t;
+      const Tensor limit = at::where(f.is_small, at::full_like(x, 0.5), (x > 0).to(x.scalar_type())) - t;
       return {x * limit + f.value, limit + f.slope * 0.5, -x, Tensor()};
     }
     case Likelihood::Gaussian: {
       const double constant = 0.5 * std::log(2 * M_PI);
       const Tensor d = x - t;
       if (!in.has_logvar()) return {d * d * 0.5 + constant, d, -d, Tensor()};
-      const Tensor v = in.logvar->to(type), root = finite_exp(v * -0.5), scaled = d * root, square = scaled * scaled;
+      const Tensor root = finite_exp(v * -0.5), scaled = d * root, square = scaled * scaled;
       return {(square + v) * 0.5 + constant, scaled * root, -scaled * root, (1 - square) * 0.5};
     }
     case Likelihood::SquaredError: {
@@ -84,6 +102,19 @@ Terms terms_of(const Inputs& in) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+// Where the weight is zero an element has a loss, which is the weight's gradient, and all else of it is zero, of any
+// order, whatever the operands are: zeros stand for them, since what is merely not selected is multiplied by zero
+// later.
+Terms terms_of(const Inputs& in) {
+  const Operands of(in);
+  if (!in.has_weight()) return terms_of(of, in);
+  const Tensor barred = *in.weight == 0;
+  Terms terms = terms_of(of.map([&](const Tensor& x) { return at::where(barred, at::zeros_like(x), x); }), in);
+  const Tensor loss = terms_of(of.map([](const Tensor& x) { return x.detach(); }), in).loss;
+  terms.loss = at::where(barred, loss, terms.loss);
+  return terms;
+}
+
 // By selection where the weight is zero, as the kernels have it.
 Tensor weighted(const Tensor& value, const Inputs& in) {
   if (!in.has_weight()) return value;
@@ -91,13 +122,10 @@ Tensor weighted(const Tensor& value, const Inputs& in) {
   return at::where(w == 0, at::zeros_like(product), product);
 }
 
+// Only for tangents, which a weight of zero has too.
 Tensor composite_forward(const Inputs& in) {
   Tensor loss = terms_of(in).loss;
-  if (in.has_weight()) {
-    // Only for tangents: by the weight the loss of an element, also where the weight is zero, by all else none there.
-    const Tensor w = in.weight->to(in.compute_dtype());
-    loss = w * at::where(w == 0, loss.detach(), loss);
-  }
+  if (in.has_weight()) loss = in.weight->to(in.compute_dtype()) * loss;
   if (in.reduction == Reduction::None) return loss;
   if (in.reduction == Reduction::Rows) return loss.sum(-1);
   return in.reduction == Reduction::Sum ? loss.sum() : loss.sum() / at::Scalar(batch_of(in.input));

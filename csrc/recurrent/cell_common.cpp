@@ -7,11 +7,12 @@
 #include "recurrent/units.h"
 
 namespace lect11ext::recurrent {
-namespace {
 
-void check_matrix(const char* name, const at::Tensor& tensor, int64_t rank = 2) {
+void check_matrix(const char* name, const at::Tensor& tensor, int64_t rank) {
   TORCH_CHECK_VALUE(tensor.dim() == rank, name, " must be ", rank, "-D, but got ", tensor.dim(), "-D");
 }
+
+namespace {
 
 void check_same_type(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), name, " must have the type of input, ",

@@ -24,6 +24,9 @@ struct CellInputs {
   void check() const;
 };
 
+// Throws unless a tensor has so many dimensions.
+void check_matrix(const char* name, const at::Tensor& tensor, int64_t rank = 2);
+
 // The cells' types are equal, except that autograd may hand over gradients of another: throws unless they are.
 void check_state(const char* name, const at::Tensor& state, const CellInputs& in);
 

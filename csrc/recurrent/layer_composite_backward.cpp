@@ -133,7 +133,8 @@ class CompositeBackward {
   void lstm() {
     const Tensor &i = gates_[0], &f = gates_[1], &g = gates_[2], &o = gates_[3], cells = steps_.first(kept_.cells);
     c_before_ = steps_.before(cells, *in_.c);
-    c_after_ = in_.zones_out_c() ? f * c_before_ + i * g : cells;
+    // The cells that are kept are behind the clip of their gradient, and behind zoneout.
+    c_after_ = in_.zones_out_c() || !std::isinf(in_.clip()) ? f * c_before_ + i * g : cells;
     const Tensor tanh_c = c_after_.tanh();
     const Tensor slope_i = i * (1 - i), slope_f = f * (1 - f), slope_o = o * (1 - o);
     const Tensor slope_g = in_.sigmoid_candidate() ? g * (1 - g) : 1 - g * g;

@@ -40,6 +40,20 @@ void check_bools(const Inputs& in, const char* name, const OptionalTensor& mask,
 
 }  // namespace
 
+// Before the checks of a cell's, which would speak of weight_hh or of h. Of c, weight_hh and weight_hr the one is to
+// blame that does not have the size that the other two have.
+void Inputs::check_projection() const {
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>("h", &h), std::pair("c", &*c),
+                                     std::pair("weight_hh", &weight_hh), std::pair("weight_hr", &*weight_hr)}) {
+    recurrent::check_matrix(name, *tensor);
+  }
+  const c10::SymInt of_c = c->sym_size(1), state = h.sym_size(1);
+  const c10::SymInt size = weight_hh.sym_size(0) == of_c * gates() ? of_c : weight_hr->sym_size(1);
+  check_shape("weight_hr", weight_hr->sym_sizes(), {state, size}, "size of h, hidden_size");
+  check_shape("weight_hh", weight_hh.sym_sizes(), {size * gates(), state}, "gates * hidden_size, size of h");
+  check_shape("c", c->sym_sizes(), {batch(), size}, "batch, hidden_size");
+}
+
 void Inputs::check() const {
   TORCH_CHECK_VALUE(candidate == "tanh" || candidate == "sigmoid", "candidate must be 'tanh' or 'sigmoid', but got '",
                     candidate, "'");
@@ -53,9 +67,7 @@ void Inputs::check() const {
   const Tensor* cell = is_lstm() ? &*c : nullptr;
   const Tensor ih = autograd::tensor_or_none(weight_ih);
   const recurrent::CellInputs as_cell{by_time, h, ih, weight_hh, bias_ih, bias_hh, gates(), /*rank=*/3, cell};
-  if (has_projection() && h.dim() > 0) {  // before as_cell's, which would speak of weight_hh
-    check_shape("weight_hr", weight_hr->sym_sizes(), {h.sym_size(-1), as_cell.hidden()}, "size of h, hidden_size");
-  }
+  if (has_projection()) check_projection();
   as_cell.check();
   if (is_lstm()) recurrent::check_state("c", *c, as_cell);
   const c10::SymInt size = as_cell.hidden(), state = h.sym_size(1);

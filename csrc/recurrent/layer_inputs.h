@@ -90,6 +90,7 @@ struct Inputs {
   }
 
   void check() const;
+  void check_projection() const;
 
   // Steps that do not take place, in the order of the input's dimensions; where lengths are given.
   Tensor inactive() const;

@@ -60,7 +60,8 @@ def kernel_attention(
     Returns:
         ``[*, H, L, Dv]`` in the query's type, or ``(output, lse)``.
 
-    Gradients, determinism, autocast and errors as in :func:`scaled_dot_product_attention`.
+    Gradients, determinism and errors as in :func:`scaled_dot_product_attention`. Computed in float64, under autocast
+    too, which lets the types of the operands differ.
 
     Source: Nadaraya 1964; Watson 1964.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._errors import OPTIONAL_NUMBER, TENSOR, check_type
+from .._errors import TENSOR, check_finite, check_type
 from ..functional.attention import merge_attention
 
 _LAYOUTS = ("contiguous", "zigzag")
@@ -80,7 +80,10 @@ def ring_attention(
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, positions, columns], but got shape {list(x.shape)}")
     check_type("is_causal", is_causal, (bool,))
-    check_type("scale", scale, OPTIONAL_NUMBER)
+    check_type("enable_gqa", enable_gqa, (bool,))
+    check_type("return_lse", return_lse, (bool,))
+    if scale is not None:
+        check_finite("scale", scale)
     _check_layout(layout)
     if not enable_gqa and key.size(1) != query.size(1):
         raise ValueError(
@@ -92,6 +95,8 @@ def ring_attention(
         )
     if is_causal and layout == "zigzag" and query.size(2) % 2:
         raise ValueError(f"query must have an even number of positions with layout 'zigzag', but got {query.size(2)}")
+    # Here, since the backward runs outside of autocast.
+    query, key, value = (_to_autocast_type(x) for x in (query, key, value))
     ring = _Ring(group, is_causal, layout == "zigzag", None if scale is None else float(scale))
     output, lse = _RingAttention.apply(query, key, value, ring)
     return (output, lse) if return_lse else output
@@ -141,6 +146,14 @@ def gather_sequence(
         halves = [part.tensor_split(2, dim) for part in parts]
         parts = [first for first, _ in halves] + [second for _, second in reversed(halves)]
     return torch.cat(parts, dim)
+
+
+def _to_autocast_type(x: Tensor) -> Tensor:
+    """As the ops do it: of the type that autocast wants, if it is on, unless x is of float64."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_layout(layout: str) -> None:

@@ -324,6 +324,15 @@ def ring_of_unused_results() -> None:
         close(gather_sequence(part.grad), x.grad)
 
 
+@check
+def ring_under_autocast() -> None:
+    query, key = inputs((1, 2, 4, 8), dtype=torch.float32)[0], inputs((1, 2, 4, 8), dtype=torch.bfloat16)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ring_attention(query, key, key)
+    grads = torch.autograd.grad(out.sum(), (query, key))
+    assert out.dtype == torch.bfloat16 and [g.dtype for g in grads] == [query.dtype, key.dtype]
+
+
 # --- here, in the test's own process ------------------------------------------------------------------------------
 
 
@@ -389,6 +398,9 @@ X = torch.randn(1, 2, 4, 8)
         (lambda: ring_attention(X, None, X), "key must be a Tensor, but got NoneType"),
         (lambda: ring_attention(X, X, X, is_causal=1), "is_causal must be a bool"),
         (lambda: ring_attention(X, X, X, scale="1"), "scale must be a float"),
+        (lambda: ring_attention(X, X, X, scale=10**400), "scale must be finite"),
+        (lambda: ring_attention(X, X, X, enable_gqa="no"), "enable_gqa must be a bool, but got str"),
+        (lambda: ring_attention(X, X, X, return_lse="no"), "return_lse must be a bool, but got str"),
         (
             lambda: ring_attention(X, X[:, :1], X),
             "key must have as many heads as query, 2, without enable_gqa, but got 1",

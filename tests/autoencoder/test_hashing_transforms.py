@@ -296,7 +296,20 @@ def test_index_in_a_checkpoint() -> None:
         index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.int64)})
     with pytest.raises(RuntimeError, match="size mismatch for codes"):
         index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.uint8, device="meta")})
+    with pytest.raises(RuntimeError, match="codes"):
+        index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.uint8).to_sparse()})
     assert len(index) == 30
+    index = nn.HammingIndex(20, device="meta")
+    index.load_state_dict(model["index"].state_dict(), assign=True)
+    assert torch.equal(index.codes, model["index"].codes)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_bits_behind_the_last_do_not_count_in_a_checkpoint(assign: bool) -> None:
+    index, codes = nn.HammingIndex(3), torch.tensor([[0b01011111], [0]], dtype=torch.uint8)
+    index.load_state_dict({"codes": codes}, assign=assign)
+    assert index.search(torch.tensor([[0.0, 1.0, 0.0]]), 2)[0].tolist() == [[0, 1]]
+    assert codes[0] == 0b01011111
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

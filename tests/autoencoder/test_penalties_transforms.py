@@ -36,6 +36,18 @@ def test_derivatives(activation: str, penalty: str) -> None:
         assert gradgradcheck(lambda *a: op(*a, activation, penalty), args, check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("penalty", ["l1", "contractive", "mean"])
+@pytest.mark.parametrize("shape", [(3, 0), (0,), (2, 3, 0), (0, 0)])
+def test_no_units(shape: tuple[int, ...], penalty: str) -> None:
+    args = leaves(penalty, *shape)
+    given = [a for a in args if a is not None]
+    grads = torch.autograd.grad([o.sum() for o in op(*args, "sigmoid", penalty)], given, create_graph=True)
+    assert [g.shape for g in grads] == [a.shape for a in given]
+    detached = [None if a is None else a.detach() for a in args]
+    tangents = jvp(lambda a: op(a, detached[1], "sigmoid", penalty), (detached[0],), (torch.ones(shape).double(),))[1]
+    assert tangents[0].shape == shape and not tangents[1].any()
+
+
 def test_derivatives_of_kl_sparsity() -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad, jacfwd, jacrev, jvp
 from torch.nn import functional as F
 
 from lect11ext import functional, reference
@@ -192,6 +193,46 @@ def test_an_element_of_weight_zero_does_not_count() -> None:
     assert torch.equal(loss(x[:, [0, 3]], mask[:, [0, 3]]), loss(x[:, [0, 3]], torch.ones(1, 2)))
     nan = loss(x, t.nan_to_num(), reduction="none")[0]
     assert nan[1].isnan() and nan[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nor_in_derivatives_of_second_order(likelihood: str, bad: float) -> None:
+    learned = likelihood == "gaussian"
+    good = [torch.rand(3, 4) + 0.1 for _ in range(3 if learned else 2)]
+    mask = torch.tensor([[True, False, False, True], [True, True, False, True], [False, True, True, True]])
+
+    def derivatives(*args: Tensor) -> list[Tensor]:
+        leaves = [a.clone().requires_grad_() for a in args]
+
+        def f(*a: Tensor) -> Tensor:
+            return loss(*a[:2], likelihood, logvar=a[2] if learned else None, weight=mask, reduction="sum")
+
+        first = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        ones = tuple(torch.ones_like(a) for a in args)
+        tangents = jvp(grad(f, argnums=tuple(range(len(args)))), args, ones)[1]
+        return [*first, *second, *tangents]
+
+    expected = derivatives(*good)
+    for i in range(len(good)):
+        args = list(good)
+        args[i] = args[i].masked_fill(~mask, bad)
+        for a, b in zip(derivatives(*args), expected, strict=True):
+            torch.testing.assert_close(a, b)
+            assert not a[~mask].any()
+
+
+def test_mixed_derivatives_agree_where_the_weight_is_zero() -> None:
+    args = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return loss(x, torch.zeros_like(x), "squared_error", weight=w, reduction="sum")
+
+    for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacrev, jacrev), (jacfwd, jacfwd)):
+        for i in (0, 1):
+            mixed = outer(inner(f, argnums=i), argnums=1 - i)(*args)
+            assert mixed.tolist() == [[0.0, 0.0], [0.0, 4.0]]
 
 
 def test_extremes() -> None:

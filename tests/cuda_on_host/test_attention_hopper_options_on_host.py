@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_case import Attention
+from attention_case import OPEN, Attention
 from cell_operands import BF16
 from host_kernels import Kernels
 from test_attention_derivatives_on_host import check
@@ -27,6 +27,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "float": {"mask": "float", "queries": 40, "keys": 140, "mask_size": (1, 1, 40, 140)},
     "alibi": {"alibi": True, "queries": 100, "keys": 150, "batch": 2, "bottom_right": True},
     "alibi, causal": {"alibi": True, "queries": 150, "keys": 150, "window": CAUSAL},
+    "alibi, both sides": {"alibi": True, "queries": 200, "keys": 300, "window": (120, 70), **ONE},
+    "alibi, from the diagonal on": {"alibi": True, "queries": 70, "keys": 200, "window": (0, OPEN)},
+    "alibi, bool": {
+        "alibi": True, "mask": "bool", "queries": 150, "keys": 280, "window": CAUSAL, "bottom_right": True,
+    },
+    "alibi, sequences": {"alibi": True, "lengths": [(70, 90), (0, 3), (200, 140), (7, 0)], "heads": 4, "kv_heads": 2},
+    "alibi, dropout": {"alibi": True, "dropout": 0.3, "queries": 100, "keys": 141, "window": CAUSAL},
     "dropout": {"dropout": 0.3, "queries": 100, "keys": 141, "batch": 2},
     "dropout, causal, groups": {
         "dropout": 0.2, "queries": 140, "keys": 140, "window": CAUSAL, "heads": 4, "kv_heads": 2,
@@ -58,6 +65,24 @@ def test_forward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize(("name", "dim", "dtype"), CASES)
 def test_backward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> None:
     check_backward(hopper, make(dim, dtype=dtype, **OPTIONS[name]), grad_mask=None)
+
+
+@pytest.mark.parametrize("window", [CAUSAL, (OPEN, OPEN)], ids=["causal", "all"])
+@pytest.mark.parametrize(("slope", "scale"), [(-0.3, 0.1), (4.0, 0.1), (0.3, 2.0), (1e4, 1e-3), (1e38, 0.1), (0, 0.1)])
+def test_slopes_of_any_size(hopper: Kernels, slope: float, scale: float, window: tuple[int, int]) -> None:
+    """Of the largest, only keys on the diagonal are left."""
+    case = make(64, dtype=BF16, alibi=True, queries=160, keys=300, scale=scale, window=window, **ONE)
+    case.slopes.fill_(slope)
+    check_forward(hopper, case)
+    check_backward(hopper, case)
+
+
+def test_a_slope_that_is_nan_stays_in_its_head(hopper: Kernels) -> None:
+    case = make(64, dtype=BF16, alibi=True, queries=20, keys=140)
+    case.slopes[0, 1] = math.nan
+    out, lse = case.forward(hopper)
+    assert out[:, 0].isfinite().all() and lse[:, 0].isfinite().all()
+    assert out[:, 1].isnan().all() and lse[:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("left", [99, 100, 101, 102])

@@ -81,16 +81,18 @@ def test_hessian_of_a_recomputing_layer(kind: str) -> None:
     torch.testing.assert_close(hessian(loss_of(again))(x), hessian(loss_of(layer))(x))
 
 
+@pytest.mark.parametrize(("first_size", "second_size"), [(1.0, 1.0), (0.02, 100.0)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_double_backward_with_a_clip_is_that_of_the_reference(kind: str) -> None:
+def test_double_backward_with_a_clip_is_that_of_the_reference(kind: str, first_size: float, second_size: float) -> None:
+    """Gradients beyond the clip, and those that only the second derivatives have."""
     layer, x = getattr(nn, kind)(3, 4, grad_clip=0.5).double(), torch.randn(6, 5, 3).double().requires_grad_()
     h, weights = torch.zeros(5, 4).double(), list(layer.parameters())
     plain = getattr(reference, f"{kind.lower()}_layer")
     outputs = [layer(x)[0], plain(x, (h, h) if kind == "LSTM" else h, *weights, grad_clip=0.5)[0]]
     results = []
     for output in outputs:
-        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-        results.append(torch.autograd.grad(first.square().sum(), x)[0])
+        (first,) = torch.autograd.grad(first_size * output.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(second_size * first.square().sum(), x)[0])
     torch.testing.assert_close(*results)
 
 

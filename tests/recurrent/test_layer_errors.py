@@ -222,6 +222,26 @@ def test_a_norm_changes_no_error(kind: str, change: dict[str, Any]) -> None:
         assert failure(getattr(functional, kind.lower()), layer_norms=scales, **arguments) == plain
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("weight_hh", (16,), "weight_hh must be 2-D, but got 1-D"),
+        ("weight_hh", (16, 3), r"weight_hh must have shape \[16, 2\] \(gates \* hidden_size, size of h\), but got"),
+        ("weight_hh", (20, 2), r"weight_hh must have shape \[16, 2\]"),
+        ("weight_hr", (2, 5), r"weight_hr must have shape \[2, 4\] \(size of h, hidden_size\), but got \[2, 5\]"),
+        ("weight_hr", (3, 4), r"weight_hr must have shape \[2, 4\]"),
+        ("c", (1, 2, 5), r"c must have shape \[2, 4\] \(batch, hidden_size\), but got \[2, 5\]"),
+    ],
+)
+def test_the_one_of_a_projection_that_does_not_fit_is_named(name: str, shape: tuple[int, ...], message: str) -> None:
+    shapes = {"weight_ih": (16, 3), "weight_hh": (16, 2), "weight_hr": (2, 4), "h": (1, 2, 2), "c": (1, 2, 4)}
+    t = {n: torch.zeros(s) for n, s in (shapes | {name: shape}).items()}
+    with pytest.raises(ValueError, match=message):
+        functional.lstm(
+            torch.zeros(5, 2, 3), (t["h"], t["c"]), [[t["weight_ih"], t["weight_hh"], None, None, t["weight_hr"]]]
+        )
+
+
 ONES = torch.ones(28)
 
 

@@ -40,6 +40,10 @@ def masks(samples: int) -> dict[str, Tensor]:
     return {"lengths": torch.randint(0, T + 1, (samples, B)), "reset": torch.rand(samples, T, B) < 0.3}
 
 
+def over(function: Callable[..., Any], *batched: Tensor) -> list[Tensor]:
+    return vmap(function)(*batched)
+
+
 def by_hand(function: Callable[..., Any], *batched: Tensor) -> list[Tensor]:
     return [
         torch.stack(results)
@@ -81,6 +85,14 @@ def test_vmap_over_masks_and_states(kind: str, options: dict[str, Any], batch_fi
             vmap(call, tuple(0 if b else None for b in chosen))(*args),
             by_hand(call, *(a if b else a.expand(3, *a.shape) for a, b in zip(args, chosen, strict=True))),
         )
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_vmap_over_every_parameter_alone(kind: str) -> None:
+    layer, x = build(kind, {"layer_norm": True}), torch.randn(T, B, F)
+    for name, p in layer.named_parameters():
+        many = torch.stack([p.detach() + 0.1 * i for i in range(3)])
+        same(*(by(lambda w, name=name: flat(functional_call(layer, {name: w}, (x,))), many) for by in (over, by_hand)))
 
 
 @LAYERS

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention/cuda/dot_product_hopper_backward_options.cuh"
+#include "attention/cuda/dot_product_hopper_slope.cuh"
 #include "attention/cuda/dot_product_hopper_steps.cuh"
 
 namespace lect11ext::cuda {
@@ -279,6 +280,10 @@ struct HopperBackward : HopperBackwardSteps<kColumns, kKind == HopperKind::Plain
         const HopperBackwardOptions<S> options{args, sequence, plan.mask_tiles, plan.mask_pairs};
         if constexpr (kProducts) {
           if (!kPlain) whole = options.find(marks, step.head, query, first_key + own_row, lane);
+          if constexpr (kKind == HopperKind::Sloped) {
+            const int key = first_key + own_row + lane.row;
+            Slope::of_head(args, sequence.batch, step.head).take(scores, key - sequence.diagonal - query - 2 * lane.q);
+          }
           weigh(scores, lses[half], exact);
           if (!whole) bar(scores, marks, query, own_row, lane);
         } else {

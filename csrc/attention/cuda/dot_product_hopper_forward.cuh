@@ -7,6 +7,7 @@
 // FlashAttention-3 (2024).
 #pragma once
 
+#include "attention/cuda/dot_product_hopper_slope.cuh"
 #include "attention/cuda/dot_product_hopper_softmax.cuh"
 #include "attention/cuda/dot_product_hopper_work.cuh"
 
@@ -26,7 +27,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
   using Base::args, Base::plan, Base::first_sequence, Base::kPlain, Base::kGroups, Base::kQueries, Base::kKeys;
   using Base::next, Base::pass, Base::sequence_of;
   using typename Base::Work;
-  static constexpr bool kProducts = kKind != HopperKind::Scored;
+  static constexpr bool kProducts = kKind != HopperKind::Scored, kSloped = kKind == HopperKind::Sloped;
   static constexpr bool kDrops = kKind == HopperKind::Dropped || kKind == HopperKind::Scored;
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   // What shared memory has room for. Keys, which are asked for later than values, wait longest for memory.
@@ -162,13 +163,21 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
     }
   }
 
+  __device__ Slope slope_of(const Work& work) const {
+    return kSloped ? Slope::of_head(args, sequence_of(work).batch, work.head) : Slope{};
+  }
+
   // Products of 64 queries from row `own_row` of the block's on and of a tile of keys become scores.
-  __device__ void score(float (&scores)[kTiles][4], const Work& work, int own_row, View view,
+  __device__ void score(float (&scores)[kTiles][4], Slope slope, const Work& work, int own_row, View view,
                         const uint32_t (&seen)[2]) const {
     const int query = work.first_query + own_row;
     if constexpr (kPlain) {
       if (view != View::All) cut(scores, query, work.key);
     } else {
+      if constexpr (kSloped) {
+        const GroupLane lane(unknown(static_cast<int>(threadIdx.x)));
+        slope.take(scores, query + lane.row + sequence_of(work).diagonal - work.key - 2 * lane.q);
+      }
       if (!kProducts && view != View::None) finish_scores(scores, work, query, view, seen);
       if (view != View::All) bar(scores, seen);
     }
@@ -285,10 +294,11 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
     View view = view_of(work, own_row, whole);
     uint32_t seen[2] = {};
     find_seen(seen, work, own_row, view);
+    Slope slope = slope_of(work);
     wgmma_wait<0>();
     pin(scores);
     keys.release(n, lane);
-    score(scores, work, own_row, view, seen);
+    score(scores, slope, work, own_row, view, seen);
     weigh(scores, rows, find_powers(scores, rows, unit_of_scores()), unit_of_scores(), [] {});
     if (work.after != Work::kNone) keys.wait_full(n + 1);
     drop(scores, work, own_row);
@@ -300,6 +310,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
         now = work;
         if (!go_on(work, ++round, group)) break;
         whole = whole_tiles(work, own_row);
+        slope = slope_of(work);
         queries.wait_full(++q);
         keys.wait_full(n + 1);
       }
@@ -325,7 +336,7 @@ struct HopperForward : HopperForwardWork<kColumns, kKind> {
         for (int i = 0; i < 4 * kOutTiles; ++i) out[i / 4][i % 4] = 0;
         rows = SoftmaxRows{};
       }
-      score(scores, work, own_row, view, seen);
+      score(scores, slope, work, own_row, view, seen);
       const Powers powers = find_powers(scores, rows, unit_of_scores());
       keys.release(n + 1, lane);
       weigh(scores, rows, powers, unit_of_scores(), [&] {

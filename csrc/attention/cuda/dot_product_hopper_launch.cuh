@@ -43,8 +43,9 @@ inline bool needs_finite(const Attention& args) {
 inline int hopper_columns(const Attention& args) { return std::max(args.head_dim, args.value_dim) <= 64 ? 64 : 128; }
 
 // What a kernel has code for. Plain: products, and a window. Masked: a bool mask, and sequences one behind the other
-// besides; scores are counted in products still. Dropped: dropout besides. Scored: all there is.
-enum class HopperKind { Plain, Masked, Dropped, Scored };
+// besides; scores are counted in products still. Dropped: dropout besides. Sloped: what Masked has, and ALiBi. Scored:
+// all there is.
+enum class HopperKind { Plain, Masked, Dropped, Sloped, Scored };
 template <HopperKind kKind>
 using HopperKindOf = std::integral_constant<HopperKind, kKind>;
 
@@ -54,8 +55,12 @@ template <HopperKind kOfDropout, class F>
 HopperRun with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
     const auto with_kind = [&](auto columns) {
-      if (!scores_are_products(args)) return f(type, columns, HopperKindOf<HopperKind::Scored>{});
-      if (args.dropout_p > 0) return f(type, columns, HopperKindOf<kOfDropout>{});
+      const bool drops = args.dropout_p > 0, slopes = args.alibi_slopes != nullptr;
+      if (!scores_are_sloped_products(args) || (slopes && drops)) {
+        return f(type, columns, HopperKindOf<HopperKind::Scored>{});
+      }
+      if (slopes) return f(type, columns, HopperKindOf<HopperKind::Sloped>{});
+      if (drops) return f(type, columns, HopperKindOf<kOfDropout>{});
       return is_plain(args) && args.query_starts == nullptr ? f(type, columns, HopperKindOf<HopperKind::Plain>{})
                                                             : f(type, columns, HopperKindOf<HopperKind::Masked>{});
     };

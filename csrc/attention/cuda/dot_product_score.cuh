@@ -314,11 +314,14 @@ class Dropout {
   uint32_t threshold_ = 0;
 };
 
-// Whether scores are products times a positive scale, some of them barred.
-inline bool scores_are_products(const Attention& args) {
+// Whether scores are products times a positive scale, some of them barred, but for what ALiBi takes.
+inline bool scores_are_sloped_products(const Attention& args) {
   constexpr double kLeastScale = 1e-30;  // one that a float holds
-  return args.mask.type <= MaskType::Bool && args.alibi_slopes == nullptr && args.softcap == 0 &&
-         args.scale > kLeastScale;
+  return args.mask.type <= MaskType::Bool && args.softcap == 0 && args.scale > kLeastScale;
+}
+
+inline bool scores_are_products(const Attention& args) {
+  return scores_are_sloped_products(args) && args.alibi_slopes == nullptr;
 }
 
 // The same without a mask, and nothing is dropped.

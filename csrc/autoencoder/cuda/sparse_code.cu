@@ -104,7 +104,7 @@ void sum_rows(const WeightedRows& args, void* stream) {
   int across = 1;
   while (across < kThreads && across * N < args.width) across *= 2;
   const int64_t down = kThreads / across, columns = int64_t{across} * N;
-  const dim3 grid(grid_size(divide_up(args.rows, down)), static_cast<unsigned>(divide_up(args.width, columns)));
+  const dim3 grid(grid_size(divide_up(args.rows, down)), grid_size(divide_up(args.width, columns), kMostGridY));
   launch(weighted_rows_kernel<S, N>, grid, dim3(across, static_cast<unsigned>(down)), 0, stream, args);
 }
 

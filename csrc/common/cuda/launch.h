@@ -68,11 +68,14 @@ void launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t sh
 // holds; where it is 1536 (sm_86, sm_89) the figure is a little high, and nothing depends on it but speed.
 inline int64_t resident_threads() { return 2048 * device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// The first dimension of a grid.
-inline unsigned grid_size(int64_t blocks) {
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error(
-        "a grid of CUDA has at most 2^31 - 1 blocks, but these sizes take " + std::to_string(blocks) + ".");
+// The first dimension of a grid, or the second, of which `most` is kMostGridY.
+inline constexpr int64_t kMostGridY = 65535;
+inline unsigned grid_size(int64_t blocks, int64_t most = INT32_MAX) {
+  if (blocks > most) {
+    throw std::runtime_error("a grid of CUDA has at most " + std::to_string(most) +
+                             " blocks this way, but these "
+                             "sizes take " +
+                             std::to_string(blocks) + ".");
   }
   return static_cast<unsigned>(blocks);
 }

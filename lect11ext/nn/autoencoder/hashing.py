@@ -137,21 +137,27 @@ class HammingIndex(nn.Module):
                 f"{name} must have shape [n, {columns}] ({'packed codes' if packed else 'one value a bit'}), but got "
                 f"{list(values.shape)}"
             )
+        return self._without_spare_bits(values) if packed else pack_bits(values)
+
+    def _without_spare_bits(self, codes: Tensor) -> Tensor:
         spare = -self.num_bits % 8
-        if packed and spare:
-            return torch.cat([values[:, :-1], values[:, -1:] & (0xFF << spare & 0xFF)], 1)
-        return values if packed else pack_bits(values)
+        if not spare:
+            return codes
+        return torch.cat([codes[:, :-1], codes[:, -1:] & (0xFF << spare & 0xFF)], 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        codes, errors = state_dict.get(prefix + "codes"), args[-1]
+        codes, metadata, errors = state_dict.get(prefix + "codes"), args[0], args[-1]
+        before, count = self.codes, len(errors)
         if isinstance(codes, Tensor):
             if codes.dtype != torch.uint8:
                 errors.append(f"codes must be uint8, but the checkpoint has {codes.dtype}.")
                 return
             wanted = (*codes.shape[:1], self.codes.size(1))
-            if codes.shape == wanted and codes.is_meta == self.codes.is_meta:
-                self.codes = self.codes.new_zeros(wanted)  # which is then filled
+            is_assigned = metadata.get("assign_to_params_buffers", False)
+            if codes.shape == wanted and (is_assigned or codes.is_meta == self.codes.is_meta):
+                self.codes = self.codes.new_zeros(wanted)  # which is then filled, or exchanged
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.codes = before if len(errors) > count else self._without_spare_bits(self.codes)
 
     def extra_repr(self) -> str:
         return f"num_bits={self.num_bits}, codes={len(self)}"
