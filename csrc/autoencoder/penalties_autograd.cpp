@@ -12,6 +12,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include "autoencoder/partial_sums.h"
 #include "autoencoder/penalties_inputs.h"
 #include "common/autograd.h"
 #include "common/ops.h"
@@ -65,15 +66,13 @@ Tensor summand_of(const Terms& t, const Inputs& in) {
   return t.slope.defined() ? t.slope * t.slope : at::ones_like(t.value);
 }
 
-Tensor sum_rows(const Tensor& x) { return x.dim() > 1 ? x.flatten(0, -2).sum(0) : x; }
-
 Tensor scale_of(const Inputs& in) { return in.scale->to(in.compute_dtype()); }
 
 Pair composite_forward(const Inputs& in) {
   const Terms t = terms_of(in);
   Tensor sums = summand_of(t, in);
   if (in.penalty == Penalty::Mean) {
-    sums = sum_rows(sums) / at::Scalar(in.rows());
+    sums = sum_broadcast(sums, {in.cols()}) / at::Scalar(in.rows());
   } else {
     if (in.is_scaled()) sums = sums * scale_of(in);
     sums = sums.sum(-1);
@@ -91,7 +90,7 @@ Pair composite_backward(const OptionalTensor& grad_output, const OptionalTensor&
     Tensor w = in.expand_grad(grad_penalty->to(in.compute_dtype()));
     if (in.penalty == Penalty::Mean) w = w / at::Scalar(in.rows());
     if (mask[1] && in.is_scaled()) {
-      grad_scale = sum_rows(w * summand_of(t, in)).to(in.scale->scalar_type());
+      grad_scale = sum_broadcast(w * summand_of(t, in), {in.cols()}).to(in.scale->scalar_type());
     }
     if (in.is_scaled()) w = w * scale_of(in);
     if (in.penalty == Penalty::Contractive) {

@@ -105,13 +105,15 @@ Terms terms_of(const Operands& of, const Inputs& in) {
 // Where the weight is zero an element has a loss, which is the weight's gradient, and all else of it is zero, of any
 // order, whatever the operands are: zeros stand for them, since what is merely not selected is multiplied by zero
 // later.
-Terms terms_of(const Inputs& in) {
+Terms terms_of(const Inputs& in, bool wants_loss) {
   const Operands of(in);
   if (!in.has_weight()) return terms_of(of, in);
   const Tensor barred = *in.weight == 0;
   Terms terms = terms_of(of.map([&](const Tensor& x) { return at::where(barred, at::zeros_like(x), x); }), in);
-  const Tensor loss = terms_of(of.map([](const Tensor& x) { return x.detach(); }), in).loss;
-  terms.loss = at::where(barred, loss, terms.loss);
+  if (wants_loss) {
+    const Tensor loss = terms_of(of.map([](const Tensor& x) { return x.detach(); }), in).loss;
+    terms.loss = at::where(barred, loss, terms.loss);
+  }
   return terms;
 }
 
@@ -124,7 +126,7 @@ Tensor weighted(const Tensor& value, const Inputs& in) {
 
 // Only for tangents, which a weight of zero has too.
 Tensor composite_forward(const Inputs& in) {
-  Tensor loss = terms_of(in).loss;
+  Tensor loss = terms_of(in, true).loss;
   if (in.has_weight()) loss = in.weight->to(in.compute_dtype()) * loss;
   if (in.reduction == Reduction::None) return loss;
   if (in.reduction == Reduction::Rows) return loss.sum(-1);
@@ -132,7 +134,7 @@ Tensor composite_forward(const Inputs& in) {
 }
 
 Gradients composite_backward(const Tensor& grad, const Inputs& in, std::array<bool, 4> mask) {
-  const Terms t = terms_of(in);
+  const Terms t = terms_of(in, mask[3]);
   Tensor g = expand_reduced(grad.to(in.compute_dtype()), in.input.sym_sizes(), in.reduction);
   if (in.reduction == Reduction::BatchMean) g = g / at::Scalar(batch_of(in.input));
   const auto finish = [&](bool wanted, const Tensor& value, const Tensor& like) {

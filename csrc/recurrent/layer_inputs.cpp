@@ -40,18 +40,20 @@ void check_bools(const Inputs& in, const char* name, const OptionalTensor& mask,
 
 }  // namespace
 
-// Before the checks of a cell's, which would speak of weight_hh or of h. Of c, weight_hh and weight_hr the one is to
-// blame that does not have the size that the other two have.
+// Before the checks of a cell's, which would speak of weight_hh. Of h, weight_hh and weight_hr, and of c, weight_hh and
+// weight_hr, the one is to blame that does not have the size that the other two have.
 void Inputs::check_projection() const {
   for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>("h", &h), std::pair("c", &*c),
                                      std::pair("weight_hh", &weight_hh), std::pair("weight_hr", &*weight_hr)}) {
     recurrent::check_matrix(name, *tensor);
   }
-  const c10::SymInt of_c = c->sym_size(1), state = h.sym_size(1);
+  const c10::SymInt of_c = c->sym_size(1), of_h = h.sym_size(1);
+  const c10::SymInt state = weight_hh.sym_size(1) == weight_hr->sym_size(0) ? weight_hh.sym_size(1) : of_h;
   const c10::SymInt size = weight_hh.sym_size(0) == of_c * gates() ? of_c : weight_hr->sym_size(1);
+  check_shape("h", h.sym_sizes(), {batch(), state}, "batch of input, size of weight_hr");
   check_shape("weight_hr", weight_hr->sym_sizes(), {state, size}, "size of h, hidden_size");
   check_shape("weight_hh", weight_hh.sym_sizes(), {size * gates(), state}, "gates * hidden_size, size of h");
-  check_shape("c", c->sym_sizes(), {batch(), size}, "batch, hidden_size");
+  check_shape("c", c->sym_sizes(), {batch(), size}, "batch of input, hidden_size");
 }
 
 void Inputs::check() const {

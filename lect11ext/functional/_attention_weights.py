@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .._errors import TENSOR, check_device, check_type
 from . import _attention as common
 from ._attention import Options, Window
+from ._dispatch import is_autocast
 from .attention import scaled_dot_product_attention
 from .random import in_functorch
 
@@ -151,7 +152,7 @@ def _check(
     dtype = query.dtype
     if not query.is_floating_point():
         raise TypeError(f"query must be floating-point, but got {dtype}")
-    if not _is_autocast(query):  # which makes them one type
+    if not is_autocast(query):  # which makes them one type
         if key.dtype != dtype:
             raise TypeError(f"key must have the type of query, {dtype}, but got {key.dtype}")
         wide = mask is not None and mask.dtype == torch.float32 and dtype != torch.float64
@@ -162,13 +163,8 @@ def _check(
         raise ValueError(f"scale must be from -1e+30 to 1e+30 for a query of {dtype}, but got {options.scale}")
 
 
-def _is_autocast(like: Tensor) -> bool:
-    device = like.device.type
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 def _without_autocast(like: Tensor) -> Any:
-    return torch.autocast(like.device.type, enabled=False) if _is_autocast(like) else nullcontext()
+    return torch.autocast(like.device.type, enabled=False) if is_autocast(like) else nullcontext()
 
 
 class _Weights:

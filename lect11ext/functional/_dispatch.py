@@ -21,6 +21,12 @@ def is_overridden(*tensors: object) -> bool:
     return any(function not in (None, torch._C._disabled_torch_function_impl) for function in own)
 
 
+def is_autocast(like: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device. Torch does not know the answer for the meta device."""
+    device = like.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def through_torch(*tensors: object) -> bool:
     """Whether a call goes through torch.ops: where something other than the kernels may be asked."""
     return torch.compiler.is_compiling() or in_functorch() or is_overridden(*tensors)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .._errors import NUMBER, TENSOR, check_device, check_type, plain
 from . import _attention as common
 from ._attention import Window
+from ._dispatch import is_autocast
 from .attention import scaled_dot_product_attention
 from .random import in_functorch
 
@@ -81,7 +82,7 @@ def kernel_attention(
             raise TypeError(f"{name} must be floating-point, but got {x.dtype}")
     for name, x in (("key", key), ("value", value)):
         check_device(name, x, query)
-        if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        if x.dtype != query.dtype and not is_autocast(query):
             raise TypeError(f"{name} must have the type of query, {query.dtype}, but got {x.dtype}")
     if attn_mask is not None:
         _check_mask(attn_mask, query)

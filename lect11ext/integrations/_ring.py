@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._errors import TENSOR, check_finite, check_type
+from ..functional._dispatch import is_autocast
 from ..functional.attention import merge_attention
 
 _LAYOUTS = ("contiguous", "zigzag")
@@ -51,8 +52,8 @@ def ring_attention(
         return_lse: whether the log-sum-exp is returned too.
 
     Returns:
-        ``[B, H, L, Dv]`` in the query's type, with ``return_lse`` ``(output, lse)``, lse ``[B, H, L]``, of this
-        process's queries.
+        ``[B, H, L, Dv]`` in the query's type (autocast's, under it), with ``return_lse`` ``(output, lse)``, lse
+        ``[B, H, L]``, of this process's queries.
 
     Gradients: to query, key and value, through output and LSE, but not twice; in the backward all processes of the
         group must take part. Parts are merged and gradients summed in float32 (float64 for float64), in an order that
@@ -150,10 +151,9 @@ def gather_sequence(
 
 def _to_autocast_type(x: Tensor) -> Tensor:
     """As the ops do it: of the type that autocast wants, if it is on, unless x is of float64."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or not x.is_floating_point():
+    if not is_autocast(x) or x.dtype == torch.float64 or not x.is_floating_point():
         return x
-    return x.to(torch.get_autocast_dtype(kind))
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_layout(layout: str) -> None:

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from .._errors import NUMBER, is_type
 from .._load import _C
+from ..functional._dispatch import is_autocast
 from ..functional.attention import scaled_dot_product_attention
 from ._flash import activated
 
@@ -178,7 +179,7 @@ def _is_ours(query: Any, key: Any, value: Any, attn_mask: Any) -> bool:
         return False
     if key.dtype == dtype and value.dtype == dtype:
         return True
-    return kind != "meta" and torch.is_autocast_enabled(kind) and key.dtype in _DTYPES and value.dtype in _DTYPES
+    return is_autocast(query) and key.dtype in _DTYPES and value.dtype in _DTYPES
 
 
 def _is_plain(x: Any) -> bool:

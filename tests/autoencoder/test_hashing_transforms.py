@@ -296,9 +296,12 @@ def test_index_in_a_checkpoint() -> None:
         index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.int64)})
     with pytest.raises(RuntimeError, match="size mismatch for codes"):
         index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.uint8, device="meta")})
-    with pytest.raises(RuntimeError, match="codes"):
-        index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.uint8).to_sparse()})
-    assert len(index) == 30
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match="codes must be strided, but the checkpoint has"):
+            index.load_state_dict({"codes": torch.zeros(4, 3, dtype=torch.uint8).to_sparse()}, assign=assign)
+    before = index.codes
+    index.load_state_dict({}, strict=False)
+    assert len(index) == 30 and index.codes is before
     index = nn.HammingIndex(20, device="meta")
     index.load_state_dict(model["index"].state_dict(), assign=True)
     assert torch.equal(index.codes, model["index"].codes)

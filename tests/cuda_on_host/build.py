@@ -14,7 +14,7 @@ CSRC = HERE.parents[1] / "csrc"
 SANITIZE = ["-fsanitize=alignment,bounds,shift,null,signed-integer-overflow", "-fno-sanitize-recover=all"]
 # `make sanitize` runs Python itself under AddressSanitizer, which then sees reads beyond tensors and shared memory.
 # Not of the stacks: fibers leave theirs without a word.
-if os.environ.get("SANITIZE") == "address":
+if "address" in os.environ.get("SANITIZE", "").split(","):
     SANITIZE += ["-fsanitize=address", "--param=asan-stack=0"]
 # Warnings are errors: what g++ doubts in a kernel is worth a look. Unknown to it is `#pragma unroll`;
 # a compiler before GCC 4.6 passed aligned arguments otherwise, which is of no concern.

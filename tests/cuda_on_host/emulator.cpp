@@ -37,8 +37,8 @@ struct Fiber {
   bool started, finished;
 };
 
-// What a launch asked for of dynamic shared memory is all ones at first, which is NaN in every type: it holds nothing yet.
-// Behind it lies what a kernel must not write.
+// What a launch asked for of dynamic shared memory is all ones at first, NaN in every floating type: it holds nothing
+// yet. Behind it lies what a kernel must not write.
 constexpr unsigned char kUnwritten = 0xFF, kBeyond = 0xA5;
 constexpr std::size_t kBand = 256;
 std::atomic<bool> wrote_beyond = false;

@@ -385,8 +385,8 @@ class Integers(Output):
 
     SENTINEL = 77
 
-    def __init__(self, *size: int, dtype: torch.dtype) -> None:
-        super().__init__(*size, dtype=dtype, like=torch.tensor(self.SENTINEL))
+    def __init__(self, *size: int, dtype: torch.dtype, shift: int = 0) -> None:
+        super().__init__(*size, dtype=dtype, shift=shift, like=torch.tensor(self.SENTINEL))
 
 
 def assert_near(actual: Tensor, expected: Tensor, *, units: float, atol: float = 0.0) -> None:

@@ -101,7 +101,6 @@ extern "C" const char* selftest_empty_grid(int* out) {
 
 // Of a launch with so many bytes of dynamic shared memory less than its kernel writes.
 extern "C" const char* selftest_too_little_shared(const int* in, int* reversed, int* sum, int threads, int bytes) {
-  return message_of([&] {
-    launch(reverse_and_sum, 1, threads, threads * sizeof(int) - bytes, nullptr, in, reversed, sum);
-  });
+  return message_of(
+      [&] { launch(reverse_and_sum, 1, threads, threads * sizeof(int) - bytes, nullptr, in, reversed, sum); });
 }

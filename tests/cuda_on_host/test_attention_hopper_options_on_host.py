@@ -68,7 +68,9 @@ def test_backward(hopper: Kernels, name: str, dim: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("window", [CAUSAL, (OPEN, OPEN)], ids=["causal", "all"])
-@pytest.mark.parametrize(("slope", "scale"), [(-0.3, 0.1), (4.0, 0.1), (0.3, 2.0), (1e4, 1e-3), (1e38, 0.1), (0, 0.1)])
+@pytest.mark.parametrize(
+    ("slope", "scale"), [(-0.3, 0.1), (4.0, 0.1), (0.3, 2.0), (1e4, 1e-3), (1e38, 0.1), (0, 0.1), (1, 1e-29)]
+)
 def test_slopes_of_any_size(hopper: Kernels, slope: float, scale: float, window: tuple[int, int]) -> None:
     """Of the largest, only keys on the diagonal are left."""
     case = make(64, dtype=BF16, alibi=True, queries=160, keys=300, scale=scale, window=window, **ONE)

@@ -153,7 +153,7 @@ def test_decode(kernels: Kernels, dtype: torch.dtype, size: tuple[int, ...], bia
 def test_rows_wider_than_a_grid_is_high_are_named(kernels: Kernels) -> None:
     width = 65535 * 128 + 1  # a column a thread, as of rows that do not begin at 16 bytes
     weight, indices = torch.zeros(width + 1, dtype=BF16)[1:], torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="at most 65535 blocks this way, but these sizes take 65536"):
+    with pytest.raises(RuntimeError, match="at most 65535 blocks, but these sizes take 65536"):
         kernels.weighted_rows(
             rows=1, width=width, k=1, table_rows=1, values=torch.ones(1, 1), indices=indices, table=weight, dtype=BF16,
             stride=width, bias=None, out=torch.empty(1, width, dtype=BF16), out_dtype=BF16,

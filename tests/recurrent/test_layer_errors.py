@@ -230,7 +230,8 @@ def test_a_norm_changes_no_error(kind: str, change: dict[str, Any]) -> None:
         ("weight_hh", (20, 2), r"weight_hh must have shape \[16, 2\]"),
         ("weight_hr", (2, 5), r"weight_hr must have shape \[2, 4\] \(size of h, hidden_size\), but got \[2, 5\]"),
         ("weight_hr", (3, 4), r"weight_hr must have shape \[2, 4\]"),
-        ("c", (1, 2, 5), r"c must have shape \[2, 4\] \(batch, hidden_size\), but got \[2, 5\]"),
+        ("c", (1, 2, 5), r"c must have shape \[2, 4\] \(batch of input, hidden_size\), but got \[2, 5\]"),
+        ("h", (1, 2, 4), r"h must have shape \[2, 2\] \(batch of input, size of weight_hr\), but got \[2, 4\]"),
     ],
 )
 def test_the_one_of_a_projection_that_does_not_fit_is_named(name: str, shape: tuple[int, ...], message: str) -> None:

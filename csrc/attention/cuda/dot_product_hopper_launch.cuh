@@ -49,6 +49,14 @@ enum class HopperKind { Plain, Masked, Dropped, Sloped, Scored };
 template <HopperKind kKind>
 using HopperKindOf = std::integral_constant<HopperKind, kKind>;
 
+// Whether slopes may be counted in products, where they are divided by the scale, and distances are floats. Slope
+// bounds the quotient, which a slope of 10⁸ does not reach with these scales.
+inline bool slopes_fit(const Attention& args) {
+  constexpr double kLeastScale = 1e-20;
+  constexpr int64_t kExact = 1 << 24;  // floats hold smaller integers
+  return args.scale >= kLeastScale && args.queries < kExact / 2 && args.keys < kExact / 2;
+}
+
 // Returns f of a null pointer of the storage type, the columns, and the kernel's kind: of the two that can drop, the
 // one that is asked for, or Scored.
 template <HopperKind kOfDropout, class F>
@@ -56,7 +64,7 @@ HopperRun with_hopper_kernel(const Attention& args, F f) {
   const auto with_columns = [&](auto* type) {
     const auto with_kind = [&](auto columns) {
       const bool drops = args.dropout_p > 0, slopes = args.alibi_slopes != nullptr;
-      if (!scores_are_sloped_products(args) || (slopes && drops)) {
+      if (!scores_are_sloped_products(args) || (slopes && (drops || !slopes_fit(args)))) {
         return f(type, columns, HopperKindOf<HopperKind::Scored>{});
       }
       if (slopes) return f(type, columns, HopperKindOf<HopperKind::Sloped>{});

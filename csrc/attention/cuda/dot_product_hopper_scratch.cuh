@@ -11,8 +11,8 @@ namespace lect11ext::cuda {
 struct HopperBackwardScratch {
   float* sums;  // of queries' gradients: a tile as put() below lays it
   // Of each query, in the order of place_of: its lse, +∞ for one that sees nothing, which makes its weights zero; and
-  // D · scale. Of a tile of the plain kernel in which all lses are small, these are binary logarithms. Behind every
-  // tile of them there is a word that says so, 0, or not.
+  // D · scale. Where scores are counted in products, of a tile in which all lses are small, these are binary
+  // logarithms. Behind every tile of them there is a word that says so, 0, or not.
   float *lses, *deltas;
   int *counts, *taken;   // of each tile, the tiles of keys that have been added; numbers that blocks have taken
   int64_t tiles, units;  // of a head; heads of all batches

@@ -9,7 +9,8 @@ namespace lect11ext::cuda {
 struct Slope {
   float of;
 
-  // Bounded, so that nothing it is multiplied with overflows: on the diagonal infinity would make NaN. NaN stays.
+  // Bounded, so that nothing it is multiplied with overflows: on the diagonal infinity would make NaN. What exceeds the
+  // bound, infinity too, bars all but the diagonal; NaN stays.
   __device__ static Slope of_head(const Attention& args, int64_t batch, int head) {
     constexpr float kMost = 1e28f;
     const float slope = args.alibi_slopes[batch * args.alibi_strides[0] + head * args.alibi_strides[1]] /

@@ -320,13 +320,10 @@ inline bool scores_are_sloped_products(const Attention& args) {
   return args.mask.type <= MaskType::Bool && args.softcap == 0 && args.scale > kLeastScale;
 }
 
-inline bool scores_are_products(const Attention& args) {
-  return scores_are_sloped_products(args) && args.alibi_slopes == nullptr;
-}
-
-// The same without a mask, and nothing is dropped.
+// The same without ALiBi and a mask, and nothing is dropped.
 inline bool is_plain(const Attention& args) {
-  return scores_are_products(args) && args.mask.type == MaskType::None && args.dropout_p <= 0;
+  return scores_are_sloped_products(args) && args.alibi_slopes == nullptr && args.mask.type == MaskType::None &&
+         args.dropout_p <= 0;
 }
 
 // What is dropped of weights becomes zero: rows are queries, the lane's are `low` and `high`.

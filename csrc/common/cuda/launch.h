@@ -72,10 +72,8 @@ inline int64_t resident_threads() { return 2048 * device_attribute(cudaDevAttrMu
 inline constexpr int64_t kMostGridY = 65535;
 inline unsigned grid_size(int64_t blocks, int64_t most = INT32_MAX) {
   if (blocks > most) {
-    throw std::runtime_error("a grid of CUDA has at most " + std::to_string(most) +
-                             " blocks this way, but these "
-                             "sizes take " +
-                             std::to_string(blocks) + ".");
+    throw std::runtime_error("a dimension of a CUDA grid has at most " + std::to_string(most) +
+                             " blocks, but these sizes take " + std::to_string(blocks) + ".");
   }
   return static_cast<unsigned>(blocks);
 }

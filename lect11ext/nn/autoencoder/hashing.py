@@ -152,12 +152,18 @@ class HammingIndex(nn.Module):
             if codes.dtype != torch.uint8:
                 errors.append(f"codes must be uint8, but the checkpoint has {codes.dtype}.")
                 return
+            if codes.layout != torch.strided:
+                errors.append(f"codes must be strided, but the checkpoint has {codes.layout}.")
+                return
             wanted = (*codes.shape[:1], self.codes.size(1))
             is_assigned = metadata.get("assign_to_params_buffers", False)
             if codes.shape == wanted and (is_assigned or codes.is_meta == self.codes.is_meta):
                 self.codes = self.codes.new_zeros(wanted)  # which is then filled, or exchanged
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.codes = before if len(errors) > count else self._without_spare_bits(self.codes)
+        if len(errors) > count:
+            self.codes = before
+        elif codes is not None:
+            self.codes = self._without_spare_bits(self.codes)
 
     def extra_repr(self) -> str:
         return f"num_bits={self.num_bits}, codes={len(self)}"
