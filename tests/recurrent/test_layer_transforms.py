@@ -40,10 +40,6 @@ def masks(samples: int) -> dict[str, Tensor]:
     return {"lengths": torch.randint(0, T + 1, (samples, B)), "reset": torch.rand(samples, T, B) < 0.3}
 
 
-def over(function: Callable[..., Any], *batched: Tensor) -> list[Tensor]:
-    return vmap(function)(*batched)
-
-
 def by_hand(function: Callable[..., Any], *batched: Tensor) -> list[Tensor]:
     return [
         torch.stack(results)
@@ -91,8 +87,12 @@ def test_vmap_over_masks_and_states(kind: str, options: dict[str, Any], batch_fi
 def test_vmap_over_every_parameter_alone(kind: str) -> None:
     layer, x = build(kind, {"layer_norm": True}), torch.randn(T, B, F)
     for name, p in layer.named_parameters():
+
+        def call(w: Tensor, name: str = name) -> list[Tensor]:
+            return flat(functional_call(layer, {name: w}, (x,)))
+
         many = torch.stack([p.detach() + 0.1 * i for i in range(3)])
-        same(*(by(lambda w, name=name: flat(functional_call(layer, {name: w}, (x,))), many) for by in (over, by_hand)))
+        same(vmap(call)(many), by_hand(call, many))
 
 
 @LAYERS

@@ -53,8 +53,7 @@ using HopperKindOf = std::integral_constant<HopperKind, kKind>;
 // bounds the quotient, which a slope of 10⁸ does not reach with these scales.
 inline bool slopes_fit(const Attention& args) {
   constexpr double kLeastScale = 1e-20;
-  constexpr int64_t kExact = 1 << 24;  // floats hold smaller integers
-  return args.scale >= kLeastScale && args.queries < kExact / 2 && args.keys < kExact / 2;
+  return args.scale >= kLeastScale && args.queries < kExactDistances && args.keys < kExactDistances;
 }
 
 // Returns f of a null pointer of the storage type, the columns, and the kernel's kind: of the two that can drop, the

@@ -9,6 +9,8 @@
 namespace lect11ext::cuda {
 
 inline constexpr double kLog2E = 1.4426950408889634074;
+// Of fewer positions than these distances, and differences of two, are exact in floats.
+inline constexpr int kExactDistances = 1 << 23;
 
 template <class C>
 __device__ inline C infinity() {
@@ -173,7 +175,6 @@ struct Scores {
       else cap([&](C x) { return std::tanh(x / limit); });
     }
     if (args.alibi_slopes != nullptr) {
-      constexpr int kExact = 1 << 24;  // floats hold smaller integers
       const auto add = [&](auto distance) {
 #pragma unroll
         for (int i = 0; i < 2 * kTiles; ++i) {
@@ -181,7 +182,7 @@ struct Scores {
         }
       };
       const C first = C(row.distance);
-      if (sequence.queries < kExact / 2 && sequence.keys < kExact / 2)
+      if (sequence.queries < kExactDistances && sequence.keys < kExactDistances)
         add([&](int column) { return first - C(column); });
       else add([&](int column) { return C(row.distance - column); });
     }
